@@ -1,0 +1,157 @@
+"""What the user asks for: one frozen value, built from composed configs, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """``path``: a Hugging Face folder, or a hub id that is in a local cache (see ``orchestrator.models``).
+
+    ``weights``: ``load`` or ``random``. ``config``: the model's config.json keys, for planning without the files.
+    """
+
+    path: str | None = None
+    weights: str = "load"
+    download: bool = False
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """``gpus_per_node`` counts ranks per node, also on a CPU. ``memory_gib`` is per rank."""
+
+    name: str = "laptop"
+    nodes: int = 1
+    gpus_per_node: int = 4
+    device: str = "cpu"
+    memory_gib: float = 4.0
+
+
+@dataclass(frozen=True)
+class TopologyConfig:
+    """Sizes of the axes; None means: the plan derives it."""
+
+    tp: int | None = None
+    pp: int | None = None
+    vpp: int | None = None
+    cp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    dp: int | None = None
+    sp: bool | None = None
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """``recompute``: none, selective or full."""
+
+    recompute: str = "none"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """``name``: which engine runs the step."""
+
+    name: str = "megatron"
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """``global_sequences`` per optimizer step over all dp ranks; ``micro_sequences`` per forward on one dp rank.
+
+    ``sequence_tokens``: longest row; longer samples are cut there and counted.
+    """
+
+    global_sequences: int = 8
+    micro_sequences: int = 1
+    sequence_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """``on_bad_row``: ``error`` or ``skip`` (skipped rows are counted and said)."""
+
+    path: str | None = None
+    on_bad_row: str = "error"
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """``name``: sft. ``train_on``: ``assistant`` tokens only, or ``all``."""
+
+    name: str = "sft"
+    train_on: str = "assistant"
+
+
+@dataclass(frozen=True)
+class TunerConfig:
+    """``name``: lora or full. ``targets``: Hugging Face module names, ``all-linear``, or one regular expression.
+
+    ``path``: a PEFT adapter folder to start from. ``rslora``: scale by alpha / sqrt(r) instead of alpha / r.
+    """
+
+    name: str = "lora"
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: str | list[str] = "all-linear"
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. ``schedule``: constant, linear or cosine, after ``warmup_steps``; ``clip_norm`` 0 means no clipping."""
+
+    name: str = "adamw"
+    lr: float = 2e-4
+    min_lr: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    distributed: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """``every_steps`` 0 means: at the end only. ``keep`` is how many stay (0: all)."""
+
+    every_steps: int = 50
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """``sinks``: any of jsonl, tensorboard, wandb. jsonl is always written. ``project``: wandb's."""
+
+    sinks: list[str] = field(default_factory=lambda: ["jsonl"])
+    project: str = "isotrain"
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """The whole request. Two equal jobs are the same run, whatever the cluster, topology or engine."""
+
+    run_dir: str | None = None
+    steps: int = 100
+    seed: int = 0
+    precision: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    tuner: TunerConfig = field(default_factory=TunerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -1,0 +1,92 @@
+"""The engine protocol: one optimizer step wide, so that every engine can keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from parallel.shards import Box, Shard
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows for one forward pass on one data-parallel rank.
+
+    Args:
+        tokens: int64 ``[sequences, tokens]``, right-padded.
+        labels: int64 of the same shape, already shifted: ``labels[b, t]`` is the token that position ``t`` must
+            predict; ``IGNORED_LABEL`` where nothing is learned.
+        sample_ids: position of each row in the run's global sample order (unique in a run); seeds dropout.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports; equal on every rank.
+
+    ``loss`` is the mean over all label tokens of the *global* batch; ``label_tokens`` their count; ``grad_norm`` the
+    2-norm of the whole gradient before clipping.
+    """
+
+    loss: float
+    label_tokens: int
+    grad_norm: float
+
+
+class TensorReader(Protocol):
+    """Reads boxes of logical tensors: a Hugging Face folder or a checkpoint."""
+
+    def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
+        """Read one box (a new tensor of shape ``box.size``, on the CPU, in the stored type).
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        ...
+
+    def shape(self, name: str, kind: str) -> tuple[int, ...]:
+        """The whole logical shape. Raises KeyError when there is no such tensor."""
+        ...
+
+
+class Engine(Protocol):
+    """A sharded model with its adapters and optimizer on this rank."""
+
+    def train_step(self, microbatches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+        """Run one optimizer step over this data-parallel rank's micro-batches (all pp, tp ranks get the same ones)."""
+        ...
+
+    def evaluate(self, microbatches: Sequence[MicroBatch]) -> StepResult:
+        """The loss of these micro-batches without learning; ``grad_norm`` is 0."""
+        ...
+
+    def shards(self) -> Iterator[Shard]:
+        """Every trained tensor and its optimizer moments that this rank holds, in an order fixed per topology."""
+        ...
+
+    def load(self, reader: TensorReader, *, moments: bool) -> None:
+        """Fill all that :meth:`shards` yields from ``reader``; without moments, weights only (optimizer restarts)."""
+        ...
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the moments have seen (Adam's bias correction)."""
+        ...
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """Set Adam's step count after a load."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and groups."""
+        ...
