@@ -1,0 +1,199 @@
+"""Safetensors files: their exact layout, and reading boxes of the tensors in them. No pickle is ever opened.
+
+A file is 8 bytes (little-endian length of the header), the header (JSON, padded with spaces to a multiple of 8 bytes)
+and the data, without gaps. Format: https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from orchestrator.errors import DataError
+from parallel.shards import Box
+
+# In the order in which the safetensors library lays tensors out (widest first), then by name.
+TORCH_DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: ``dtype`` is a safetensors code ("F32"), ``start``/``stop`` bytes in the data section."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor in the file.
+
+        Example:
+            >>> TensorEntry("a", "BF16", (2, 3)).bytes
+            12
+        """
+        return prod(self.shape) * item_bytes(self.dtype)
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one element.
+
+    Example:
+        >>> item_bytes("BF16")
+        2
+    """
+    return TORCH_DTYPES[dtype].itemsize
+
+
+def lay_out(tensors: Iterable[TensorEntry]) -> tuple[TensorEntry, ...]:
+    """Give tensors their places in one file, exactly as the safetensors library does.
+
+    Example:
+        >>> [(t.key, t.start) for t in lay_out([TensorEntry("b", "F16", (3,)), TensorEntry("a", "F32", (2,))])]
+        [('a', 0), ('b', 8)]
+    """
+    rank = {code: position for position, code in enumerate(TORCH_DTYPES)}
+    placed, start = [], 0
+    for entry in sorted(tensors, key=lambda entry: (rank[entry.dtype], entry.key.encode())):
+        placed.append(TensorEntry(entry.key, entry.dtype, entry.shape, start, start + entry.bytes))
+        start += entry.bytes
+    return tuple(placed)
+
+
+def header_bytes(placed: Sequence[TensorEntry]) -> bytes:
+    """The first bytes of a file that holds these tensors (see :func:`lay_out`): length, JSON, padding."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for entry in placed:
+        offsets = [entry.start, entry.stop]
+        table[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(path: Path) -> tuple[TensorEntry, ...]:
+    """Read and check the header of a safetensors file, in file order.
+
+    Raises:
+        DataError: there is no such file, it is truncated or longer than its header says, or it is no safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if not text:
+        raise DataError(f"{path} is truncated or no safetensors file: {size} bytes, its header needs {8 + length}")
+    try:
+        table = json.loads(text)
+        entries = sorted(
+            (
+                TensorEntry(key, str(value["dtype"]), tuple(map(int, value["shape"])), *map(int, value["data_offsets"]))
+                for key, value in table.items()
+                if key != "__metadata__"
+            ),
+            key=lambda entry: entry.start,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} has a broken safetensors header: {error!r}") from error
+    _check_places(path, entries, size - 8 - length)
+    return tuple(entries)
+
+
+def _check_places(path: Path, entries: Sequence[TensorEntry], data_bytes: int) -> None:
+    at = 0
+    for entry in entries:
+        known = entry.dtype in TORCH_DTYPES
+        if entry.start != at or entry.stop < at or (known and entry.stop - entry.start != entry.bytes):
+            raise DataError(f"{path} has a broken safetensors header: {entry.key} at bytes {entry.start}..{entry.stop}")
+        at = entry.stop
+    if at != data_bytes:
+        raise DataError(f"{path} is truncated or damaged: {data_bytes} bytes of data, its header says {at}")
+
+
+class TensorFiles:
+    """The tensors of some safetensors files, read box by box. Files are mapped; only what is asked for is read."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Read the headers.
+
+        Raises:
+            DataError: a file is missing, truncated or broken, or two files hold one key.
+        """
+        self._where: dict[str, tuple[Path, TensorEntry]] = {}
+        self._open: dict[Path, Any] = {}
+        for path in paths:
+            for entry in read_header(path):
+                if entry.key in self._where:
+                    raise DataError(f"{entry.key} is both in {self._where[entry.key][0]} and in {path}")
+                self._where[entry.key] = (path, entry)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys, file by file in file order."""
+        return tuple(self._where)
+
+    def entry(self, key: str) -> TensorEntry:
+        """Shape, type and place of a tensor. Raises KeyError when there is none."""
+        return self._where[key][1]
+
+    def path(self, key: str) -> Path:
+        """The file that holds a tensor. Raises KeyError when there is none."""
+        return self._where[key][0]
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """Read one box as a new contiguous CPU tensor of shape ``box.size`` in the stored type.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: the box does not lie in it.
+            DataError: the file has changed since its header was read, or has a type that torch lacks.
+        """
+        path, entry = self._where[key]
+        if len(box.size) != len(entry.shape) or any(
+            start < 0 or start + count > whole
+            for start, count, whole in zip(box.offset, box.size, entry.shape, strict=True)
+        ):
+            raise ValueError(f"{key} has shape {entry.shape}: {box} does not lie in it")
+        if entry.dtype not in TORCH_DTYPES:
+            raise DataError(f"{path}: {key} has type {entry.dtype}, which is not supported")
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(str(path), framework="pt", device="cpu")
+            if box == Box.whole(entry.shape):
+                part = self._open[path].get_tensor(key)
+            else:
+                part = self._open[path].get_slice(key)[box.slices]
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        return part.clone(memory_format=torch.contiguous_format)  # it is a view of the mapped file
