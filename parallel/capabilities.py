@@ -1,0 +1,202 @@
+"""Capabilities: what is built and proven today, and why a layout cannot run. Pure arithmetic, before any process.
+
+Here is the only place that knows what is not built yet: when an axis, a family or an engine becomes real, it is
+entered in :data:`BUILT` and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from parallel.specs import ModelSpec
+from parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What may be asked for. ``axes``: those that may be larger than 1."""
+
+    axes: tuple[str, ...] = ("tp", "pp", "dp")
+    sp: bool = True
+    families: tuple[str, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
+    tuners: tuple[str, ...] = ("lora", "full")
+    engines: tuple[str, ...] = ("megatron",)
+    recompute: tuple[str, ...] = ("none", "selective", "full")
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+
+
+BUILT = Capabilities()
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A layout to be judged. ``vpp`` None or 1: no virtual chunks. Sequences are whole rows of a batch."""
+
+    topology: Topology
+    vpp: int | None = None
+    sp: bool = False
+    global_sequences: int = 1
+    micro_sequences: int = 1
+    tuner: str = "lora"
+    engine: str = "megatron"
+    recompute: str = "none"
+    precision: str = "fp32"
+
+    @property
+    def chunks(self) -> int:
+        """Pipeline chunks: ``pp * vpp``."""
+        return self.topology.pp * (self.vpp or 1)
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of one data-parallel rank in one optimizer step, when the sizes divide."""
+        return self.global_sequences // (self.topology.dp * self.micro_sequences)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a layout cannot run: the numbers and the config keys; ``hint`` can be typed as it is."""
+
+    message: str
+    hint: str
+
+
+def refusals(model: ModelSpec, proposal: Proposal, built: Capabilities = BUILT) -> list[Refusal]:
+    """All reasons why ``model`` cannot run as proposed; empty when it can.
+
+    The vocabulary is padded and rows are padded to a multiple, so neither is ever a reason.
+
+    Returns:
+        What is not built first, then what does not divide the model, then what does not divide the batch.
+    """
+    found: list[Refusal] = []
+    for rule in (_not_built, _axes_not_built, _tensor_cuts, _expert_cuts, _layers, _sequence_parallel, _batch):
+        found.extend(rule(model, proposal, built))
+    return found
+
+
+def nearest(value: int, legal: Iterable[int]) -> int:
+    """The legal value whose ratio to ``value`` is smallest; the larger of two.
+
+    Example:
+        >>> nearest(2, [1, 3]), nearest(8, [1, 2, 4]), nearest(2, [1, 4])
+        (3, 4, 4)
+    """
+    return min(legal, key=lambda candidate: (round(abs(math.log(candidate / value)), 9), -candidate))
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors, ascending.
+
+    Example:
+        >>> divisors(12)
+        [1, 2, 3, 4, 6, 12]
+    """
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return small + [number // size for size in reversed(small) if size * size != number]
+
+
+def legal_tensor_sizes(model: ModelSpec) -> list[int]:
+    """Every ``topology.tp`` that divides the model, ascending."""
+    dense_ffn = 0 if model.is_moe else model.ffn
+    return divisors(math.gcd(model.heads, model.kv_heads, dense_ffn))
+
+
+def _not_built(model: ModelSpec, proposal: Proposal, built: Capabilities) -> Iterator[Refusal]:
+    choices = [
+        ("engine", proposal.engine, built.engines),
+        ("tuner", proposal.tuner, built.tuners),
+        ("memory.recompute", proposal.recompute, built.recompute),
+        ("precision", proposal.precision, built.precisions),
+    ]
+    for key, asked, known in choices:
+        if asked not in known:
+            yield Refusal(f"{key}={asked} is not built; there is {', '.join(known)}", f"{key}={known[0]}")
+    if model.family not in built.families:
+        yield Refusal(
+            f"model family {model.family} is not built; there is {', '.join(built.families)}", "model=smollm2_135m"
+        )
+
+
+def _axes_not_built(model: ModelSpec, proposal: Proposal, built: Capabilities) -> Iterator[Refusal]:
+    topology = proposal.topology
+    for axis in ("tp", "pp", "dp", "cp", "ep", "etp"):
+        size = getattr(topology, axis)
+        if size > 1 and axis not in built.axes:
+            yield Refusal(f"topology.{axis}={size} is not built yet: only {axis}=1 runs", f"topology.{axis}=1")
+    if (proposal.vpp or 1) > 1 and "vpp" not in built.axes:
+        yield Refusal(
+            f"topology.vpp={proposal.vpp} is not built yet: stages run without virtual chunks", "topology.vpp=null"
+        )
+    if proposal.sp and not built.sp:
+        yield Refusal("topology.sp=true is not built yet", "topology.sp=false")
+
+
+def _tensor_cuts(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
+    tp = proposal.topology.tp
+    hint = f"topology.tp={nearest(tp, legal_tensor_sizes(model))}"
+    heads = {"attention heads": model.heads, "key/value heads": model.kv_heads}
+    uncut = [f"{count} {name}" for name, count in heads.items() if count % tp]
+    if uncut:
+        yield Refusal(f"model has {' and '.join(uncut)}, which topology.tp={tp} does not divide", hint)
+    if not model.is_moe and model.ffn % tp:
+        yield Refusal(f"model has an MLP of {model.ffn} rows, which topology.tp={tp} does not divide", hint)
+
+
+def _expert_cuts(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
+    ep, etp = proposal.topology.ep, proposal.topology.etp
+    if not model.is_moe:
+        for axis, size in (("ep", ep), ("etp", etp)):
+            if size > 1:
+                yield Refusal(f"topology.{axis}={size} needs experts, but the model is dense", f"topology.{axis}=1")
+        return
+    if model.experts % ep:
+        legal = nearest(ep, divisors(model.experts))
+        yield Refusal(
+            f"model has {model.experts} experts, which topology.ep={ep} does not divide", f"topology.ep={legal}"
+        )
+    if model.expert_ffn % etp:
+        legal = nearest(etp, divisors(model.expert_ffn))
+        yield Refusal(
+            f"model has experts of {model.expert_ffn} rows, which topology.etp={etp} does not divide",
+            f"topology.etp={legal}",
+        )
+
+
+def _layers(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
+    pp, vpp = proposal.topology.pp, proposal.vpp or 1
+    if model.layers < proposal.chunks:
+        virtual = f" x topology.vpp={vpp} = {proposal.chunks} chunks" if vpp > 1 else " stages"
+        hint = f"topology.pp={model.layers}" + (" topology.vpp=null" if vpp > 1 else "")
+        yield Refusal(f"model has {model.layers} layers, too few for topology.pp={pp}{virtual}", hint)
+    if vpp > 1 and pp == 1:
+        yield Refusal(f"topology.vpp={vpp} needs topology.pp larger than 1", "topology.vpp=null")
+
+
+def _sequence_parallel(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
+    if proposal.sp and proposal.topology.tp == 1:
+        yield Refusal("topology.sp=true needs topology.tp larger than 1, but topology.tp=1", "topology.sp=false")
+
+
+def _batch(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
+    rows, micro, topology = proposal.global_sequences, proposal.micro_sequences, proposal.topology
+    if rows % micro:
+        yield Refusal(
+            f"batch.global_sequences={rows} is no multiple of batch.micro_sequences={micro}",
+            f"batch.micro_sequences={nearest(micro, divisors(rows))}",
+        )
+    elif rows % (topology.dp * micro):
+        yield Refusal(
+            f"batch.global_sequences={rows} is no multiple of topology.dp={topology.dp} x "
+            f"batch.micro_sequences={micro} = {topology.dp * micro}",
+            f"topology.dp={nearest(topology.dp, divisors(rows // micro))}",
+        )
+    elif (proposal.vpp or 1) > 1 and proposal.micro_batches % topology.pp:
+        # the interleaved schedule of megatron-core runs micro-batches in rounds of pp
+        yield Refusal(
+            f"topology.vpp={proposal.vpp} needs micro-batches in multiples of topology.pp={topology.pp}, but there are "
+            f"{proposal.micro_batches} (batch.global_sequences={rows} / dp={topology.dp} / micro_sequences={micro})",
+            "topology.vpp=null",
+        )
