@@ -66,15 +66,26 @@ class Refusal:
 def refusals(model: ModelSpec, proposal: Proposal, built: Capabilities = BUILT) -> list[Refusal]:
     """All reasons why ``model`` cannot run as proposed; empty when it can.
 
-    The vocabulary is padded and rows are padded to a multiple, so neither is ever a reason.
+    Returns:
+        Those of :func:`model_refusals`, then those of :func:`batch_refusals`.
+    """
+    return model_refusals(model, proposal, built) + batch_refusals(proposal)
+
+
+def model_refusals(model: ModelSpec, proposal: Proposal, built: Capabilities = BUILT) -> list[Refusal]:
+    """Why the model cannot be cut as proposed, whatever the batch.
+
+    The vocabulary is padded, so it is never a reason.
 
     Returns:
-        What is not built first, then what does not divide the model, then what does not divide the batch.
+        What is not built first, then what does not divide the model.
+    Example:
+        >>> heads = ModelSpec("llama", 2, 24, 6, 3, 4, 48, 64, 128, 1e-5, 1e4, True)
+        >>> model_refusals(heads, Proposal(Topology(tp=2)))[0].message
+        'model has 3 key/value heads, which topology.tp=2 does not divide'
     """
-    found: list[Refusal] = []
-    for rule in (_not_built, _axes_not_built, _tensor_cuts, _expert_cuts, _layers, _sequence_parallel, _batch):
-        found.extend(rule(model, proposal, built))
-    return found
+    rules = (_not_built, _axes_not_built, _tensor_cuts, _expert_cuts, _layers, _sequence_parallel)
+    return [refusal for rule in rules for refusal in rule(model, proposal, built)]
 
 
 def nearest(value: int, legal: Iterable[int]) -> int:
@@ -180,23 +191,28 @@ def _sequence_parallel(model: ModelSpec, proposal: Proposal, _: Capabilities) ->
         yield Refusal("topology.sp=true needs topology.tp larger than 1, but topology.tp=1", "topology.sp=false")
 
 
-def _batch(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
+def batch_refusals(proposal: Proposal) -> list[Refusal]:
+    """Why the global batch cannot be split as proposed. Rows are padded to a multiple, so their length is no reason.
+
+    Example:
+        >>> batch_refusals(Proposal(Topology(dp=3), global_sequences=8))[0].hint
+        'topology.dp=4'
+    """
     rows, micro, topology = proposal.global_sequences, proposal.micro_sequences, proposal.topology
     if rows % micro:
-        yield Refusal(
-            f"batch.global_sequences={rows} is no multiple of batch.micro_sequences={micro}",
-            f"batch.micro_sequences={nearest(micro, divisors(rows))}",
-        )
-    elif rows % (topology.dp * micro):
-        yield Refusal(
+        message = f"batch.global_sequences={rows} is no multiple of batch.micro_sequences={micro}"
+        return [Refusal(message, f"batch.micro_sequences={nearest(micro, divisors(rows))}")]
+    if rows % (topology.dp * micro):
+        message = (
             f"batch.global_sequences={rows} is no multiple of topology.dp={topology.dp} x "
-            f"batch.micro_sequences={micro} = {topology.dp * micro}",
-            f"topology.dp={nearest(topology.dp, divisors(rows // micro))}",
+            f"batch.micro_sequences={micro} = {topology.dp * micro}"
         )
-    elif (proposal.vpp or 1) > 1 and proposal.micro_batches % topology.pp:
+        return [Refusal(message, f"topology.dp={nearest(topology.dp, divisors(rows // micro))}")]
+    if (proposal.vpp or 1) > 1 and proposal.micro_batches % topology.pp:
         # the interleaved schedule of megatron-core runs micro-batches in rounds of pp
-        yield Refusal(
+        message = (
             f"topology.vpp={proposal.vpp} needs micro-batches in multiples of topology.pp={topology.pp}, but there are "
-            f"{proposal.micro_batches} (batch.global_sequences={rows} / dp={topology.dp} / micro_sequences={micro})",
-            "topology.vpp=null",
+            f"{proposal.micro_batches} (batch.global_sequences={rows} / dp={topology.dp} / micro_sequences={micro})"
         )
+        return [Refusal(message, "topology.vpp=null")]
+    return []

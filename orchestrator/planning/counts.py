@@ -1,0 +1,124 @@
+"""Counts: what one rank of each pipeline stage holds and computes, in parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel import names
+from parallel.capabilities import Proposal
+from parallel.specs import ModelSpec
+from parallel.stages import stage_layers
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One layout of one job: all that memory and time depend on.
+
+    Args:
+        stages: layer indices per chunk, as ``parallel.stages.split_layers`` returns them.
+        row_tokens: tokens of the longest row, padding included.
+        adapted: paths of the linears with an adapter (empty when all weights are trained).
+        adapter_rank: LoRA's ``r``.
+        distributed_optimizer: whether moments and master weights are cut over ``dp``.
+    """
+
+    model: ModelSpec
+    proposal: Proposal
+    stages: tuple[tuple[int, ...], ...]
+    row_tokens: int
+    adapted: frozenset[str]
+    adapter_rank: int
+    distributed_optimizer: bool
+    device: str
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.proposal.micro_sequences * self.row_tokens
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return 4 if self.proposal.precision == "fp32" else 2
+
+
+@dataclass(frozen=True)
+class StageCounts:
+    """Parameters on one rank of a stage. ``matmul``: those that a token is multiplied with, embedding excluded."""
+
+    base: int
+    trainable: int
+    matmul: int
+    layers: int
+
+
+def layer_matmul_parameters(model: ModelSpec) -> int:
+    """Weights of one whole layer that one token is multiplied with (of the experts, only the chosen ones)."""
+    total = model.hidden * model.experts  # the router
+    for linear in names.FAMILIES[model.family].linears:
+        copies = model.experts_per_token if "{expert}" in linear.path else 1
+        total += sum(copies * _product(names.shape(role, model)) for role, _ in linear.parts)
+    return total
+
+
+def head_cost_in_layers(model: ModelSpec) -> float:
+    """The work of the output head in units of one layer's, by multiplications per token.
+
+    Example:
+        >>> smollm2 = ModelSpec("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, True)
+        >>> round(head_cost_in_layers(smollm2), 1)
+        8.0
+    """
+    return model.vocab * model.hidden / layer_matmul_parameters(model)
+
+
+def stage_counts(work: Workload, stage: int) -> StageCounts:
+    """Count the parameters on one rank of pipeline stage ``stage``."""
+    model, topology = work.model, work.proposal.topology
+    layers = stage_layers(work.stages, topology.pp, stage)
+    first, last = stage == 0, stage == topology.pp - 1
+    vocabulary = names.padded_vocab(model.vocab, topology.tp) // topology.tp * model.hidden
+    tables = int(first) + int(last and not (model.tied_embeddings and first))
+    base = len(layers) * _layer_parameters(work) + tables * vocabulary + (model.hidden if last else 0)
+    full = work.proposal.tuner == "full"
+    return StageCounts(
+        base=base,
+        trainable=base if full else sum(_adapter_parameters(work, layer) for layer in layers),
+        matmul=len(layers) * layer_matmul_parameters(model) // topology.tp + (vocabulary if last else 0),
+        layers=len(layers),
+    )
+
+
+def _product(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
+
+
+def _layer_parameters(work: Workload) -> int:
+    """Base weights of one layer on one rank."""
+    model, topology = work.model, work.proposal.topology
+    total = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0) + model.hidden * model.experts
+    if model.qkv_bias:
+        total += (model.heads + 2 * model.kv_heads) * model.head_dim // topology.tp
+    for linear in names.FAMILIES[model.family].linears:
+        whole = sum(_product(names.shape(role, model)) for role, _ in linear.parts)
+        if "{expert}" in linear.path:
+            total += whole * (model.experts // topology.ep) // topology.etp
+        else:
+            total += whole // topology.tp
+    return total
+
+
+def _adapter_parameters(work: Workload, layer: int) -> int:
+    """LoRA weights of one layer on one rank.
+
+    A is ``[r, in]``, B ``[out, r]``: a column-parallel linear cuts B and keeps A whole on every rank, a row-parallel
+    one cuts A and keeps B whole.
+    """
+    tp, r = work.proposal.topology.tp, work.adapter_rank
+    total = 0
+    for linear in names.FAMILIES[work.model.family].linears:
+        for role, path in linear.parts:
+            if names.layer_prefix(layer) + path in work.adapted:
+                out, width = names.shape(role, work.model)
+                total += r * (width + out // tp) if linear.cut == "column" else r * (width // tp + out)
+    return total

@@ -1,0 +1,119 @@
+"""Memory: bytes on one rank of each pipeline stage, by owner. An estimate from shapes, meant to be a little high."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from orchestrator.planning.counts import Workload, stage_counts
+from parallel import names
+
+GIB = 2**30
+OVERHEAD_BYTES = {"cpu": int(0.6 * GIB), "cuda": int(1.5 * GIB)}
+"""Interpreter, torch and communication buffers of one process (on CUDA: context and NCCL too)."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each rank of one stage, by owner.
+
+    Example:
+        >>> StageMemory(weights=3, adapters=1, gradients=1, optimizer=2, activations=4, logits=0, overhead=1).total
+        12
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All owners together."""
+        return sum(asdict(self).values())
+
+    @property
+    def largest(self) -> str:
+        """The owner that holds most."""
+        owners = asdict(self)
+        return max(owners, key=lambda owner: owners[owner])
+
+
+def estimate_memory(work: Workload) -> tuple[StageMemory, ...]:
+    """Estimate every stage's bytes per rank, first stage first."""
+    return tuple(_stage_memory(work, stage) for stage in range(work.proposal.topology.pp))
+
+
+def _stage_memory(work: Workload, stage: int) -> StageMemory:
+    counts = stage_counts(work, stage)
+    adapters = 0 if work.proposal.tuner == "full" else counts.trainable
+    return StageMemory(
+        weights=counts.base * work.value_bytes,
+        adapters=adapters * work.value_bytes,
+        gradients=counts.trainable * 4,
+        optimizer=_optimizer_bytes(work, counts.trainable),
+        activations=_activation_bytes(work, stage, counts.layers),
+        logits=_logits_bytes(work) if stage == work.proposal.topology.pp - 1 else 0,
+        overhead=OVERHEAD_BYTES[work.device],
+    )
+
+
+def _optimizer_bytes(work: Workload, trainable: int) -> int:
+    """Adam's two fp32 moments, and fp32 master weights below fp32; cut over dp by a distributed optimizer.
+
+    Rajbhandari et al. 2020 (ZeRO), section 3.1: K = 12 bytes per parameter with master weights, 8 without.
+    """
+    per_parameter = 8 if work.proposal.precision == "fp32" else 12
+    replicas = work.proposal.topology.dp if work.distributed_optimizer else 1
+    return -(-trainable * per_parameter // replicas)
+
+
+def _activation_bytes(work: Workload, stage: int, layers: int) -> int:
+    """What the backward pass needs, at the schedule's deepest point.
+
+    Under 1F1B stage ``s`` of ``p`` holds ``min(p - s, m)`` micro-batches, and virtual chunks multiply the first stage's
+    by ``1 + (p - 1) / (p v)`` (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+    Models", sections 4.2.3 and 5). Full recomputation keeps each layer's input, and one layer's all while it reruns.
+    """
+    proposal = work.proposal
+    pp, virtual = proposal.topology.pp, proposal.vpp or 1
+    in_flight = float(min(pp - stage, proposal.micro_batches))
+    if virtual > 1:
+        in_flight = min(pp * (1 + (pp - 1) / (pp * virtual)), proposal.micro_batches)
+    layer = _layer_activation_bytes(work)
+    if proposal.recompute == "full":
+        return int(in_flight * layers * _residual_bytes(work)) + layer
+    return int(in_flight * layers * layer)
+
+
+def _residual_bytes(work: Workload) -> int:
+    """One activation ``[tokens, hidden]`` of a micro-batch on one rank: the input of a layer."""
+    topology = work.proposal.topology
+    cuts = topology.cp * (topology.tp if work.proposal.sp else 1)
+    return work.micro_tokens * work.model.hidden * work.value_bytes // cuts
+
+
+def _layer_activation_bytes(work: Workload) -> int:
+    """One layer's stored activations for one micro-batch on one rank.
+
+    The method of Korthikanti et al. 2022, section 4 (their equations 2 and 4: what lies between the cut linears is
+    divided by ``tp``, the rest only under sequence parallelism), with the terms of these models: no dropout masks, no
+    stored attention scores (fused attention; so selective recomputation saves nothing here), SwiGLU of three widths.
+    Per token: inputs and outputs of two norms; q, k, v and the attention output; gate, up and their product.
+    """
+    model, topology = work.model, work.proposal.topology
+    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+    width = 3 * model.ffn / topology.tp
+    if model.is_moe:  # every chosen expert sees its own copy of the token; the router stores its scores
+        width = model.experts_per_token * (3 * model.expert_ffn / topology.etp + 2 * model.hidden) + model.experts
+    cut = work.micro_tokens // topology.cp * work.value_bytes * (heads / topology.tp + width)
+    return 4 * _residual_bytes(work) + int(cut)
+
+
+def _logits_bytes(work: Workload) -> int:
+    """Logits in the model's type, and in fp32 their exponentials and gradient, for one micro-batch."""
+    topology = work.proposal.topology
+    rows = names.padded_vocab(work.model.vocab, topology.tp) // topology.tp
+    return work.micro_tokens // topology.cp * rows * (work.value_bytes + 8)
