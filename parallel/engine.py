@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from parallel.lora_spec import LoraSpec
 from parallel.shards import Box, Shard
+from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,42 @@ class MicroBatch:
     tokens: torch.Tensor
     labels: torch.Tensor
     sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdamSpec:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101). ``clip_norm`` 0: the norm is measured, nothing clipped.
+
+    ``distributed``: moments are cut over data-parallel ranks (megatron-core's distributed optimizer).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    distributed: bool = False
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """All that an engine needs to know besides its groups and its weights.
+
+    Args:
+        stages: layer indices of each pipeline chunk, ``stages[virtual * pp + stage]``.
+        lora: None means full fine-tuning.
+        sequence_tokens: the longest row of the run.
+    """
+
+    model: ModelSpec
+    stages: tuple[tuple[int, ...], ...]
+    lora: LoraSpec | None
+    adam: AdamSpec = field(default_factory=AdamSpec)
+    vpp: int | None = None
+    sp: bool = False
+    precision: str = "fp32"
+    recompute: str = "none"
+    seed: int = 0
+    sequence_tokens: int = 512
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,267 @@
+"""The megatron engine: megatron-core's model, schedules, gradient buffers and optimizer, driven one step at a time."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.tensor_parallel import mappings
+
+from parallel import names
+from parallel.device import cuda_type_names, current_device
+from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
+from parallel.engines import megatron_model as models
+from parallel.engines import megatron_state as states
+from parallel.groups import Groups
+from parallel.loss import VocabShard, summed_loss
+from parallel.seeding import DropoutClock
+from parallel.shards import Piece, Shard
+
+# A learning rate is given at every step; megatron-core only wants one to be there.
+_PLACEHOLDER_LR = 1.0
+_NO_CLIPPING = math.inf
+
+
+class NoGradientError(RuntimeError):
+    """A trainable tensor took no part in the first backward pass: the run would not train it."""
+
+
+class MegatronEngine:
+    """A rank of a megatron-core run; see :class:`parallel.engine.Engine` for what each method promises.
+
+    Args:
+        base: where the frozen (or initial) weights are read from; None for random ones that only depend on names.
+        groups: stay the caller's: :meth:`close` does not close them.
+    """
+
+    def __init__(self, spec: EngineSpec, groups: Groups, base: TensorReader | None) -> None:
+        self._spec, self._groups = spec, groups
+        self._clock = DropoutClock(spec.seed, spec.sequence_tokens)
+        self._chunks = models.build_chunks(spec, groups, self._clock)
+        models.fill_base(spec, groups, self._chunks, base)
+        self._pgs = models.process_groups(groups)
+        self._device = current_device()
+        for chunk in self._chunks:
+            chunk.to(self._device)
+        self._config = self._chunks[0].config
+        self._wrapped = [self._wrap(chunk) for chunk in self._chunks]
+        self._optimizer = self._build_optimizer()
+        states.create_moments(self._optimizer)
+        self._steps = 0
+        self._checked = False
+
+    def train_step(self, microbatches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+        """Run one optimizer step.
+
+        Raises:
+            NoGradientError: in the first step, a trainable tensor got no gradient.
+        """
+        for chunk in self._wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        watch = None if self._checked else _GradientWatch(self._chunks)
+        losses = self._run_schedule(microbatches, forward_only=False)
+        if watch is not None:
+            watch.finish()
+            self._checked = True
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        with cuda_type_names():
+            _, norm, _ = self._optimizer.step()
+        self._steps += 1
+        loss, tokens = self._global_loss(losses)
+        return StepResult(loss, tokens, float(norm))
+
+    def evaluate(self, microbatches: Sequence[MicroBatch]) -> StepResult:
+        """The loss of these micro-batches without learning."""
+        for chunk in self._wrapped:
+            chunk.eval()
+        with torch.no_grad():
+            losses = self._run_schedule(microbatches, forward_only=True)
+        loss, tokens = self._global_loss(losses)
+        return StepResult(loss, tokens, 0.0)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Whole logits ``[sequences, tokens, vocab]`` in fp32 on the ranks of the last stage, None on the others."""
+        found: list[torch.Tensor] = []
+
+        def collect(batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            local = (hidden @ self._head().t()).float()
+            size = self._groups.size("tp")
+            shares = [torch.empty_like(local) for _ in range(size)]
+            dist.all_gather(shares, local, group=self._groups.by_name["tp"])
+            found.append(torch.cat(shares, dim=-1)[..., : self._spec.model.vocab].transpose(0, 1))
+            return hidden.new_zeros(()), torch.tensor(0, dtype=torch.int), hidden.new_zeros(2)
+
+        for chunk in self._wrapped:
+            chunk.eval()
+        with torch.no_grad():
+            batch = MicroBatch(tokens, torch.full_like(tokens, -100), tuple(range(tokens.shape[0])))
+            self._run_schedule([batch], forward_only=True, loss=collect)
+        return found[0] if found else None
+
+    def shards(self) -> Iterator[Shard]:
+        """Every trained tensor and its moments on this rank."""
+        for parameter, pieces in self._trained():
+            yield from states.state_shards(self._optimizer, parameter, pieces)
+
+    def load(self, reader: TensorReader, *, moments: bool) -> None:
+        """Fill the training state from logical tensors."""
+        with torch.no_grad():
+            has_master = set()
+            for shard in self.shards():
+                if shard.kind == "weight" or moments:
+                    shard.data.copy_(reader.read(shard.name, shard.kind, shard.box))
+                    has_master |= {shard.kind} & {"master"}
+            if not has_master:
+                self._optimizer.reload_model_params()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that Adam has counted."""
+        return self._steps
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """Set Adam's count after a load."""
+        self._steps = steps
+        states.set_steps(self._optimizer, steps)
+
+    def close(self) -> None:
+        """Drop the model and the optimizer."""
+        self._chunks.clear()
+        self._wrapped.clear()
+        del self._optimizer
+
+    def _trained(self) -> Iterator[tuple[torch.nn.Parameter, list[Piece]]]:
+        every = models.tensors(self._spec, self._groups, self._chunks)
+        for _, entries in groupby(every, key=lambda entry: id(entry[0])):
+            listed = list(entries)
+            if listed[0][0].requires_grad:
+                yield listed[0][0], [piece for _, piece in listed]  # type: ignore[misc]
+
+    def _wrap(self, chunk: models.HiddenGPTModel) -> DistributedDataParallel:
+        config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=self._spec.adam.distributed,
+            check_for_nan_in_grad=False,
+        )
+        return DistributedDataParallel(config=self._config, ddp_config=config, module=chunk, pg_collection=self._pgs)
+
+    def _build_optimizer(self) -> MegatronOptimizer:
+        adam = self._spec.adam
+        sixteen_bit = any(
+            parameter.requires_grad and parameter.dtype != torch.float32
+            for chunk in self._chunks
+            for parameter in chunk.parameters()
+        )
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=_PLACEHOLDER_LR,
+            weight_decay=adam.weight_decay,
+            adam_beta1=adam.betas[0],
+            adam_beta2=adam.betas[1],
+            adam_eps=adam.eps,
+            clip_grad=adam.clip_norm or _NO_CLIPPING,
+            bf16=sixteen_bit,
+            params_dtype=torch.bfloat16 if sixteen_bit else torch.float32,
+            use_distributed_optimizer=adam.distributed,
+        )
+        with cuda_type_names(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_megatron_optimizer(
+                config, self._wrapped, use_gloo_process_groups=False, pg_collection=self._pgs
+            )
+
+    def _run_schedule(self, microbatches: Sequence[MicroBatch], forward_only: bool, loss=None) -> list[torch.Tensor]:
+        """Run megatron-core's schedule; returns ``[loss sum, label tokens]`` per micro-batch on the last stage."""
+        loss = loss or self._loss
+        topology = self._groups.topology
+        sequences, tokens = microbatches[0].tokens.shape
+
+        def forward_step(batches, chunk):
+            number, batch = next(batches)
+            self._clock.announce(number, batch.sample_ids)
+            positions = torch.arange(batch.tokens.shape[1], device=self._device).expand_as(batch.tokens)
+            hidden = chunk(batch.tokens.to(self._device), positions, None)
+            return hidden, lambda output: loss(batch, output)
+
+        self._clock.begin_step()
+        schedule = get_forward_backward_func(topology.pp, self._spec.vpp)
+        iterators = [iter(list(enumerate(microbatches))) for _ in self._wrapped]
+        return schedule(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._wrapped if len(iterators) > 1 else self._wrapped[0],
+            num_microbatches=len(microbatches),
+            seq_length=tokens,
+            micro_batch_size=sequences,
+            forward_only=forward_only,
+            p2p_communicator=P2PCommunicator(self._groups.by_name["pp"], self._config),
+            pg_collection=self._pgs,
+        )
+
+    def _loss(self, batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sum of the losses, count of label tokens and both for the log, of one micro-batch on the last stage."""
+        group = self._groups.by_name["tp"]
+        if self._spec.sp:
+            hidden = mappings.gather_from_sequence_parallel_region(hidden, group=group)
+        elif self._groups.size("tp") > 1:
+            hidden = mappings.copy_to_tensor_model_parallel_region(hidden, group=group)
+        labels = batch.labels.to(self._device).t()
+        total, count = summed_loss(hidden, self._head(), labels, self._vocab_shard())
+        tokens = torch.tensor(count, dtype=torch.int, device=self._device)
+        return total, tokens, torch.stack([total.detach().double(), tokens.double()])
+
+    def _head(self) -> torch.Tensor:
+        return self._chunks[-1].head_weight()
+
+    def _vocab_shard(self) -> VocabShard:
+        topology = self._groups.topology
+        piece = names.vocab_piece(names.HEAD, self._spec.model, topology.tp, self._groups.coordinate("tp"))
+        return VocabShard(piece.box.offset[0], piece.box.size[0], self._groups.by_name["tp"])
+
+    def _global_loss(self, losses: list[torch.Tensor]) -> tuple[float, int]:
+        """The mean loss over the global batch's label tokens, on every rank."""
+        total = torch.zeros(2, dtype=torch.float64, device=self._device)
+        if losses and self._groups.index("tp") == 0:
+            total += torch.stack(losses).sum(dim=0)
+        dist.all_reduce(total, group=self._groups.by_name["world"])
+        loss_sum, count = total.tolist()
+        return loss_sum / max(count, 1.0), int(count)
+
+
+class _GradientWatch:
+    """Notes which trainable tensors a backward pass reaches."""
+
+    def __init__(self, chunks: list[models.HiddenGPTModel]) -> None:
+        self._silent: dict[int, str] = {}
+        self._handles = []
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if parameter.requires_grad:
+                    self._silent[id(parameter)] = name
+                    self._handles.append(parameter.register_hook(self._heard(id(parameter))))
+
+    def _heard(self, key: int):
+        return lambda gradient: self._silent.pop(key, None) and None
+
+    def finish(self) -> None:
+        """Check and take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        if self._silent:
+            missing = sorted(self._silent.values())
+            raise NoGradientError(
+                f"{len(missing)} trainable tensors got no gradient in the first step, first {missing[0]}"
+            )

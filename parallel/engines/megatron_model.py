@@ -1,0 +1,242 @@
+"""Building a sharded GPTModel of megatron-core, with its base weights filled in from logical tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from parallel import names
+from parallel.device import stand_in_for_cuda
+from parallel.engine import EngineSpec, TensorReader
+from parallel.groups import Groups
+from parallel.lora import LoraContext, LoraLinear, Regions, adapter_tensors, wrap_layer
+from parallel.provider import block_spec
+from parallel.seeding import DropoutClock, normal
+from parallel.shards import Piece
+from parallel.specs import ModelSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+INITIAL_STD = 0.02
+
+
+class HiddenGPTModel(GPTModel):
+    """A GPTModel whose last stage returns hidden states ``[s, b, hidden]``: the loss makes the logits, in blocks."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+    def head_weight(self) -> torch.Tensor:
+        """This rank's rows of the output layer ``[padded vocab / tp, hidden]`` (the last stage has them)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def process_groups(groups: Groups) -> ProcessGroupCollection:
+    """Our groups under megatron-core's names."""
+    collection = ProcessGroupCollection(**{name: group for name, group in groups.by_name.items() if name != "world"})
+    collection.embd = groups.embd
+    collection.pos_embd = None
+    collection.intra_dp_cp = groups.by_name["dp_cp"]
+    collection.intra_expt_dp = groups.by_name["expt_dp"]
+    collection.inter_dist_opt = None
+    collection.intra_dist_opt = groups.by_name["world"]
+    return collection
+
+
+def regions(groups: Groups) -> Regions:
+    """The differentiable tensor-parallel collectives that adapters use."""
+    group = groups.by_name["tp"]
+    return Regions(
+        copy=lambda value: mappings.copy_to_tensor_model_parallel_region(value, group=group),
+        reduce=lambda value: mappings.reduce_from_tensor_model_parallel_region(value, group=group),
+        gather=lambda value: mappings.gather_from_sequence_parallel_region(value, group=group),
+        scatter=lambda value: mappings.reduce_scatter_to_sequence_parallel_region(value, group=group),
+    )
+
+
+def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
+    """megatron-core's config of this model on this topology."""
+    model, topology = spec.model, groups.topology
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    recompute: dict[str, Any] = {}
+    if spec.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif spec.recompute == "selective":
+        recompute = {"recompute_granularity": "selective"}
+    experts: dict[str, Any] = {}
+    if model.is_moe:
+        experts = {
+            "num_moe_experts": model.experts,
+            "moe_router_topk": model.experts_per_token,
+            "moe_ffn_hidden_size": model.expert_ffn,
+            "moe_router_pre_softmax": not model.normalise_expert_weights,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        virtual_pipeline_model_parallel_size=spec.vpp,
+        context_parallel_size=topology.cp,
+        expert_model_parallel_size=topology.ep,
+        expert_tensor_parallel_size=topology.etp,
+        sequence_parallel=spec.sp,
+        params_dtype=DTYPES[spec.precision],
+        pipeline_dtype=DTYPES[spec.precision],
+        bf16=spec.precision == "bf16",
+        perform_initialization=False,
+        use_cpu_initialization=device == "cpu",
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=device == "cuda",
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        **recompute,
+        **experts,
+    )
+
+
+def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[HiddenGPTModel]:
+    """Build this rank's pipeline chunks, wrap adapters on and freeze what is not trained. Weights are not filled yet."""
+    stand_in_for_cuda()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformer_config(spec, groups)
+        chunks = [_build_chunk(spec, groups, config, virtual) for virtual in range(spec.vpp or 1)]
+    for virtual, chunk in enumerate(chunks):
+        if spec.lora is None:
+            continue
+        chunk.requires_grad_(False)
+        context = LoraContext(
+            spec.model,
+            spec.lora,
+            spec.seed,
+            groups.topology.tp,
+            groups.coordinate("tp"),
+            regions(groups),
+            spec.sp,
+            clock,
+        )
+        for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
+            wrap_layer(layer, index, context)
+        if spec.recompute != "none" and chunk.pre_process:
+            _let_hidden_states_require_grad(chunk)
+    return chunks
+
+
+def _build_chunk(spec: EngineSpec, groups: Groups, config: TransformerConfig, virtual: int) -> HiddenGPTModel:
+    model, topology = spec.model, groups.topology
+    stage, last = groups.coordinate("pp"), (spec.vpp or 1) - 1
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return HiddenGPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(model, len(chunk_layers(spec, groups, virtual)), device),
+        vocab_size=names.padded_vocab(model.vocab, topology.tp),
+        max_sequence_length=model.max_positions,
+        pre_process=stage == 0 and virtual == 0,
+        post_process=stage == topology.pp - 1 and virtual == last,
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rope_theta,
+        pg_collection=process_groups(groups),
+        vp_stage=virtual if spec.vpp else None,
+    )
+
+
+def chunk_layers(spec: EngineSpec, groups: Groups, virtual: int) -> tuple[int, ...]:
+    """Global layer indices of one of this rank's chunks."""
+    return spec.stages[virtual * groups.topology.pp + groups.coordinate("pp")]
+
+
+def _let_hidden_states_require_grad(chunk: HiddenGPTModel) -> None:
+    """A frozen embedding under activation recompute would cut the graph, and the stage would train nothing."""
+    chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+
+def tensors(spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel]) -> Iterator[tuple[torch.Tensor, Piece]]:
+    """Every local tensor with each logical piece in it: adapters first, then base weights, in a fixed order."""
+    for chunk in chunks:
+        yield from adapter_tensors(chunk)
+    for virtual, chunk in enumerate(chunks):
+        yield from _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual))
+
+
+def _base_tensors(
+    model: ModelSpec, groups: Groups, chunk: HiddenGPTModel, layers: tuple[int, ...]
+) -> Iterator[tuple[torch.Tensor, Piece]]:
+    tp, rank = groups.topology.tp, groups.coordinate("tp")
+    if chunk.pre_process:
+        yield chunk.embedding.word_embeddings.weight, names.vocab_piece(names.EMBEDDING, model, tp, rank)
+    for layer, index in zip(chunk.decoder.layers, layers, strict=True):
+        for path, name in names.FAMILIES[model.family].whole:
+            parameter = layer.get_parameter(path)
+            yield parameter, names.whole_piece(names.layer_prefix(index) + name, tuple(parameter.shape))
+        for linear in names.linears(model):
+            module = layer.get_submodule(linear.path)
+            base = module.base if isinstance(module, LoraLinear) else module
+            for piece in names.weight_pieces(linear, model, index, tp, rank):
+                yield base.weight, piece
+            if base.bias is not None:
+                for piece in names.bias_pieces(linear, model, index, tp, rank):
+                    yield base.bias, piece
+    if chunk.post_process:
+        norm = chunk.decoder.final_layernorm.weight
+        yield norm, names.whole_piece(names.FINAL_NORM, tuple(norm.shape))
+        if not (model.tied_embeddings and chunk.pre_process):
+            name = names.EMBEDDING if model.tied_embeddings else names.HEAD
+            yield chunk.head_weight(), names.vocab_piece(name, model, tp, rank)
+
+
+def fill_base(
+    spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], reader: TensorReader | None
+) -> None:
+    """Fill the base weights: slices of a Hugging Face folder, or (``reader`` None) random ones that only depend on names.
+
+    Each rank reads only the rows and columns that it holds; rows that pad the vocabulary are zero.
+    """
+    with torch.no_grad():
+        for virtual, chunk in enumerate(chunks):
+            for tensor, piece in _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual)):
+                if piece.local.size[0] < tensor.shape[0] and piece.name in (names.EMBEDDING, names.HEAD):
+                    tensor[piece.local.size[0] :].zero_()
+                if 0 in piece.box.size:
+                    continue
+                value = reader.read(piece.name, "weight", piece.box) if reader else _random(spec.seed, piece)
+                tensor[piece.local.slices].copy_(value)
+
+
+def _random(seed: int, piece: Piece) -> torch.Tensor:
+    if piece.name.endswith("norm.weight"):
+        return torch.ones(piece.box.size)
+    if piece.name.endswith(".bias"):
+        return torch.zeros(piece.box.size)
+    return normal(piece.shape, INITIAL_STD, seed, "weight", piece.name)[piece.box.slices]

@@ -1,0 +1,103 @@
+"""Cross entropy over a cut vocabulary, a block of rows at a time: logits are never whole in memory.
+
+Only rows with a label are computed. The gradient with respect to the hidden states is made together with the loss, as
+in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989); the reductions over the cut vocabulary are Megatron-LM's
+(Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.engine import IGNORED_LABEL
+
+BLOCK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Rows ``start .. start + rows`` of the vocabulary lie on this rank; ``group`` joins the ranks that hold it all."""
+
+    start: int
+    rows: int
+    group: Any = None
+
+    def reduce(self, value: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        """All-reduce in place over the vocabulary's ranks."""
+        if self.group is not None and dist.get_world_size(self.group) > 1:
+            dist.all_reduce(value, op=op, group=self.group)
+        return value
+
+
+def summed_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocab: VocabShard
+) -> tuple[torch.Tensor, int]:
+    """Sum of the cross entropies of all labelled rows.
+
+    Args:
+        hidden: ``[..., hidden]``, equal on all ranks of ``vocab.group``. Its gradient is this rank's share: the caller
+            sums it over the group.
+        weight: ``[>= vocab.rows, hidden]``, this rank's rows of the output layer (rows beyond ``vocab.rows`` are padding).
+        labels: int64, the shape of ``hidden`` without its last axis; ``IGNORED_LABEL`` where there is none.
+    Returns:
+        The fp32 scalar sum and the count of labels.
+    """
+    chosen = labels != IGNORED_LABEL
+    rows, targets = hidden[chosen], labels[chosen]
+    if weight.shape[0] != vocab.rows:
+        weight = weight[: vocab.rows]
+    return _SummedLoss.apply(rows, weight, targets, vocab), int(targets.numel())
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: VocabShard
+    ) -> torch.Tensor:
+        need_rows, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_rows = torch.empty_like(rows) if need_rows else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        loss = rows.new_zeros((), dtype=torch.float32)
+        block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[0]))
+        for start in range(0, rows.shape[0], block):
+            part = slice(start, start + block)
+            part_loss, gradient = _block_loss(rows[part], weight, targets[part], vocab)
+            loss += part_loss
+            if grad_rows is not None:
+                torch.matmul(gradient.to(weight.dtype), weight, out=grad_rows[part])
+            if grad_weight is not None:
+                grad_weight += gradient.t() @ rows[part].float()
+        ctx.gradients = (grad_rows, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_rows, grad_weight = ctx.gradients
+        scale = grads[0]
+        return (
+            None if grad_rows is None else grad_rows * scale.to(grad_rows.dtype),
+            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
+            None,
+        )
+
+
+def _block_loss(
+    rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: VocabShard
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of a block and its gradient with respect to this rank's logits."""
+    logits = (rows @ weight.t()).float()
+    top = vocab.reduce(logits.amax(dim=-1), dist.ReduceOp.MAX)
+    local = targets - vocab.start
+    mine = (local >= 0) & (local < vocab.rows)
+    index = local.clamp(0, vocab.rows - 1).unsqueeze(1)
+    target_logit = torch.where(mine, logits.gather(1, index).squeeze(1) - top, 0.0)
+    exponentials = logits.sub_(top.unsqueeze(1)).exp_()
+    total, target_logit = vocab.reduce(torch.stack([exponentials.sum(dim=-1), target_logit]))
+    gradient = exponentials.div_(total.unsqueeze(1))
+    gradient.scatter_add_(1, index, -mine.to(gradient.dtype).unsqueeze(1))
+    return (total.log() - target_logit).sum(), gradient

@@ -1,0 +1,262 @@
+"""Names: how a rank's local tensors are made of logical (Hugging Face) ones, as declarative tables.
+
+Supporting a family means adding one :class:`Family`: its norms, its linears and which logical linears each fused one
+holds. Everything else (import, export, adapters, checkpoints) reads these tables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from parallel.shards import Box, Piece
+from parallel.specs import ModelSpec
+
+
+class TargetError(ValueError):
+    """``tuner.targets`` names nothing in this model."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One local linear layer.
+
+    Args:
+        path: its module path inside a megatron-core layer.
+        cut: ``column`` (output rows are cut over tp) or ``row`` (input columns are).
+        parts: logical linears fused in it, as ``(role, Hugging Face path inside the layer)``.
+    """
+
+    path: str
+    cut: str
+    parts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The layers of one model family. ``whole``: (local parameter, logical name) held whole by every tp rank."""
+
+    whole: tuple[tuple[str, str], ...]
+    linears: tuple[Linear, ...]
+
+
+_NORMS = (
+    ("input_layernorm.weight", "input_layernorm.weight"),
+    ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+)
+_QK_NORMS = (
+    ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
+    ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
+)
+_ATTENTION = (
+    Linear(
+        "self_attention.linear_qkv",
+        "column",
+        (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj")),
+    ),
+    Linear("self_attention.linear_proj", "row", (("o", "self_attn.o_proj"),)),
+)
+_MLP = (
+    Linear("mlp.linear_fc1", "column", (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"))),
+    Linear("mlp.linear_fc2", "row", (("down", "mlp.down_proj"),)),
+)
+_EXPERTS = (
+    Linear(
+        "mlp.experts.local_experts.{expert}.linear_fc1",
+        "column",
+        (("gate", "mlp.experts.{expert}.gate_proj"), ("up", "mlp.experts.{expert}.up_proj")),
+    ),
+    Linear("mlp.experts.local_experts.{expert}.linear_fc2", "row", (("down", "mlp.experts.{expert}.down_proj"),)),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_NORMS, _ATTENTION + _MLP),
+    "qwen2": Family(_NORMS, _ATTENTION + _MLP),
+    "qwen3": Family(_NORMS + _QK_NORMS, _ATTENTION + _MLP),
+    "qwen3_moe": Family((*_NORMS, *_QK_NORMS, ("mlp.router.weight", "mlp.gate.weight")), _ATTENTION + _EXPERTS),
+}
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def layer_prefix(layer: int) -> str:
+    """Where a layer's tensors live in a Hugging Face state dict.
+
+    Example:
+        >>> layer_prefix(3)
+        'model.layers.3.'
+    """
+    return f"model.layers.{layer}."
+
+
+def linears(spec: ModelSpec) -> Iterator[Linear]:
+    """The local linears of one layer, one entry per expert for expert layers."""
+    for linear in FAMILIES[spec.family].linears:
+        if "{expert}" not in linear.path:
+            yield linear
+            continue
+        for expert in range(spec.experts):
+            parts = tuple((role, path.format(expert=expert)) for role, path in linear.parts)
+            yield Linear(linear.path.format(expert=expert), linear.cut, parts)
+
+
+def shape(role: str, spec: ModelSpec) -> tuple[int, int]:
+    """``(out, in)`` of the whole logical linear with this role."""
+    ffn = spec.expert_ffn if spec.is_moe else spec.ffn
+    query, value = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    return {
+        "q": (query, spec.hidden),
+        "k": (value, spec.hidden),
+        "v": (value, spec.hidden),
+        "o": (spec.hidden, query),
+        "gate": (ffn, spec.hidden),
+        "up": (ffn, spec.hidden),
+        "down": (spec.hidden, ffn),
+    }[role]
+
+
+def local_rows(role: str, spec: ModelSpec, tp: int, rank: int) -> Iterator[tuple[int, int, int]]:
+    """Where the rows of a column-parallel part lie: ``(logical row, local row, count)``.
+
+    megatron-core lays a fused qkv out group by group (the query heads of one key/value group, its key, its value), and
+    a fused gate|up as this rank's gate rows, then its up rows.
+    """
+    out = shape(role, spec)[0]
+    if role in ("gate", "up"):
+        count = out // tp
+        yield rank * count, (count if role == "up" else 0), count
+        return
+    queries = spec.heads // spec.kv_heads
+    groups = spec.kv_heads // tp
+    stride = (queries + 2) * spec.head_dim
+    count = (queries if role == "q" else 1) * spec.head_dim
+    inside = {"q": 0, "k": queries, "v": queries + 1}[role] * spec.head_dim
+    for group in range(groups):
+        yield (rank * groups + group) * count, group * stride + inside, count
+
+
+def weight_pieces(linear: Linear, spec: ModelSpec, layer: int, tp: int, rank: int) -> Iterator[Piece]:
+    """The logical pieces of a local weight ``[out, in]`` on tensor-parallel rank ``rank`` of ``tp``."""
+    for role, path in linear.parts:
+        name, whole = f"{layer_prefix(layer)}{path}.weight", shape(role, spec)
+        if linear.cut == "row":
+            size = (whole[0], whole[1] // tp)
+            yield Piece(name, whole, Box((0, rank * size[1]), size), Box((0, 0), size))
+            continue
+        for logical, local, count in local_rows(role, spec, tp, rank):
+            size = (count, whole[1])
+            yield Piece(name, whole, Box((logical, 0), size), Box((local, 0), size))
+
+
+def bias_pieces(linear: Linear, spec: ModelSpec, layer: int, tp: int, rank: int) -> Iterator[Piece]:
+    """The logical pieces of a column-parallel linear's local bias ``[out]``."""
+    for role, path in linear.parts:
+        name, whole = f"{layer_prefix(layer)}{path}.bias", shape(role, spec)[:1]
+        for logical, local, count in local_rows(role, spec, tp, rank):
+            yield Piece(name, whole, Box((logical,), (count,)), Box((local,), (count,)))
+
+
+def whole_piece(name: str, size: tuple[int, ...]) -> Piece:
+    """The piece of a tensor that every tensor-parallel rank holds whole."""
+    return Piece(name, size, Box.whole(size), Box.whole(size))
+
+
+def vocab_piece(name: str, spec: ModelSpec, tp: int, rank: int) -> Piece:
+    """This rank's rows of an embedding or head ``[vocab, hidden]``; padding rows are in no piece."""
+    rows = padded_vocab(spec.vocab, tp) // tp
+    start = rank * rows
+    size = (max(0, min(rows, spec.vocab - start)), spec.hidden)
+    return Piece(name, (spec.vocab, spec.hidden), Box((start, 0), size), Box((0, 0), size))
+
+
+def padded_vocab(vocab: int, tp: int) -> int:
+    """The vocabulary rounded up to a multiple of ``tp``.
+
+    Example:
+        >>> padded_vocab(10, 4)
+        12
+    """
+    return -(-vocab // tp) * tp
+
+
+def adapter_pieces(
+    linear: Linear, part: tuple[str, str], spec: ModelSpec, layer: int, r: int, tp: int, rank: int
+) -> tuple[Piece, Piece]:
+    """The logical pieces of one part's local LoRA halves A ``[r, in]`` and B ``[out, r]``, under PEFT's names.
+
+    Column-parallel: A is whole on every rank, B has this rank's rows. Row-parallel: A has this rank's columns, B is
+    whole. The rows of B are contiguous here, also where the base is fused.
+    """
+    role, path = part
+    out, width = shape(role, spec)
+    name = f"base_model.model.{layer_prefix(layer)}{path}"
+    name_a, name_b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+    if linear.cut == "row":
+        local = width // tp
+        piece_a = Piece(name_a, (r, width), Box((0, rank * local), (r, local)), Box.whole((r, local)))
+        return piece_a, whole_piece(name_b, (out, r))
+    local = out // tp
+    piece_b = Piece(name_b, (out, r), Box((rank * local, 0), (local, r)), Box.whole((local, r)))
+    return whole_piece(name_a, (r, width)), piece_b
+
+
+def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]:
+    """Which logical linears an adapter sits on, by PEFT's rules for ``target_modules``.
+
+    A list (or one plain name) matches a module by its last path components; a string is a regular expression that must
+    match the whole module path; ``all-linear`` means every linear layer but the output layer (and, as in PEFT, not the
+    experts, which are no linear modules there).
+
+    Returns:
+        Full module paths such as ``model.layers.0.self_attn.q_proj``.
+    Raises:
+        TargetError: a name matches nothing; the message lists near names.
+    """
+    modules = [
+        layer_prefix(layer) + path
+        for layer in range(spec.layers)
+        for linear in FAMILIES[spec.family].linears
+        for _, path in linear.parts
+        if "{expert}" not in path
+    ]
+    if targets == "all-linear":
+        return frozenset(modules)
+    leaves = sorted({module.rsplit(".", 1)[1] for module in modules})
+    if isinstance(targets, str) and targets not in leaves:
+        return _by_expression(targets, modules, leaves)
+    chosen: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        found = {module for module in modules if module == target or module.endswith("." + target)}
+        if not found:
+            near = difflib.get_close_matches(target, leaves, n=3, cutoff=0.3) or leaves
+            raise TargetError(
+                f"tuner.targets: {target!r} matches no linear layer of this {spec.family} model",
+                f"near names: {', '.join(near)}; for example tuner.targets=[{near[0]}] or tuner.targets=all-linear",
+            )
+        chosen |= found
+    if not chosen:
+        raise TargetError("tuner.targets is empty", "tuner.targets=all-linear")
+    return frozenset(chosen)
+
+
+def _by_expression(expression: str, modules: list[str], leaves: list[str]) -> frozenset[str]:
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise TargetError(
+            f"tuner.targets: {expression!r} is no regular expression: {error}", "tuner.targets=all-linear"
+        ) from error
+    found = frozenset(module for module in modules if pattern.fullmatch(module))
+    if not found:
+        near = difflib.get_close_matches(expression, leaves, n=3, cutoff=0.3) or leaves
+        raise TargetError(
+            f"tuner.targets: {expression!r} matches no linear layer (a string must match the whole path, such as "
+            f"{modules[0]})",
+            f"near names: {', '.join(near)}; for example tuner.targets=[{near[0]}]",
+        )
+    return found

@@ -1,0 +1,137 @@
+"""Which modules megatron-core's layers are built from: ours everywhere, transformer-engine's where it is installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from parallel.attention import SdpaAttention
+from parallel.specs import ModelSpec
+
+
+class RmsNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Its weight is replicated over tensor-parallel ranks; with sequence parallelism each rank sees its own tokens only
+    and megatron-core sums the gradients.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``x / rms(x) * weight``."""
+        wide = hidden.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return scaled.to(hidden.dtype) * self.weight
+
+
+class IsotrainSpecProvider(BackendSpecProvider):
+    """Norm, linears and attention that need nothing but torch."""
+
+    def column_parallel_linear(self) -> type:
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> type | None:
+        return None
+
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
+        return RmsNorm
+
+    def core_attention(self) -> type:
+        return SdpaAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool) -> tuple[type, Any]:
+        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+    def activation_func(self) -> type | None:
+        return None
+
+
+class TransformerEngineSpecProvider(IsotrainSpecProvider):
+    """Ours, with transformer-engine's attention and norm: the fast path where it is installed."""
+
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+
+    def core_attention(self) -> type:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
+
+
+def provider(device: str) -> IsotrainSpecProvider:
+    """The best provider for a device on this host."""
+    if device == "cuda" and find_spec("transformer_engine") is not None:
+        return TransformerEngineSpecProvider()
+    return IsotrainSpecProvider()
+
+
+def block_spec(spec: ModelSpec, layers: int, device: str) -> TransformerBlockSubmodules:
+    """The transformer block of one pipeline chunk with this many layers."""
+    backend = provider(device)
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(spec, backend) for _ in range(layers)], layer_norm=backend.layer_norm()
+    )
+
+
+def _layer_spec(spec: ModelSpec, backend: IsotrainSpecProvider) -> ModuleSpec:
+    qk_norm = backend.layer_norm(for_qk=True) if spec.qk_norm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=backend.column_parallel_linear(),
+        core_attention=backend.core_attention(),
+        linear_proj=backend.row_parallel_linear(),
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.layer_norm(),
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=backend.layer_norm(),
+            mlp=_mlp_spec(spec, backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _mlp_spec(spec: ModelSpec, backend: IsotrainSpecProvider) -> ModuleSpec:
+    if spec.is_moe:
+        return get_moe_module_spec_for_backend(
+            backend=backend, num_experts=spec.experts, moe_grouped_gemm=False, moe_use_legacy_grouped_gemm=False
+        )
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+        ),
+    )
