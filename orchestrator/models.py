@@ -5,7 +5,6 @@ Nothing here touches the network unless the job says ``model.download=true``.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -103,22 +102,6 @@ def _download(hub_id: str) -> Path:
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"model.path={hub_id} was downloaded but has no config.json", "model.path=FOLDER")
     return Path(folder)
-
-
-def read_config(folder: Path) -> dict[str, object]:
-    """The keys of a model folder's ``config.json``.
-
-    Raises:
-        ConfigError: the file is no JSON object.
-    """
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} is no JSON: {error}", "model.path=FOLDER") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file} holds a {type(config).__name__}, not an object", "model.path=FOLDER")
-    return config
 
 
 def main(arguments: list[str]) -> int:

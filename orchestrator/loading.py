@@ -1,0 +1,185 @@
+"""Hydra composes plain YAML from ``configs/``; the strict builder makes the job. Hydra is imported only here.
+
+Hydra writes no folders, changes no directory and sets up no logging: only its composition is used.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.building import (
+    all_keys,
+    blocking_differences,
+    build_job,
+    differences,
+    job_from_yaml,
+    job_to_yaml,
+    mapping_from_yaml,
+    read_job,
+    same_run,
+    unknown_key,
+)
+from orchestrator.errors import ConfigError
+from orchestrator.job import JobConfig
+
+__all__ = [
+    "blocking_differences",
+    "compose_job",
+    "config_root",
+    "differences",
+    "group_choices",
+    "job_from_yaml",
+    "job_to_yaml",
+    "override_job",
+    "read_job",
+    "same_run",
+]
+
+
+def config_root() -> Path:
+    """The folder of configs: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "job.yaml").is_file():
+            return folder
+    raise ConfigError(f"no configs were found in {package} or beside it", "pip install --force-reinstall isotrain")
+
+
+def group_choices() -> dict[str, list[str]]:
+    """The groups of ``configs/`` and the names that each offers, sorted."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(config_root().iterdir())
+        if folder.is_dir() and not folder.name.startswith(("_", "."))
+    }
+
+
+def compose_job(overrides: Sequence[str] = ()) -> JobConfig:
+    """Compose ``configs/job.yaml`` with overrides in Hydra's grammar (``group=choice``, ``key.name=value``).
+
+    Raises:
+        ConfigError: the text is no override, a group has no such choice, a key is unknown, a value is of a wrong type.
+    """
+    parsed = _parse(overrides)
+    _check_known(parsed)
+    return build_job(_compose([_forced(override) for override in parsed]))
+
+
+def override_job(job_yaml: str, overrides: Sequence[str]) -> JobConfig:
+    """The job of a run folder with overrides on top; a ``group=choice`` replaces that whole section.
+
+    Raises:
+        ConfigError: as :func:`compose_job`, or ``experiment=`` was given (it is a whole recipe, not a change).
+    """
+    from omegaconf import OmegaConf
+
+    parsed = _parse(overrides)
+    _check_known(parsed)
+    config = OmegaConf.create(mapping_from_yaml(job_yaml))
+    for override in parsed:
+        key = override.key_or_group
+        if key == "experiment":
+            raise ConfigError(
+                f"{override.input_line}: a recipe cannot be laid over a run that exists", "isotrain train experiment=.."
+            )
+        if key in group_choices():
+            OmegaConf.update(config, key, _compose([override.input_line])[key], merge=False, force_add=True)
+        elif override.is_delete():
+            raise ConfigError(f"{override.input_line}: a run's key cannot be deleted", f"{key}=VALUE")
+        else:
+            OmegaConf.update(config, key, override.value(), merge=False, force_add=True)
+    return build_job(_plain(config))
+
+
+def _parse(overrides: Sequence[str]) -> list[Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{text!r} is no override: {reason}",
+                f"KEY=VALUE, and quote what the shell or Hydra reads: {_quoted(text)}",
+            ) from error
+        if override.is_sweep_override():
+            raise ConfigError(f"{text!r} asks for several runs at once", "give a list in brackets: KEY=[A,B]")
+        parsed.append(override)
+    return parsed
+
+
+def _quoted(text: str) -> str:
+    key, equals, value = text.partition("=")
+    return f"'{key}=\"{value}\"'" if equals else f"{text}=VALUE"
+
+
+def _check_known(parsed: Sequence[Any]) -> None:
+    """Every override names a group with that choice, or a key that a job has."""
+    choices, keys = group_choices(), all_keys()
+    free = tuple(f"{key}." for key, expected in keys.items() if expected == dict[str, Any] | None)
+    for override in parsed:
+        key = override.key_or_group
+        if key in choices:
+            if not override.is_delete() and not isinstance(override.value(), Mapping):
+                _check_choice(key, override.value(), choices[key])
+        elif key == "hydra" or key.startswith("hydra."):
+            raise ConfigError(f"{override.input_line}: isotrain has no Hydra settings", "leave it out")
+        elif key not in keys and not key.startswith(free):
+            raise unknown_key(key)
+
+
+def _check_choice(group: str, choice: object, choices: Sequence[str]) -> None:
+    if choice in choices:
+        return
+    near = (difflib.get_close_matches(str(choice), choices, n=1) or list(choices[:1]) or ["CHOICE"])[0]
+    names = ", ".join(choices) or "none"
+    hint = f"{group}={near}"
+    if choice is not None and group in ("model", "data"):
+        hint += f"  or  {group}.path={choice}"
+    raise ConfigError(f"{group}={choice}: there is no configs/{group}/{choice}.yaml; choices: {names}", hint)
+
+
+def _forced(override: Any) -> str:
+    """Values may set any key of the job, also one that a group's file leaves at its default (Hydra wants ``++``)."""
+    line: str = override.input_line
+    is_group = override.key_or_group in group_choices()
+    return line if is_group or override.is_delete() or line.startswith("+") else f"++{line}"
+
+
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(config_dir=str(config_root()), version_base="1.3", job_name="isotrain"):
+            return _plain(compose(config_name="job", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"the configs do not compose: {str(error).splitlines()[0]}", "isotrain plan --help"
+        ) from error
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"a value cannot be resolved: {str(error).splitlines()[0]}", "isotrain plan --help"
+        ) from error
+    plain.pop("experiment", None)
+    return {str(key): value for key, value in plain.items()}
