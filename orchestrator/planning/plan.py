@@ -1,0 +1,232 @@
+"""The plan: what will run, and why. Made before anything starts; every rank reads it as plan.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from orchestrator.errors import ConfigError, DataError
+from orchestrator.job import JobConfig
+from orchestrator.planning.candidates import Candidate, Question, Rejected, judge, nearest_legal, open_topologies
+from orchestrator.planning.memory import GIB, StageMemory
+from orchestrator.planning.timing import StepTime
+from parallel.names import TargetError, resolve_targets
+from parallel.specs import ClusterSpec, ModelSpec
+from parallel.stages import is_even
+from parallel.topology import Topology
+
+DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "bf16"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A topology, the batch split and the estimates behind them.
+
+    Args:
+        vpp: virtual chunks per stage, None for none.
+        stages: layer indices per chunk; chunk ``virtual * pp + stage``.
+        micro_batches: forward passes per data-parallel rank and optimizer step, of ``micro_sequences`` rows each.
+        sequence_tokens: longest row before padding; rows are padded to a multiple of ``length_multiple``.
+        memory: estimated bytes on each rank of every stage, by owner.
+        reasons: why this plan, in words.
+        rejected: all other topologies with the reason against each.
+    """
+
+    topology: Topology
+    vpp: int | None
+    sp: bool
+    stages: tuple[tuple[int, ...], ...]
+    device: str
+    precision: str
+    micro_batches: int
+    micro_sequences: int
+    global_sequences: int
+    sequence_tokens: int
+    length_multiple: int
+    recompute: str
+    engine: str
+    ranks_used: int
+    ranks_idle: int
+    memory: tuple[StageMemory, ...]
+    step_time: StepTime
+    reasons: tuple[str, ...]
+    rejected: tuple[Rejected, ...]
+
+    def to_json(self) -> str:
+        """The text of plan.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read the text of plan.json.
+
+        Raises:
+            DataError: it is no plan: cut off, edited by hand, or of another version.
+        """
+        try:
+            value: dict[str, Any] = json.loads(text)
+            return cls(
+                **{
+                    **value,
+                    "topology": Topology(**value["topology"]),
+                    "stages": tuple(tuple(layers) for layers in value["stages"]),
+                    "memory": tuple(StageMemory(**stage) for stage in value["memory"]),
+                    "step_time": StepTime(**value["step_time"]),
+                    "reasons": tuple(value["reasons"]),
+                    "rejected": tuple(Rejected(**one) for one in value["rejected"]),
+                }
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"plan.json is no plan: {error}", "isotrain plan KEY=VALUE ... shows a new one; start in a new run_dir"
+            ) from error
+
+
+def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
+    """Choose how a job runs on a cluster.
+
+    What the user fixed in ``topology`` is kept. What is open is filled in with every size that makes sense; of those
+    that are legal and fit the memory, the one with the shortest estimated step is taken. The global batch is never
+    changed.
+
+    Raises:
+        ConfigError: nothing can run; the message says why, and the hint is a change that works.
+    """
+    _check_values(job, cluster)
+    question = Question(
+        job=job,
+        model=model,
+        cluster=cluster,
+        precision=job.precision or DEFAULT_PRECISION[cluster.device],
+        adapted=_adapted_linears(job, model),
+    )
+    judged = [judge(question, sizes) for sizes in open_topologies(question)]
+    legal = [candidate for candidate in judged if isinstance(candidate, Candidate)]
+    rejected = [refused for refused in judged if isinstance(refused, Rejected)]
+    if not legal:
+        raise _refusal(question, rejected)
+    legal.sort(key=lambda one: (one.time.total_s, one.proposal.topology.tp, one.proposal.topology.pp))
+    best = legal[0]
+    slower = [
+        Rejected(
+            str(one.proposal.topology),
+            f"slower: an estimated {one.time.total_s:.3g} s per step against {best.time.total_s:.3g} s",
+        )
+        for one in legal[1:]
+    ]
+    return _plan(question, best, legal, [*slower, *rejected])
+
+
+def _plan(question: Question, best: Candidate, legal: list[Candidate], rejected: list[Rejected]) -> Plan:
+    job, proposal, topology = question.job, best.proposal, best.proposal.topology
+    return Plan(
+        topology=topology,
+        vpp=proposal.vpp,
+        sp=proposal.sp,
+        stages=best.stages,
+        device=question.cluster.device,
+        precision=proposal.precision,
+        micro_batches=proposal.micro_batches,
+        micro_sequences=proposal.micro_sequences,
+        global_sequences=proposal.global_sequences,
+        sequence_tokens=job.batch.sequence_tokens,
+        length_multiple=best.length_multiple,
+        recompute=proposal.recompute,
+        engine=proposal.engine,
+        ranks_used=topology.world_size,
+        ranks_idle=question.cluster.ranks - topology.world_size,
+        memory=best.memory,
+        step_time=best.time,
+        reasons=tuple(_reasons(question, best, legal)),
+        rejected=tuple(rejected),
+    )
+
+
+def _reasons(question: Question, best: Candidate, legal: list[Candidate]) -> list[str]:
+    """Why this plan, in words."""
+    job, cluster, topology = question.job, question.cluster, best.proposal.topology
+    asked = {key: value for key, value in asdict(job.topology).items() if value is not None}
+    reasons = []
+    if asked:
+        reasons.append("asked for: " + " ".join(f"topology.{key}={str(value).lower()}" for key, value in asked.items()))
+    if len(legal) > 1:
+        reasons.append(
+            f"fastest of {len(legal)} topologies that run and fit: an estimated {best.time.total_s:.3g} s per step "
+            f"({best.time.compute_s:.3g} s computing, {best.time.bubble_s:.3g} s pipeline bubble)"
+        )
+    if "dp" not in asked and cluster.nodes > 1:
+        reasons.append(f"dp={topology.dp}: uses all {cluster.ranks} ranks with tp={topology.tp} pp={topology.pp}")
+    elif "dp" not in asked:
+        reasons.append(
+            f"dp={topology.dp}: the largest that {cluster.ranks} ranks allow (tp={topology.tp} pp={topology.pp}) and "
+            f"that divides {job.batch.global_sequences} sequences"
+        )
+    idle = cluster.ranks - topology.world_size
+    if idle:
+        reasons.append(f"{idle} of {cluster.ranks} ranks stay idle")
+    if not is_even(best.stages):
+        counts = " + ".join(str(len(chunk)) for chunk in best.stages)
+        reasons.append(f"{question.model.layers} layers as {counts}: the output head counts as work of the last stage")
+    if best.length_multiple > 1:
+        reasons.append(
+            f"rows are padded to a multiple of {best.length_multiple} tokens (sequence or context parallelism)"
+        )
+    if job.precision is None:
+        reasons.append(f"precision {question.precision}: the default on {cluster.device}")
+    return reasons
+
+
+def _refusal(question: Question, rejected: list[Rejected]) -> ConfigError:
+    """The error when nothing can run: what came nearest, and a change that works."""
+    hungry = [refused for refused in rejected if refused.needs_bytes]
+    if not hungry:
+        first = rejected[0]
+        return ConfigError(first.reason, nearest_legal(question) or first.hint)
+    smallest = min(hungry, key=lambda refused: refused.needs_bytes)
+    hint = nearest_legal(question) or _memory_hint(question)
+    message = f"no topology fits the memory; the smallest is {smallest.topology}: {smallest.reason}"
+    return ConfigError(message, hint or f"cluster.memory_gib={-(-smallest.needs_bytes // GIB)}")
+
+
+def _memory_hint(question: Question) -> str:
+    """The first saving that makes a plan fit; empty when none does alone."""
+    job = question.job
+    savings = {
+        "batch.micro_sequences=1": replace(job, batch=replace(job.batch, micro_sequences=1)),
+        "optimizer.distributed=true": replace(job, optimizer=replace(job.optimizer, distributed=True)),
+        "memory.recompute=full": replace(job, memory=replace(job.memory, recompute="full")),
+    }
+    for typed, thriftier in savings.items():
+        other = replace(question, job=thriftier)
+        if any(isinstance(judge(other, sizes), Candidate) for sizes in open_topologies(other)):
+            return typed
+    return ""
+
+
+def _adapted_linears(job: JobConfig, model: ModelSpec) -> frozenset[str]:
+    if job.tuner.name == "full":
+        return frozenset()
+    try:
+        return resolve_targets(job.tuner.targets, model)
+    except TargetError as error:
+        raise ConfigError(str(error), error.hint) from error
+
+
+def _check_values(job: JobConfig, cluster: ClusterSpec) -> None:
+    """Refuse what is no size at all, before any arithmetic with it."""
+    if cluster.device not in DEFAULT_PRECISION:
+        known = ", ".join(DEFAULT_PRECISION)
+        raise ConfigError(f"cluster.device={cluster.device} is unknown; there is {known}", "cluster.device=cpu")
+    sizes: dict[str, int | None] = {
+        "cluster.nodes": cluster.nodes,
+        "cluster.gpus_per_node": cluster.gpus_per_node,
+        "batch.global_sequences": job.batch.global_sequences,
+        "batch.micro_sequences": job.batch.micro_sequences,
+        "batch.sequence_tokens": job.batch.sequence_tokens,
+        "tuner.r": job.tuner.r,
+    }
+    sizes |= {f"topology.{key}": value for key, value in asdict(job.topology).items() if key != "sp"}
+    for key, value in sizes.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}={value} is no positive whole number", f"{key}=1")

@@ -1,0 +1,104 @@
+"""Show: a plan for a terminal, and for machines."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.job import JobConfig
+from orchestrator.planning.memory import GIB
+from orchestrator.planning.plan import Plan
+from parallel.specs import ModelSpec
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+MOST_TOPOLOGIES = 4
+"""How many topologies are named for one reason; the rest are counted."""
+
+
+def batch_arithmetic(plan: Plan) -> str:
+    """How the global batch is split: ``8 sequences = 2 dp x 2 micro-batches x 2``."""
+    return (
+        f"{plan.global_sequences} sequences = {plan.topology.dp} dp x {plan.micro_batches} micro-batches x "
+        f"{plan.micro_sequences}"
+    )
+
+
+def group_rejected(plan: Plan) -> list[tuple[str, list[str]]]:
+    """The rejected topologies by reason, the reason with most topologies first; all slower ones together.
+
+    Returns:
+        Pairs of a reason and the topologies that it is against.
+    """
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for one in plan.rejected:
+        if one.reason.startswith("slower: "):
+            groups["slower"].append(one.topology)
+        else:
+            groups[one.reason].append(one.topology)
+    return sorted(groups.items(), key=lambda group: -len(group[1]))
+
+
+def plan_summary(plan: Plan, job: JobConfig, model: ModelSpec) -> dict[str, Any]:
+    """The plan as one JSON object: all of plan.json, and what the terminal shows beside it."""
+    return {
+        **json.loads(plan.to_json()),
+        "batch": batch_arithmetic(plan),
+        "model": {"path": job.model.path, **asdict(model)},
+        "memory_gib_per_rank": [round(stage.total / GIB, 3) for stage in plan.memory],
+        "estimated_step_s": plan.step_time.total_s,
+    }
+
+
+def render(plan: Plan, job: JobConfig, model: ModelSpec) -> Group:
+    """The plan for a terminal: topology, batch split, memory, reasons and what was rejected.
+
+    Returns:
+        A rich renderable.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    idle = f", {plan.ranks_idle} idle" if plan.ranks_idle else ""
+    moe = f", {model.experts} experts" if model.is_moe else ""
+    tuner = f"lora r={job.tuner.r}" if job.tuner.name == "lora" else job.tuner.name
+    padded = f", padded to multiples of {plan.length_multiple}" if plan.length_multiple > 1 else ""
+    facts = {
+        "model": f"{job.model.path or model.family} ({model.layers} layers, hidden {model.hidden}{moe}), {tuner}",
+        "cluster": f"{job.cluster.name}: {job.cluster.nodes} x {job.cluster.gpus_per_node} {plan.device} ranks",
+        "topology": f"{plan.topology}{' sp' if plan.sp else ''} = {plan.ranks_used} ranks{idle}",
+        "batch": batch_arithmetic(plan),
+        "rows": f"at most {plan.sequence_tokens} tokens{padded}",
+        "runs on": f"{plan.engine}, {plan.precision}, recompute {plan.recompute}",
+    }
+    lines = [Text(f"{name:<10}{text}") for name, text in facts.items()]
+    reasons = [Text(f"  {reason}") for reason in plan.reasons]
+    rejected = [Text(f"  {_named(topologies)}: {reason}") for reason, topologies in group_rejected(plan)]
+    parts: list[Text | Table] = [*lines, Text(""), _memory_table(plan), Text(""), Text("why", style="bold"), *reasons]
+    if rejected:
+        parts += [Text(""), Text("rejected", style="bold"), *rejected]
+    return Group(*parts)
+
+
+def _named(topologies: list[str]) -> str:
+    more = len(topologies) - MOST_TOPOLOGIES
+    return "; ".join(topologies[:MOST_TOPOLOGIES]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _memory_table(plan: Plan) -> Table:
+    """Estimated memory per rank: a row per stage, a column per owner."""
+    from rich.table import Table
+
+    table = Table(title="estimated MiB per rank", title_justify="left", box=None, pad_edge=False)
+    owners = list(asdict(plan.memory[0]))
+    for name in ("stage", "layers", *owners, "total"):
+        table.add_column(name, justify="right")
+    for stage, memory in enumerate(plan.memory):
+        layers = sum(len(chunk) for chunk in plan.stages[stage :: plan.topology.pp])
+        sizes = [*asdict(memory).values(), memory.total]
+        table.add_row(str(stage), str(layers), *(f"{size / 2**20:,.0f}" for size in sizes))
+    return table
