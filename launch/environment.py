@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+TERMINAL_VARIABLE = "ISOTRAIN_TERMINAL"
+
 
 class LaunchError(ValueError):
     """Processes cannot be started as asked; ``hint`` says what to do."""
@@ -87,3 +89,57 @@ def hugging_face_cache(variables: Mapping[str, str] | None = None) -> Path:
     if home:
         return Path(home).expanduser() / "hub"
     return Path(known.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+
+
+def terminal_path(variables: Mapping[str, str] | None = None) -> Path | None:
+    """Where the first rank writes what is meant for the user: the launcher's standard error; None without launcher."""
+    path = (os.environ if variables is None else variables).get(TERMINAL_VARIABLE)
+    return Path(path) if path else None
+
+
+def rank_variables(ranks_on_node: int, cores: int, variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a launched rank needs beside the launcher's own environment; what the user has set stays.
+
+    Threads: the cores are dealt out among the ranks, at least one each. Hugging Face libraries stay off the network.
+
+    Example:
+        >>> rank_variables(4, 10, {})["OMP_NUM_THREADS"]
+        '2'
+        >>> "OMP_NUM_THREADS" in rank_variables(4, 10, {"OMP_NUM_THREADS": "8"})
+        False
+    """
+    known = os.environ if variables is None else variables
+    wanted = {
+        "OMP_NUM_THREADS": str(max(1, cores // ranks_on_node)),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {name: value for name, value in wanted.items() if name not in known}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child: ours without what an outer torchrun set, and the additions."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    return inherited | dict(additions)
+
+
+def wandb_is_offline(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether Weights & Biases has no key (WANDB_API_KEY, ~/.netrc) and no WANDB_MODE that says otherwise.
+
+    Example:
+        >>> wandb_is_offline({"WANDB_MODE": "online"}), wandb_is_offline({"WANDB_API_KEY": "k"})
+        (False, False)
+    """
+    known = os.environ if variables is None else variables
+    if mode := known.get("WANDB_MODE"):
+        return mode == "offline"
+    if known.get("WANDB_API_KEY"):
+        return False
+    file = Path(known.get("NETRC") or "~/.netrc").expanduser()
+    return not (file.is_file() and "wandb" in file.read_text(errors="replace"))

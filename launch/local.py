@@ -1,0 +1,201 @@
+"""Starts the ranks of one machine, waits for them, passes on the wish to stop, and finds out why they ended."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launch.environment import TERMINAL_VARIABLE, child_environment
+from launch.exits import INTERNAL, INTERRUPTED, RankExit, clear_exits, first_cause, read_exits, silent_exit
+from launch.request import Rendered
+from launch.states import clear_states, rank_pids, signal_ranks
+
+ABORTED = 130
+ORPHAN_GRACE_S = 5.0
+FAILED_RANK = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """How a launch ended: the code for the shell, and the first cause (None when all is done)."""
+
+    code: int
+    cause: RankExit | None
+
+
+class Stops:
+    """How often the user asked to stop: Ctrl-C, SIGTERM and SIGHUP count alike."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        self.count += 1
+
+
+def launch(rendered: Rendered, run_dir: Path, world_size: int, say: Callable[[str], None]) -> LaunchResult:
+    """Start a rendered command and wait until all its ranks have ended.
+
+    The first Ctrl-C asks the ranks to stop after a step and save (85); the second kills them (130). torchrun's own
+    words go to ``logs/launcher.log``. Ranks live in a session of their own, so a Ctrl-C reaches them only through us.
+
+    Args:
+        rendered: from :func:`launch.launcher.render`.
+        run_dir: the run folder; exits and states of an earlier launch are removed from it first.
+        world_size: how many ranks there will be.
+        say: tells the user something, in one line.
+    """
+    clear_exits(run_dir)
+    clear_states(run_dir)
+    log = run_dir / "logs" / "launcher.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kills_before = _out_of_memory_kills()
+    with _catching_stops() as stops, log.open("w", encoding="utf-8") as stream:
+        process = _start(rendered, stream.fileno())
+        aborted = _wait(process, run_dir, stops, say)
+        _end_orphans(run_dir, at_once=aborted)
+    if aborted:
+        return LaunchResult(ABORTED, None)
+    out_of_memory = _out_of_memory_kills() > kills_before
+    return _result(run_dir, world_size, process.returncode, log, (stops.count > 0, out_of_memory))
+
+
+def _start(rendered: Rendered, log: int) -> subprocess.Popen[bytes]:
+    environment = dict(rendered.environment) | {TERMINAL_VARIABLE: f"/proc/{os.getpid()}/fd/2"}
+    return subprocess.Popen(
+        rendered.argv,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=child_environment(environment),
+        start_new_session=True,
+        preexec_fn=_die_with_parent() if sys.platform == "linux" else None,  # safe: the launcher has no threads
+    )
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """When the launcher is killed, its child gets SIGTERM, so that ranks save and end instead of training on unseen."""
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _wait(process: subprocess.Popen[bytes], run_dir: Path, stops: Stops, say: Callable[[str], None]) -> bool:
+    """Wait for the end; True when the user insisted and everything was killed."""
+    heard = 0
+    while True:
+        try:
+            process.wait(timeout=0.2)
+            return False
+        except subprocess.TimeoutExpired:
+            pass
+        if stops.count >= 2:
+            say("killing all ranks")
+            _kill_tree(process)
+            signal_ranks(run_dir, signal.SIGKILL)
+            process.wait()
+            return True
+        if stops.count > heard:
+            heard = stops.count
+            say("stopping after this step and saving; press Ctrl-C again to end at once without saving")
+            if not signal_ranks(run_dir, signal.SIGTERM):
+                _signal_group(process, signal.SIGTERM)  # no rank is up yet: there is nothing to save
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and its descendants; torchrun gives each rank a session of its own, so a group is not enough."""
+    process.send_signal(signal.SIGSTOP)  # so that it starts nothing meanwhile
+    family = [process.pid]
+    for parent in family:
+        family += _children(parent)
+    for pid in reversed(family):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _children(parent: int) -> list[int]:
+    """Direct children, from /proc; none where there is no /proc."""
+    children = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            # "pid (name) state ppid ...": the name may hold spaces and brackets, see proc(5)
+            if int(file.read_text().rpartition(")")[2].split()[1]) == parent:
+                children.append(int(file.parent.name))
+    return children
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _end_orphans(run_dir: Path, at_once: bool) -> None:
+    """End ranks that outlived the agent that started them."""
+    if not at_once and signal_ranks(run_dir, signal.SIGTERM):
+        deadline = time.monotonic() + ORPHAN_GRACE_S
+        while _living(run_dir) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    signal_ranks(run_dir, signal.SIGKILL)
+    clear_states(run_dir)
+
+
+def _living(run_dir: Path) -> bool:
+    return any(Path(f"/proc/{pid}").exists() for pid in rank_pids(run_dir).values())
+
+
+@contextmanager
+def _catching_stops() -> Iterator[Stops]:
+    stops = Stops()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stops.note) for number in numbers}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _result(
+    run_dir: Path, world_size: int, return_code: int, log: Path, stopped_and_out_of_memory: tuple[bool, bool]
+) -> LaunchResult:
+    stopped, out_of_memory = stopped_and_out_of_memory
+    exits = read_exits(run_dir)
+    codes = {0: return_code} if world_size == 1 else _codes_in(log)
+    silent = {
+        rank: silent_exit(rank, codes.get(rank), out_of_memory) for rank in range(world_size) if rank not in exits
+    }
+    if stopped and not exits:
+        cause = RankExit(0, INTERRUPTED, "Interrupted", "stopped before the first step", "", None, time.time())
+        return LaunchResult(cause.code, cause)
+    if return_code and len(silent) == world_size > 1 and not codes:
+        hint = f"see {log}"
+        cause = RankExit(0, INTERNAL, "Launcher", f"torchrun ended with code {return_code}", hint, None, time.time())
+        return LaunchResult(cause.code, cause)
+    first = first_cause(exits, silent)
+    return LaunchResult(first.code if first else 0, first)
+
+
+def _codes_in(log: Path) -> dict[int, int]:
+    """What torchrun saw of the rank that failed first: its local rank, which is its rank on one node."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return {int(rank): int(code) for code, rank in FAILED_RANK.findall(text)}
+
+
+def _out_of_memory_kills() -> int:
+    """How many processes the kernel has killed for memory here (cgroup 2), as far as we may know."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))

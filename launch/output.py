@@ -1,0 +1,74 @@
+"""Where a rank's output goes: everything into ``logs/rank-N.log``, and the first rank's own words to the user too."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+
+class Tee(io.TextIOBase):
+    """A text stream into a log and onto a terminal; on a real terminal a progress bar's line is cleared first."""
+
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+        super().__init__()
+        self.terminal = terminal
+        self.log = log
+        self._at_line_start = True
+
+    def write(self, text: str) -> int:
+        """Write to both; a terminal that went away is no reason to stop training."""
+        self.log.write(text)
+        try:
+            if text and self._at_line_start and self.terminal.isatty():
+                self.terminal.write("\r\x1b[2K")
+            self.terminal.write(text)
+            self.terminal.flush()
+        except OSError:
+            pass
+        self._at_line_start = text.endswith("\n") or (self._at_line_start and not text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the log; the terminal is never behind."""
+        self.log.flush()
+
+    def isatty(self) -> bool:
+        """Whether a person may be looking."""
+        return self.terminal.isatty()
+
+
+def redirect(run_dir: Path, rank: int, terminal_path: Path | None) -> None:
+    """Send this process's output to its log file, what C and C++ libraries print included.
+
+    On rank 0 ``sys.stderr`` becomes a :class:`Tee`, so that what Python code says there reaches the user as well:
+    on the launcher's standard error (``terminal_path``), or on this process's own when it was started by hand.
+    """
+    file = run_dir / "logs" / f"rank-{rank}.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal = _terminal(terminal_path) if rank == 0 else None
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    stream = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    stream.write(f"--- rank {rank}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+    logging.basicConfig(stream=stream, level=logging.WARNING)
+    logging.captureWarnings(True)
+    if terminal is not None:
+        sys.stderr = Tee(terminal, stream)
+
+
+def _terminal(path: Path | None) -> TextIO:
+    if path is not None:
+        try:
+            return path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+        except OSError:  # the launcher is gone, or its standard error is a socket
+            pass
+    return os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,36 @@
+"""A polite stop: signals set a flag that the training loop reads between two steps."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """Whether this process was asked to stop, by SIGTERM, SIGUSR1 or Ctrl-C.
+
+    The flag is this rank's own: ranks must agree on a step (reduce it) before they act on it. A second Ctrl-C raises
+    KeyboardInterrupt. Make it on the main thread, with :meth:`installed`.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interrupts = 0
+
+    @classmethod
+    def installed(cls) -> StopRequest:
+        """The one whose handlers are in place, so that no signal is lost between two callers; else a new one."""
+        owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        if isinstance(owner, cls):
+            return owner
+        request = cls()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, request._note)
+        return request
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
