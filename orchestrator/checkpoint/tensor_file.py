@@ -6,7 +6,10 @@ and the data, without gaps. Format: https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -40,6 +43,7 @@ TORCH_DTYPES = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+EMPTY_DIGEST = hashlib.sha256().hexdigest()
 
 
 @dataclass(frozen=True)
@@ -197,3 +201,55 @@ class TensorFiles:
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
         return part.clone(memory_format=torch.contiguous_format)  # it is a view of the mapped file
+
+
+class FileWriter:
+    """Writes one safetensors file front to back, and hashes the file and each tensor while it writes."""
+
+    def __init__(self, path: Path, placed: Sequence[TensorEntry]) -> None:
+        """Create the file and write its header. Raises OSError (a file of this name exists, no space, ...)."""
+        self.path = path
+        self.digests: dict[str, str] = {entry.key: EMPTY_DIGEST for entry in placed}
+        self._entries = [entry for entry in placed if entry.bytes]
+        self._next = 0
+        self._tensor_hash = hashlib.sha256()
+        self._file_hash = hashlib.sha256()
+        self._file = path.open("xb")
+        self._at = 0
+        self.bytes = 0
+        self._put(memoryview(header_bytes(placed)))
+
+    def write(self, data: torch.Tensor) -> None:
+        """Append bytes of the data section: a contiguous CPU tensor of any type, in file order; may span tensors."""
+        array: Any = data.reshape(-1).view(torch.uint8).numpy()
+        view = memoryview(array)
+        self._put(view)
+        while len(view):
+            entry = self._entries[self._next]
+            part = view[: entry.stop - self._at]
+            self._tensor_hash.update(part)
+            self._at += len(part)
+            view = view[len(part) :]
+            if self._at == entry.stop:
+                self.digests[entry.key] = self._tensor_hash.hexdigest()
+                self._tensor_hash = hashlib.sha256()
+                self._next += 1
+
+    def close(self) -> str:
+        """Make the file durable; returns its sha256. Raises OSError, also when the disk is full only now."""
+        if self._next != len(self._entries):
+            raise ValueError(f"{self.path}: {len(self._entries) - self._next} tensors were not written")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._file_hash.hexdigest()
+
+    def abort(self) -> None:
+        """Close without making anything durable."""
+        with contextlib.suppress(OSError):  # what is still buffered cannot be written either
+            self._file.close()
+
+    def _put(self, view: memoryview) -> None:
+        self._file.write(view)
+        self._file_hash.update(view)
+        self.bytes += len(view)

@@ -1,0 +1,91 @@
+"""Names in the folder of checkpoints, ``latest``, and writing that survives a crash."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from orchestrator.errors import DataError
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+STEP_NAME = re.compile(r"step-(\d{6,})")
+REPLACED_NAME = re.compile(r"(step-\d{6,})\.replaced-\w+")
+TEMPORARY_NAME = re.compile(r"(step-\d{6,}|latest)\.tmp-\w+")
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step.
+
+    Example:
+        >>> step_name(50)
+        'step-000050'
+    """
+    return f"step-{step:06d}"
+
+
+def list_steps(checkpoints: Path) -> list[tuple[int, Path]]:
+    """All published checkpoints, ascending by step; not checked.
+
+    One that was moved aside to be replaced counts where the crash came before its replacement had its name.
+    """
+    if not checkpoints.is_dir():
+        return []
+    found: dict[str, Path] = {}
+    for path in sorted(checkpoints.iterdir(), reverse=True):
+        aside = REPLACED_NAME.fullmatch(path.name)
+        if STEP_NAME.fullmatch(path.name):
+            found[path.name] = path
+        elif aside:
+            found.setdefault(aside.group(1), path)
+    return sorted((int(name.removeprefix("step-")), path) for name, path in found.items())
+
+
+def read_latest(checkpoints: Path) -> str | None:
+    """The folder name that ``latest`` holds; None when there is no ``latest``.
+
+    Raises:
+        DataError: it holds no name of a checkpoint.
+    """
+    try:
+        name = (checkpoints / LATEST).read_bytes().decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    if not STEP_NAME.fullmatch(name):
+        raise DataError(f"{checkpoints / LATEST} names no checkpoint: {name[:40]!r}")
+    return name
+
+
+def write_latest(checkpoints: Path, name: str, token: str) -> None:
+    """Point ``latest`` at a published folder, atomically and durably. Raises OSError."""
+    temporary = checkpoints / f"{LATEST}.tmp-{token}"
+    write_durably(temporary, f"{name}\n".encode())
+    temporary.replace(checkpoints / LATEST)
+    sync_folder(checkpoints)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and fsync it. Raises OSError."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """:func:`sync_folder` for a folder and all below it, deepest first. Raises OSError."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)

@@ -1,0 +1,185 @@
+"""Opening checkpoints: checked against the manifest, read box by box on any topology."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.checkpoint.folder import LATEST, MANIFEST, STATE, STEP_NAME, list_steps, read_latest, step_name
+from orchestrator.checkpoint.hf_reader import read_json
+from orchestrator.checkpoint.manifest import FileRecord, Manifest
+from orchestrator.checkpoint.tensor_file import TensorFiles
+from orchestrator.errors import ConfigError, DataError
+from parallel.shards import Box
+
+# Files that a loader would take for weights: one that the manifest does not name is not ours.
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"),
+    *(".npz", ".npy", ".h5", ".msgpack", ".gguf", ".joblib"),
+)
+
+
+class CheckpointReader:
+    """A ``TensorReader`` over one checkpoint folder; also gives its ``manifest`` and ``state``."""
+
+    def __init__(self, folder: Path, *, verify: bool = False) -> None:
+        """Check the folder against its manifest: always presence and sizes of all files, with ``verify`` each sha256.
+
+        Raises:
+            DataError: a file is missing, truncated, damaged or foreign, or the manifest is of a later format.
+        """
+        self.folder = folder
+        self.manifest = Manifest.read(folder / MANIFEST)
+        self.warnings = _check_room(folder / self.manifest.room, self.manifest)
+        for path, record in self.manifest.files.items():
+            check_file(folder / path, record, verify=verify)
+        self.state: Mapping[str, Any] = read_json(folder / STATE)
+        files = {record.file for record in self.manifest.tensors.values()}
+        self._files = {path: TensorFiles([folder / path]) for path in sorted(files)}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed when it was saved."""
+        return self.manifest.step
+
+    def names(self, kind: str = "weight") -> tuple[str, ...]:
+        """All logical tensors of a kind, sorted."""
+        return tuple(sorted(name for name, other in self.manifest.tensors if other == kind))
+
+    def shape(self, name: str, kind: str = "weight") -> tuple[int, ...]:
+        """The whole logical shape. Raises KeyError when there is no such tensor."""
+        return self.manifest.tensors[name, kind].tensor.shape
+
+    def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
+        """Read one box: a new CPU tensor of shape ``box.size`` in the stored type.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: the box does not lie in it.
+        """
+        record = self.manifest.tensors[name, kind]
+        return self._files[record.file].read(record.tensor.key, box)
+
+
+def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False) -> CheckpointReader:
+    """Open the checkpoint that ``latest`` names, or that of ``step``.
+
+    Args:
+        path: a run folder, its ``checkpoints`` folder, or the folder of one checkpoint.
+        verify: hash every file (else presence and sizes are checked).
+    Raises:
+        ConfigError: there is no checkpoint there, or none of this step.
+        DataError: the checkpoint is damaged; the message names file, expected and actual.
+    """
+    if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
+        if not path.is_dir():
+            raise ConfigError(f"there is no checkpoint {path}", "name a run folder or one of its checkpoints")
+        return CheckpointReader(path, verify=verify)
+    checkpoints = checkpoints_folder(path)
+    steps = dict(list_steps(checkpoints))
+    if step is None:
+        name = read_latest(checkpoints)
+        if name is None:
+            raise ConfigError(f"{checkpoints} has no {LATEST}: nothing was saved there", _hint_steps(steps))
+        step = int(name.removeprefix("step-"))
+        if step not in steps:
+            raise DataError(f"{checkpoints / LATEST} names {name}, which is missing", _hint_steps(steps))
+    if step not in steps:
+        raise ConfigError(f"{checkpoints} has no {step_name(step)}", _hint_steps(steps))
+    return CheckpointReader(steps[step], verify=verify)
+
+
+def find_latest_good(path: Path, *, verify: bool = True) -> tuple[CheckpointReader | None, tuple[str, ...]]:
+    """Open what ``latest`` names or, where that is damaged, the newest good one before it (then after it).
+
+    Args:
+        path: a run folder or its ``checkpoints`` folder.
+    Returns:
+        The reader and what the user should be told. The reader is None where nothing was ever saved.
+    Raises:
+        DataError: there are checkpoints, but none is good (or all are of a later format).
+    """
+    checkpoints = checkpoints_folder(path)
+    steps = dict(list_steps(checkpoints))
+    messages: list[str] = []
+    newest = max(steps, default=0)
+    try:
+        name = read_latest(checkpoints)
+        named = newest if name is None else int(name.removeprefix("step-"))
+        if name is not None and named not in steps:
+            messages.append(f"{checkpoints / LATEST} names {name}, which is missing")
+    except DataError as error:
+        messages.append(str(error))
+        named = newest
+    before = sorted((step for step in steps if step <= named), reverse=True)
+    after = sorted((step for step in steps if step > named), reverse=True)
+    for step in (*before, *after):
+        try:
+            reader = CheckpointReader(steps[step], verify=verify)
+        except DataError as error:
+            messages.append(f"{step_name(step)} is not usable: {error}")
+            continue
+        if messages:
+            messages.append(f"going on from {reader.folder}")
+        return reader, (*messages, *reader.warnings)
+    if messages:
+        raise DataError(
+            f"no good checkpoint in {checkpoints}:\n  " + "\n  ".join(messages),
+            "restore one from a copy, or start again with another run_dir=DIR",
+        )
+    return None, ()
+
+
+def checkpoints_folder(path: Path) -> Path:
+    """The folder of checkpoints of a run folder, or ``path`` itself where that is one."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+def check_file(path: Path, record: FileRecord, *, verify: bool) -> None:
+    """Compare a file with its record.
+
+    Raises:
+        DataError: it is missing, has another size or (with ``verify``) another sha256.
+    """
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise DataError(f"{path} is damaged: {size} bytes, {record.bytes} were written")
+        if verify and (actual := hash_file(path)) != record.sha256:
+            raise DataError(f"{path} is damaged: sha256 {actual}, {record.sha256} was written")
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: {record.bytes} bytes were written") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_room(room: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Refuse foreign weight files; name other extra files in warnings."""
+    warnings = []
+    for path in sorted(room.rglob("*")) if room.is_dir() else []:
+        name = f"{manifest.room}/{path.relative_to(room).as_posix()}"
+        if path.is_dir() or name in manifest.files:
+            continue
+        if path.name.lower().endswith(WEIGHT_SUFFIXES):
+            raise DataError(
+                f"{path} was not written with this checkpoint: {len(manifest.files)} files were, it is none of them",
+                f"move it away: mv {path} /tmp",
+            )
+        warnings.append(f"{path} was not written with this checkpoint")
+    return tuple(warnings)
+
+
+def _hint_steps(steps: Mapping[int, Path]) -> str:
+    if not steps:
+        return "name the run_dir of a run that has saved"
+    return f"there are steps {', '.join(map(str, sorted(steps)))}"
