@@ -41,12 +41,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A topology that cannot run, or is slower; ``needs_bytes`` when all that it lacks is memory."""
+    """A topology that cannot run, or is slower.
+
+    ``needs_bytes``: of the fullest rank, when all that the topology lacks is memory. ``step_s``: the estimated step of
+    one that is only slower.
+    """
 
     topology: str
     reason: str
     hint: str = ""
     needs_bytes: int = 0
+    step_s: float = 0.0
 
 
 def judge(question: Question, asked: TopologyConfig) -> Candidate | Rejected:
@@ -151,7 +156,7 @@ def open_topologies(question: Question) -> Iterator[TopologyConfig]:
 
 def _largest_dp(question: Question, room: int) -> int:
     batch = question.job.batch
-    if question.cluster.nodes > 1 or batch.global_sequences % batch.micro_sequences:
+    if question.cluster.nodes > 1:
         return room
     return max(size for size in divisors(batch.global_sequences // batch.micro_sequences) if size <= room)
 

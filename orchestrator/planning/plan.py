@@ -11,6 +11,7 @@ from orchestrator.job import JobConfig
 from orchestrator.planning.candidates import Candidate, Question, Rejected, judge, nearest_legal, open_topologies
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.timing import StepTime
+from parallel.capabilities import Proposal, batch_refusals
 from parallel.names import TargetError, resolve_targets
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import is_even
@@ -112,6 +113,7 @@ def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
         Rejected(
             str(one.proposal.topology),
             f"slower: an estimated {one.time.total_s:.3g} s per step against {best.time.total_s:.3g} s",
+            step_s=one.time.total_s,
         )
         for one in legal[1:]
     ]
@@ -214,7 +216,7 @@ def _adapted_linears(job: JobConfig, model: ModelSpec) -> frozenset[str]:
 
 
 def _check_values(job: JobConfig, cluster: ClusterSpec) -> None:
-    """Refuse what is no size at all, before any arithmetic with it."""
+    """Refuse what no topology can help: what is no size at all, and a batch that micro-batches do not divide."""
     if cluster.device not in DEFAULT_PRECISION:
         known = ", ".join(DEFAULT_PRECISION)
         raise ConfigError(f"cluster.device={cluster.device} is unknown; there is {known}", "cluster.device=cpu")
@@ -230,3 +232,6 @@ def _check_values(job: JobConfig, cluster: ClusterSpec) -> None:
     for key, value in sizes.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value} is no positive whole number", f"{key}=1")
+    batch = Proposal(Topology(), global_sequences=job.batch.global_sequences, micro_sequences=job.batch.micro_sequences)
+    for refusal in batch_refusals(batch):
+        raise ConfigError(refusal.message, refusal.hint)

@@ -36,8 +36,8 @@ def group_rejected(plan: Plan) -> list[tuple[str, list[str]]]:
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for one in plan.rejected:
-        if one.reason.startswith("slower: "):
-            groups["slower"].append(one.topology)
+        if one.step_s:
+            groups["slower"].append(f"{one.topology} ({one.step_s:.3g} s)")
         else:
             groups[one.reason].append(one.topology)
     return sorted(groups.items(), key=lambda group: -len(group[1]))

@@ -1,0 +1,231 @@
+"""Estimate promises: shards add up to the whole, each axis saves what it should, time ranks as it should; and the shown
+plan and the shipped configs say what they mean."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from orchestrator.errors import ConfigError
+from orchestrator.job import ClusterConfig, JobConfig, ModelConfig, TopologyConfig, TunerConfig
+from orchestrator.planning.counts import Workload, stage_counts
+from orchestrator.planning.memory import estimate_memory
+from orchestrator.planning.plan import make_plan
+from orchestrator.planning.show import batch_arithmetic, group_rejected, plan_summary, render
+from orchestrator.planning.timing import estimate_time
+from parallel.capabilities import Proposal
+from parallel.names import resolve_targets
+from parallel.specs import ClusterSpec, ModelSpec
+from parallel.stages import split_layers
+from parallel.topology import Topology
+
+SMOLLM2 = ModelSpec("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, True)
+QWEN3 = ModelSpec("qwen3", 6, 64, 8, 4, 16, 96, 512, 256, 1e-6, 1e6, False, qk_norm=True)
+MOE = replace(QWEN3, family="qwen3_moe", experts=8, experts_per_token=2, expert_ffn=32)
+LAPTOP = ClusterSpec("laptop", 1, 4)
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def work_of(model: ModelSpec, topology: Topology, **changes: Any) -> Workload:
+    proposal = {"global_sequences": 8, "sp": False, "tuner": "lora", "precision": "fp32", "recompute": "none"}
+    proposal |= {key: changes.pop(key) for key in list(changes) if key in proposal}
+    values: dict[str, Any] = {
+        "model": model,
+        "proposal": Proposal(topology, **proposal),  # type: ignore[arg-type]
+        "stages": split_layers(model.layers, topology.pp),
+        "row_tokens": 128,
+        "adapted": resolve_targets("all-linear", model),
+        "adapter_rank": 4,
+        "distributed_optimizer": False,
+        "device": "cpu",
+    }
+    return Workload(**values | changes)
+
+
+@pytest.mark.parametrize("model", [SMOLLM2, QWEN3, MOE])
+def test_counts_are_those_of_transformers_and_peft(model: ModelSpec) -> None:
+    """The whole model on one rank has exactly as many weights as the real one, and the adapter as PEFT's."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    config = transformers.AutoConfig.for_model(
+        model.family,
+        num_hidden_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.ffn,
+        vocab_size=model.vocab,
+        tie_word_embeddings=model.tied_embeddings,
+        num_experts=model.experts,
+        num_experts_per_tok=model.experts_per_token,
+        moe_intermediate_size=model.expert_ffn,
+    )
+    with torch.device("meta"):
+        real = transformers.AutoModelForCausalLM.from_config(config)
+        counts = stage_counts(work_of(model, Topology()), 0)
+        assert counts.base == sum(parameter.numel() for parameter in real.parameters())
+        targets = sorted({path.rsplit(".", 1)[1] for path in resolve_targets("all-linear", model)})
+        tuned = peft.get_peft_model(real, peft.LoraConfig(r=4, target_modules=targets))
+    assert counts.trainable == sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+@pytest.mark.parametrize("pp", [2, 3, 6])
+def test_stages_hold_the_whole_model_between_them(pp: int, tuner: str) -> None:
+    whole = stage_counts(work_of(QWEN3, Topology(), tuner=tuner), 0)
+    work = work_of(QWEN3, Topology(pp=pp), tuner=tuner)
+    parts = [stage_counts(work, stage) for stage in range(pp)]
+    assert sum(part.base for part in parts) == whole.base
+    assert sum(part.trainable for part in parts) == whole.trainable
+    assert sum(part.matmul for part in parts) == whole.matmul
+
+
+def test_a_tied_embedding_is_held_twice_under_pipelining() -> None:
+    whole = stage_counts(work_of(SMOLLM2, Topology()), 0).base
+    work = work_of(SMOLLM2, Topology(pp=2))
+    assert sum(stage_counts(work, stage).base for stage in (0, 1)) == whole + SMOLLM2.vocab * SMOLLM2.hidden
+
+
+def test_tensor_cuts_halve_the_uncut_half_of_an_adapter_only() -> None:
+    """One column-parallel and one row-parallel linear, by hand: A of q and B of o stay whole."""
+    adapted = resolve_targets(["q_proj", "o_proj"], QWEN3)
+    counts = stage_counts(work_of(QWEN3, Topology(tp=2), adapted=adapted), 0)
+    query = QWEN3.heads * QWEN3.head_dim
+    assert counts.trainable == QWEN3.layers * 4 * ((QWEN3.hidden + query // 2) + (query // 2 + QWEN3.hidden))
+
+
+def test_memory_by_owner_is_what_the_formulas_say() -> None:
+    work = work_of(QWEN3, Topology(dp=4), precision="bf16", distributed_optimizer=True)
+    counts = stage_counts(work, 0)
+    (memory,) = estimate_memory(work)
+    assert memory.weights == 2 * counts.base
+    assert memory.adapters == 2 * counts.trainable
+    assert memory.gradients == 4 * counts.trainable
+    assert memory.optimizer == 12 * counts.trainable // 4
+    assert memory.logits == 128 * QWEN3.vocab * (2 + 8)
+    assert memory.total == sum(asdict(memory).values())
+    (full,) = estimate_memory(work_of(QWEN3, Topology(), tuner="full"))
+    assert (full.adapters, full.gradients, full.optimizer) == (0, 4 * counts.base, 8 * counts.base)
+
+
+def test_a_frozen_model_has_no_gradients_and_no_optimizer_state() -> None:
+    (memory,) = estimate_memory(work_of(QWEN3, Topology(), adapted=frozenset()))
+    assert (memory.adapters, memory.gradients, memory.optimizer) == (0, 0, 0)
+
+
+def test_earlier_stages_hold_more_micro_batches_but_never_more_than_there_are() -> None:
+    deep = estimate_memory(work_of(QWEN3, Topology(pp=3), global_sequences=8))
+    assert deep[0].activations == 3 * deep[2].activations and deep[1].activations == 2 * deep[2].activations
+    one = estimate_memory(work_of(QWEN3, Topology(pp=3), global_sequences=1))
+    assert len({stage.activations for stage in one}) == 1
+    assert [stage.logits > 0 for stage in deep] == [False, False, True]
+
+
+@pytest.mark.parametrize("model", [QWEN3, MOE])
+def test_each_saving_saves(model: ModelSpec) -> None:
+    def total(topology: Topology, **changes: Any) -> int:
+        return max(stage.total for stage in estimate_memory(work_of(model, topology, row_tokens=2048, **changes)))
+
+    plain = total(Topology(tp=2))
+    assert plain < total(Topology())
+    assert total(Topology(tp=2), sp=True) < plain
+    assert total(Topology(tp=2), recompute="full") < plain
+    assert total(Topology(tp=2), precision="bf16") < plain
+    assert total(Topology(dp=4), distributed_optimizer=True) < total(Topology(dp=4))
+
+
+def test_time_prefers_dp_to_pp_to_tp_on_one_cpu_host() -> None:
+    plan = make_plan(JobConfig(), replace(SMOLLM2, heads=8, kv_heads=4), LAPTOP)
+    steps = {one.topology: one.step_s for one in plan.rejected if one.step_s}
+    assert plan.topology == Topology(dp=4)
+    assert steps["pp=2 dp=2 cp=1 tp=1"] < steps["pp=1 dp=2 cp=1 tp=2"]
+
+
+def test_the_bubble_is_a_share_of_pp_minus_one_over_the_micro_batches() -> None:
+    time = estimate_time(work_of(QWEN3, Topology(pp=3), global_sequences=6), LAPTOP)
+    assert time.bubble_s == pytest.approx(time.compute_s * 2 / 6)
+    assert estimate_time(work_of(QWEN3, Topology()), LAPTOP).bubble_s == 0
+
+
+def test_tensor_parallelism_across_nodes_costs_more() -> None:
+    work = work_of(QWEN3, Topology(tp=4))
+    near = estimate_time(work, ClusterSpec("near", 1, 4))
+    far = estimate_time(work, ClusterSpec("far", 2, 2))
+    assert far.tensor_s > near.tensor_s and far.compute_s == near.compute_s
+
+
+def text_of(job: JobConfig) -> str:
+    console = Console(width=200, record=True, quiet=True)
+    plan = make_plan(job, SMOLLM2, LAPTOP)
+    with console.capture() as captured:
+        console.quiet = False
+        console.print(render(plan, job, SMOLLM2))
+    return captured.get()
+
+
+def test_the_terminal_shows_topology_arithmetic_memory_reasons_and_rejections() -> None:
+    text = text_of(JobConfig(topology=TopologyConfig(pp=2)))
+    for expected in (
+        "topology  pp=2 dp=2 cp=1 tp=1 = 4 ranks",
+        "8 sequences = 2 dp x 4 micro-batches x 1",
+        "estimated MiB per rank",
+        "asked for: topology.pp=2",
+        "pp=2 dp=1 cp=1 tp=2: model has 9 attention heads and 3 key/value heads, which topology.tp=2 does not divide",
+    ):
+        assert expected in text
+    assert "1 idle" in text_of(JobConfig(topology=TopologyConfig(tp=3, sp=True)))
+    assert "padded to multiples of 3" in text_of(JobConfig(topology=TopologyConfig(tp=3, sp=True)))
+
+
+def test_rejections_are_grouped_by_reason() -> None:
+    plan = make_plan(JobConfig(), SMOLLM2, LAPTOP)
+    groups = dict(group_rejected(plan))
+    assert sum(map(len, groups.values())) == len(plan.rejected)
+    assert len(groups["slower"]) == 4 and "pp=2 dp=2 cp=1 tp=1 (" in " ".join(groups["slower"])
+
+
+def test_the_summary_for_machines_is_plain_json() -> None:
+    plan = make_plan(JobConfig(), SMOLLM2, LAPTOP)
+    summary = json.loads(json.dumps(plan_summary(plan, JobConfig(), SMOLLM2)))
+    assert summary["topology"] == {"pp": 1, "dp": 4, "cp": 1, "tp": 1, "ep": 1, "etp": 1}
+    assert summary["batch"] == batch_arithmetic(plan) == "8 sequences = 4 dp x 2 micro-batches x 1"
+    assert summary["memory_gib_per_rank"][0] > 0 and summary["estimated_step_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("group", "value"), [("cluster", ClusterConfig), ("model", ModelConfig), ("topology", TopologyConfig)]
+)
+def test_shipped_configs_state_their_purpose_and_hold_the_fields_of_their_group(group: str, value: type) -> None:
+    files = sorted((CONFIGS / group).glob("*.yaml"))
+    assert files
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("# "), path
+        assert set(yaml.safe_load(text)) == {field.name for field in fields(value)}, path
+
+
+@pytest.mark.parametrize("model", [path.stem for path in sorted((CONFIGS / "model").glob("*.yaml"))])
+@pytest.mark.parametrize("cluster", [path.stem for path in sorted((CONFIGS / "cluster").glob("*.yaml"))])
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_every_shipped_model_and_cluster_has_a_plan_or_an_error_with_a_hint(
+    model: str, cluster: str, tuner: str
+) -> None:
+    keys = yaml.safe_load((CONFIGS / "model" / f"{model}.yaml").read_text(encoding="utf-8"))["config"]
+    if keys is None:
+        return
+    spec = ModelSpec.from_hf(keys)
+    machine = ClusterSpec(**yaml.safe_load((CONFIGS / "cluster" / f"{cluster}.yaml").read_text(encoding="utf-8")))
+    try:
+        plan = make_plan(JobConfig(tuner=TunerConfig(name=tuner)), spec, machine)
+    except ConfigError as error:
+        assert error.hint and "=" in error.hint
+    else:
+        assert plan.ranks_used <= machine.ranks
