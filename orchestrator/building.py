@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
+import shlex
 import types
 import typing
 from collections.abc import Mapping
@@ -105,7 +107,8 @@ def _words(expected: Any) -> str:
 
 
 def _wrong_type(key: str, value: object, expected: str) -> ConfigError:
-    return ConfigError(f"{key or 'the job'}={value!r} should be {expected}", f"isotrain plan --help  ({key}=VALUE)")
+    example = quote_override(key, flatten(JobConfig())[key]) if key in all_keys() else f"{key}={{KEY: VALUE}}"
+    return ConfigError(f"{key or 'the job'}={value!r} should be {expected}", f"for example {example}")
 
 
 def all_keys() -> dict[str, Any]:
@@ -191,6 +194,36 @@ def read_job(run_dir: Path) -> JobConfig:
     if not file.is_file():
         raise ConfigError(f"{run_dir} is no run folder: it has no job.yaml", "isotrain train ... run_dir=DIR")
     return job_from_yaml(file.read_text(encoding="utf-8"))
+
+
+def as_override(value: Any) -> str:
+    """A value in Hydra's override grammar.
+
+    Example:
+        >>> as_override(["q_proj", "v_proj"]), as_override(None), as_override(True), as_override(r"layers.*")
+        ('[q_proj,v_proj]', 'null', 'true', "'layers.*'")
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(as_override(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_/][\w./-]*", value):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)
+
+
+def quote_override(key: str, value: Any) -> str:
+    """``KEY=VALUE`` as it can be typed into a shell.
+
+    Example:
+        >>> quote_override("optimizer.lr", 0.001), quote_override("tuner.targets", ["q_proj"])
+        ('optimizer.lr=0.001', "'tuner.targets=[q_proj]'")
+    """
+    return shlex.quote(f"{key}={as_override(value)}")
 
 
 def flatten(job: JobConfig) -> dict[str, Any]:

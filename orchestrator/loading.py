@@ -69,7 +69,7 @@ def compose_job(overrides: Sequence[str] = ()) -> JobConfig:
     """
     parsed = _parse(overrides)
     _check_known(parsed)
-    return build_job(_compose([_forced(override) for override in parsed]))
+    return build_job(_compose([_forced(override) for override in parsed if not _is_nothing(override)]))
 
 
 def override_job(job_yaml: str, overrides: Sequence[str]) -> JobConfig:
@@ -87,7 +87,8 @@ def override_job(job_yaml: str, overrides: Sequence[str]) -> JobConfig:
         key = override.key_or_group
         if key == "experiment":
             raise ConfigError(
-                f"{override.input_line}: a recipe cannot be laid over a run that exists", "isotrain train experiment=.."
+                f"{override.input_line}: a recipe cannot be laid over a run that exists",
+                f"isotrain train {override.input_line} run_dir=ANOTHER",
             )
         if key in group_choices():
             OmegaConf.update(config, key, _compose([override.input_line])[key], merge=False, force_add=True)
@@ -140,21 +141,27 @@ def _check_known(parsed: Sequence[Any]) -> None:
 
 
 def _check_choice(group: str, choice: object, choices: Sequence[str]) -> None:
-    if choice in choices:
+    if choice in choices or (group == "experiment" and choice is None):
         return
+    choice = "null" if choice is None else choice
     near = (difflib.get_close_matches(str(choice), choices, n=1) or list(choices[:1]) or ["CHOICE"])[0]
     names = ", ".join(choices) or "none"
     hint = f"{group}={near}"
-    if choice is not None and group in ("model", "data"):
+    if choice != "null" and group in ("model", "data"):
         hint += f"  or  {group}.path={choice}"
     raise ConfigError(f"{group}={choice}: there is no configs/{group}/{choice}.yaml; choices: {names}", hint)
+
+
+def _is_nothing(override: Any) -> bool:
+    """``experiment=null``: no recipe; Hydra takes no null for a group."""
+    return bool(override.key_or_group == "experiment" and override.value() is None)
 
 
 def _forced(override: Any) -> str:
     """Values may set any key of the job, also one that a group's file leaves at its default (Hydra wants ``++``)."""
     line: str = override.input_line
     is_group = override.key_or_group in group_choices()
-    return line if is_group or override.is_delete() or line.startswith("+") else f"++{line}"
+    return line if is_group or override.is_delete() else f"++{line.lstrip('+')}"
 
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from launch.environment import hugging_face_cache, isotrain_cache
 from orchestrator.errors import ConfigError, IsotrainError
+from orchestrator.job import ModelConfig
+from parallel.specs import ModelSpec, read_hf_config
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -53,6 +55,25 @@ def resolve_model(path: str | None, download: bool = False) -> Path:
     if found is None:
         raise _not_found(path)
     return found
+
+
+def model_spec(model: ModelConfig) -> ModelSpec:
+    """The model's shape: from its folder, else from the keys in ``model.config`` (so that a plan needs no files).
+
+    With ``model.weights=random`` the given keys come first, because they may describe a model that is nowhere.
+
+    Raises:
+        ConfigError: neither is there.
+        SpecError: the config describes no model that we know.
+    """
+    if model.config is not None and (model.weights == "random" or not model.path):
+        return ModelSpec.from_hf(model.config)
+    try:
+        return ModelSpec.from_hf(read_hf_config(resolve_model(model.path, model.download)))
+    except ConfigError:
+        if model.config is None:
+            raise
+        return ModelSpec.from_hf(model.config)
 
 
 def _cached(hub_id: str) -> Path | None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.building import blocking_differences, job_to_yaml, read_job
+from orchestrator.building import as_override, blocking_differences, job_to_yaml, quote_override, read_job
+from orchestrator.checkpoint.folder import list_steps, read_latest
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.job import JobConfig
-
-STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,29 @@ def default_run_dir(model_path: str | None, now: Callable[[], float] = time.time
 def latest_step(run_dir: Path) -> int | None:
     """Steps completed by the newest checkpoint, or None when the run has none.
 
-    ``checkpoints/latest`` decides; where it is missing or names nothing, the newest committed folder does.
+    ``checkpoints/latest`` decides; where it is missing, unreadable or names nothing, the newest folder does.
 
     Raises:
         DataError: ``latest`` names a checkpoint, and there is none at all.
     """
     checkpoints = run_dir / "checkpoints"
-    steps = {
-        folder.name: int(match[1])
-        for folder in checkpoints.glob("step-*")
-        if (match := STEP_FOLDER.fullmatch(folder.name)) and (folder / "manifest.json").is_file()
-    }
-    latest = checkpoints / "latest"
-    named = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
-    if named in steps:
-        return steps[named]
-    if named is not None and not steps:
+    steps = dict(list_steps(checkpoints))
+    newest = max(steps, default=None)
+    try:
+        name = read_latest(checkpoints)
+    except DataError:
+        if newest is None:
+            raise
+        return newest
+    if name is None:
+        return newest
+    named = int(name.removeprefix("step-"))
+    if named not in steps and newest is None:
         raise DataError(
-            f"{latest} names {named!r}, but there is no checkpoint in {checkpoints}",
+            f"{checkpoints / 'latest'} names {name}, but there is no checkpoint in {checkpoints}",
             "restore the folder, or start anew with run_dir=ANOTHER",
         )
-    return max(steps.values(), default=None)
+    return named if named in steps else newest
 
 
 def decide_train(run_dir: Path, job: JobConfig) -> Decision:
@@ -121,38 +123,6 @@ def _another_run(run_dir: Path, step: int, blocking: list[tuple[str, Any, Any]])
     )
 
 
-def as_override(value: Any) -> str:
-    """A value in Hydra's override grammar.
-
-    Example:
-        >>> as_override(["q_proj", "v_proj"]), as_override(None), as_override(True), as_override(r"layers.*")
-        ('[q_proj,v_proj]', 'null', 'true', "'layers.*'")
-    """
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ",".join(as_override(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_/][\w./-]*", value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return str(value)
-
-
-def quote_override(key: str, value: Any) -> str:
-    """``KEY=VALUE`` as it can be typed into a shell.
-
-    Example:
-        >>> quote_override("optimizer.lr", 0.001), quote_override("tuner.targets", ["q_proj"])
-        ('optimizer.lr=0.001', "'tuner.targets=[q_proj]'")
-    """
-    import shlex
-
-    return shlex.quote(f"{key}={as_override(value)}")
-
-
 def write_run(run_dir: Path, job: JobConfig, plan_json: str) -> None:
     """Write ``job.yaml`` and ``plan.json``, each whole or not at all, and the folders for logs and exits.
 
@@ -176,3 +146,20 @@ def write_whole(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder, so that two launches do not train in it at once; the lock ends with this process.
+
+    Raises:
+        ConfigError: another launch holds it.
+    """
+    with (run_dir / ".lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another isotrain is training in {run_dir}", "wait for it, or run_dir=ANOTHER"
+            ) from error
+        yield

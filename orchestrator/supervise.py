@@ -65,7 +65,10 @@ def explain(error: BaseException) -> Explanation:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(message)):
         first = message.splitlines()[0] if message else "an allocation failed"
         return Explanation(
-            ExitCode.RESOURCES, "OutOfMemory", f"out of memory: {first}", "batch.micro_sequences=1  or  topology.dp=1"
+            ExitCode.RESOURCES,
+            "OutOfMemory",
+            f"out of memory: {first}",
+            "batch.micro_sequences=1  or  memory.recompute=full",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Explanation(ExitCode.RESOURCES, "NoSpace", _no_space(error), "free some space, or run_dir=ELSEWHERE")

@@ -1,0 +1,292 @@
+"""The command line: arguments in, words and exit codes out. Imports of what a command needs wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from orchestrator.errors import ConfigError, ExitCode
+
+CODES = """exit codes: 0 done, 1 a check came out red, 64 your configuration, 65 corrupt data or checkpoint,
+70 our fault, 71 out of memory or disk, 85 interrupted and saved: run it again, 86 lost a peer: run it again,
+93 gave up: do not run it again, 130 second Ctrl-C"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors are configuration errors: 64, with a hint."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, f"{self.prog} --help")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: ``add`` adds its arguments, ``run`` does it, prints, and returns the exit code."""
+
+    summary: str
+    example: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+    def parser(self, name: str) -> argparse.ArgumentParser:
+        """The parser of this command."""
+        parser = _Parser(
+            prog=f"isotrain {name}",
+            description=self.summary,
+            epilog=f"example:\n  {self.example}\n\n{CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add(parser)
+        parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; errors are said with a hint and never with a traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else int(ExitCode.CONFIG)
+    if words[0] == "worker":
+        return _worker(words[1:])
+    from orchestrator.supervise import Explanation, outcome
+
+    def say(explanation: Explanation) -> None:
+        print(explanation.render(), file=sys.stderr)
+        if "--json" in words:
+            print(json.dumps({"code": explanation.code, "error": explanation.message, "hint": explanation.hint}))
+
+    return outcome(lambda: _dispatch(words[0], words[1:]), say)
+
+
+def _dispatch(name: str, words: list[str]) -> int:
+    if name in ("-V", "--version", "version"):
+        from importlib.metadata import version
+
+        print(f"isotrain {version('isotrain')}")
+        return 0
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1) or ["--help"]
+        raise ConfigError(f"there is no command {name!r} (there are: {', '.join(COMMANDS)})", f"isotrain {near[0]}")
+    command = COMMANDS[name]
+    return command.run(command.parser(name).parse_intermixed_args(words))
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    examples = [f"  {command.example}" for command in COMMANDS.values()]
+    return "\n".join(
+        [
+            "usage: isotrain COMMAND ... [--json]",
+            "",
+            "The same fine-tuning run on any topology. Each command has --help.",
+            "",
+            *lines,
+            "",
+            "examples:",
+            *examples,
+            "",
+            CODES,
+        ]
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _worker(words: list[str]) -> int:
+    """One rank of a launched run: ``worker RUN_DIR``. Not for people."""
+    from launch.environment import rank_environment
+    from orchestrator.supervise import guarded, leave_process
+
+    run_dir = Path(words[0])
+    me = rank_environment()
+
+    def work() -> int:
+        from orchestrator.worker import main as train_rank
+
+        return train_rank(run_dir)
+
+    leave_process(guarded(run_dir, me.rank if me else 0, work))
+    return 0
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="in Hydra's grammar; GROUP=CHOICE for groups (docs: configuration.md)",
+    )
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_overrides(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the command, and start nothing")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from orchestrator.commands import plan_job
+    from orchestrator.loading import compose_job
+
+    _show_plan(plan_job(compose_job(arguments.overrides)), arguments.json, {})
+    return 0
+
+
+def _show_plan(planned: Any, as_json: bool, more: dict[str, Any]) -> None:
+    from orchestrator.planning.show import plan_summary, render
+
+    if as_json:
+        print(json.dumps(plan_summary(planned.plan, planned.job, planned.model) | more))
+        return
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(render(planned.plan, planned.job, planned.model))
+    for name, text in more.items():
+        console.print(f"\n{name}: {text}", markup=False)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from launch.environment import rank_environment
+
+    if rank_environment() is not None:
+        from orchestrator.worker import main_by_hand
+
+        return main_by_hand(arguments.overrides)
+    from orchestrator import commands
+
+    if arguments.dry_run:
+        from orchestrator.loading import compose_job
+
+        job = compose_job(arguments.overrides)
+        planned = commands.plan_job(job)
+        run_dir = Path(job.run_dir or "RUN_DIR").absolute()
+        _show_plan(planned, arguments.json, {"command": commands.rendered_launch(planned, run_dir).text})
+        return 0
+    return _report(commands.train(arguments.overrides, _say), arguments.json)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from launch.environment import rank_environment
+
+    if rank_environment() is not None:
+        raise ConfigError(
+            "resume starts its own ranks, and this process is already one (RANK is set)",
+            f"torchrun ... -m orchestrator train ... run_dir={arguments.run_dir}  (it resumes by itself)",
+        )
+    from orchestrator.commands import resume
+
+    return _report(resume(arguments.run_dir, arguments.overrides, _say), arguments.json)
+
+
+def _report(finished: Any, as_json: bool) -> int:
+    _say(finished.message)
+    hint = finished.cause.hint if finished.cause else ""
+    if hint:
+        _say(f"hint: {hint}")
+    if as_json:
+        summary = {"run_dir": str(finished.run_dir), "code": finished.code, "step": finished.step}
+        cause = {"cause": finished.cause.cause, "rank": finished.cause.rank} if finished.cause else {}
+        print(json.dumps(summary | {"message": finished.message, "hint": hint} | cause))
+    return int(finished.code)
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="DIR", help="the run folder")
+    _add_overrides(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="DIR", help="a run folder or a checkpoint")
+    parser.add_argument("--to", required=True, choices=("peft", "merged"), help="an adapter, or a whole model")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from orchestrator.commands import export
+
+    out = export(arguments.path, arguments.to, arguments.out)
+    _say(f"exported to {out}")
+    if arguments.json:
+        print(json.dumps({"code": 0, "to": arguments.to, "out": str(out)}))
+    return 0
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="DIR", help="a run folder, a checkpoint, an adapter or a model")
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)")
+    parser.add_argument("--compare", action="store_true", help="show what the base model says, too")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from orchestrator.generate import generate
+
+    answers = generate(arguments.path, arguments.prompt, arguments.max_new_tokens, arguments.compare)
+    if arguments.json:
+        print(json.dumps({"code": 0, "answers": [asdict(answer) for answer in answers]}))
+    elif arguments.compare:
+        _print_side_by_side(answers)
+    else:
+        print("\n\n".join(answer.text for answer in answers))
+    return 0
+
+
+def _print_side_by_side(answers: Sequence[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("prompt", "before", "after", show_lines=True)
+    for answer in answers:
+        table.add_row(Text(answer.prompt), Text(answer.before or ""), Text(answer.text))
+    Console().print(table)
+
+
+COMMANDS = {
+    "plan": Command(
+        "Show what would run and why: topology, batch split, memory. Starts nothing.",
+        "isotrain plan model=smollm2_135m cluster=laptop",
+        _add_overrides,
+        _plan,
+    ),
+    "train": Command(
+        "Train; go on by itself when run_dir holds a checkpoint of the same run.",
+        "isotrain train model=smollm2_135m data=lighthouse run_dir=runs/first",
+        _add_train,
+        _train,
+    ),
+    "resume": Command(
+        "Go on with a run after its newest checkpoint, on another topology if you like.",
+        "isotrain resume runs/first topology.tp=3 topology.pp=1",
+        _add_resume,
+        _resume,
+    ),
+    "export": Command(
+        "Write the newest checkpoint as a PEFT adapter or as a merged model.",
+        "isotrain export runs/first --to peft adapter",
+        _add_export,
+        _export,
+    ),
+    "generate": Command(
+        "Answer a prompt with transformers and peft.",
+        'isotrain generate runs/first --prompt "Why is the sky blue?"',
+        _add_generate,
+        _generate,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

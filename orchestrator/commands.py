@@ -1,0 +1,189 @@
+"""What the commands do, without a terminal: plan, train, resume, export; for the command line and for Python users."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.exits import RankExit
+from launch.launcher import render
+from launch.local import launch
+from launch.request import LaunchRequest, Rendered
+from orchestrator.building import read_job
+from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.job import ClusterConfig, JobConfig
+from orchestrator.loading import compose_job, override_job
+from orchestrator.models import model_spec, resolve_model
+from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, locked, write_run
+from parallel.specs import ClusterSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from orchestrator.planning.plan import Plan
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job, the model's shape, and the plan to run it."""
+
+    job: JobConfig
+    model: ModelSpec
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run ended. ``step``: optimizer steps that the newest checkpoint holds; ``cause``: None when all is well."""
+
+    run_dir: Path
+    code: int
+    step: int
+    message: str
+    cause: RankExit | None = None
+
+
+def plan_job(job: JobConfig) -> Planned:
+    """Plan a job; nothing is started and nothing is written.
+
+    Raises:
+        ConfigError, SpecError: the job cannot work on its cluster; says why, with a hint.
+    """
+    from orchestrator.planning.plan import make_plan
+
+    model = model_spec(job.model)
+    return Planned(job, model, make_plan(job, model, cluster_spec(job.cluster)))
+
+
+def cluster_spec(cluster: ClusterConfig) -> ClusterSpec:
+    """The cluster as the planner knows it."""
+    return ClusterSpec(**dataclasses.asdict(cluster))
+
+
+def rendered_launch(planned: Planned, run_dir: Path) -> Rendered:
+    """The command that will start a plan's ranks, before anything is done."""
+    cluster = planned.job.cluster
+    return render(
+        LaunchRequest(
+            run_dir=run_dir,
+            program=(sys.executable, "-m", "orchestrator", "worker", str(run_dir)),
+            world_size=planned.plan.ranks_used,
+            nodes=cluster.nodes,
+            ranks_per_node=cluster.gpus_per_node,
+            device=cluster.device,
+        )
+    )
+
+
+def train(overrides: Sequence[str], say: Say = lambda text: None) -> Finished:
+    """Train, from the start or on from the newest checkpoint of ``run_dir``; returns when all ranks have ended.
+
+    Args:
+        overrides: ``GROUP=CHOICE`` and ``KEY=VALUE`` in Hydra's grammar.
+        say: tells the user what happens, a line at a time.
+    Raises:
+        ConfigError: the job cannot work, or the folder holds another run.
+    """
+    job = compose_job(overrides)
+    run_dir = (Path(job.run_dir).expanduser() if job.run_dir else default_run_dir(job.model.path)).absolute()
+    return _run(job, run_dir, decide_train(run_dir, job), say)
+
+
+def resume(run_dir: Path, overrides: Sequence[str] = (), say: Say = lambda text: None) -> Finished:
+    """Go on with a run, with changes; its topology may be another one.
+
+    Raises:
+        ConfigError: there is no run or no checkpoint, or the changes cannot work.
+    """
+    run_dir = run_dir.expanduser().absolute()
+    before = read_job(run_dir)
+    job = override_job((run_dir / "job.yaml").read_text(encoding="utf-8"), overrides) if overrides else before
+    return _run(job, run_dir, decide_resume(run_dir, job), say)
+
+
+def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finished:
+    if decision.kind == "finished":
+        return Finished(run_dir, 0, decision.step, decision.message)
+    check_files(job)
+    planned = plan_job(job)
+    rendered = rendered_launch(planned, run_dir)
+    check_writable(run_dir)
+    write_folder = dataclasses.replace(job, run_dir=job.run_dir or str(run_dir))
+    say(decision.message)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        write_run(run_dir, write_folder, planned.plan.to_json())
+        result = launch(rendered, run_dir, planned.plan.ranks_used, say)
+    step = latest_step(run_dir) or 0
+    if result.code == ExitCode.DONE:
+        return Finished(run_dir, 0, step, f"done: {step} of {job.steps} steps in {run_dir}")
+    if result.cause is None:
+        return Finished(run_dir, result.code, step, f"ended at once; the newest checkpoint holds {step} steps")
+    return Finished(run_dir, result.code, step, result.cause.message, result.cause)
+
+
+def check_files(job: JobConfig) -> None:
+    """Find out before anything is started that the model or the data are not there.
+
+    Raises:
+        ConfigError: says what was searched.
+    """
+    from orchestrator.data.sources import resolve
+
+    if job.model.weights == "load" or job.model.config is None:
+        resolve_model(job.model.path, job.model.download)
+    resolve(job.data.path)
+
+
+def check_writable(run_dir: Path) -> None:
+    """Find out before anything is started that the run folder cannot be made or written.
+
+    Raises:
+        ConfigError: names the folder that refuses.
+    """
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {existing} refuses", "run_dir=ANOTHER")
+
+
+def export(path: Path, to: str, out: Path) -> Path:
+    """Export a run's newest checkpoint, or one checkpoint, as a PEFT adapter or as a merged model.
+
+    Args:
+        path: a run folder or a checkpoint.
+        to: ``peft`` or ``merged``.
+        out: a new folder.
+    Raises:
+        ConfigError: there is no checkpoint, or ``out`` is taken. DataError: the checkpoint is damaged.
+    """
+    from orchestrator.checkpoint.export import export_adapter, export_merged
+    from orchestrator.checkpoint.load import open_checkpoint
+
+    checkpoint = open_checkpoint(path.expanduser(), verify=True).folder
+    if to == "peft":
+        export_adapter(checkpoint, out)
+    else:
+        export_merged(checkpoint, base_folder(checkpoint), out)
+    return out
+
+
+def base_folder(checkpoint: Path) -> Path:
+    """The folder of the model that a checkpoint's adapter belongs to, as the run's job or the adapter names it.
+
+    Raises:
+        ConfigError: neither names one, or it is not on this machine.
+    """
+    import json
+
+    run_dir = checkpoint.absolute().parent.parent
+    if (run_dir / "job.yaml").is_file():
+        return resolve_model(read_job(run_dir).model.path)
+    for folder in (checkpoint / "adapter", checkpoint):
+        if (folder / "adapter_config.json").is_file():
+            return resolve_model(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    raise ConfigError(f"{checkpoint} does not say which model it belongs to", "name the run folder instead")
