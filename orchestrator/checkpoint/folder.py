@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 from pathlib import Path
 
-from orchestrator.errors import DataError
+from orchestrator.errors import ConfigError, DataError, IsotrainError, ResourceError
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 STEP_NAME = re.compile(r"step-(\d{6,})")
 REPLACED_NAME = re.compile(r"(step-\d{6,})\.replaced-\w+")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 TEMPORARY_NAME = re.compile(r"(step-\d{6,}|latest)\.tmp-\w+")
 
 
@@ -89,3 +93,28 @@ def sync_tree(folder: Path) -> None:
         if path.is_dir():
             sync_folder(path)
     sync_folder(folder)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk where ``folder`` is, or would be made. Raises OSError."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def explain(error: OSError, folder: Path, needed_bytes: int, place: str = "run_dir=DIR") -> IsotrainError:
+    """Turn a failed write into an error with numbers and a hint; ``place`` is what the user sets to move it."""
+    path = error.filename or folder
+    if error.errno in NO_SPACE:
+        return ResourceError(
+            f"no space left: {path}: {error.strerror}; {needed_bytes:,} bytes are needed, {free_bytes(folder):,} are "
+            "free. What was saved before is untouched",
+            f"free some space or set {place} on another disk, then run it again",
+        )
+    if error.errno in FORBIDDEN:
+        return ConfigError(f"{path} cannot be written: {error.strerror}", f"set {place} to a folder that you may write")
+    if error.errno == errno.ENOENT:
+        return ConfigError(
+            f"{path} cannot be written: {error.strerror}", f"{place} must lie on a file system that all nodes share"
+        )
+    return ResourceError(f"{path} cannot be written: {error.strerror}", "check the disk, then run it again")

@@ -23,6 +23,8 @@ from orchestrator.checkpoint.folder import (
     REPLACED_NAME,
     STATE,
     TEMPORARY_NAME,
+    explain,
+    free_bytes,
     list_steps,
     read_latest,
     step_name,
@@ -34,11 +36,8 @@ from orchestrator.checkpoint.folder import (
 from orchestrator.checkpoint.layout import FILE_BYTES, Block, FilePlan, Layout, LogicalTensor, make_layout, weight_index
 from orchestrator.checkpoint.manifest import FileRecord, Manifest, TensorRecord, record_of
 from orchestrator.checkpoint.tensor_file import DTYPE_CODES, FileWriter
-from orchestrator.errors import ConfigError, IsotrainError, ResourceError
+from orchestrator.errors import IsotrainError
 from parallel.shards import Box, Shard
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -229,30 +228,6 @@ class _Files:
             writer.abort()
 
 
-def explain(error: OSError, folder: Path, needed_bytes: int) -> IsotrainError:
-    """Turn a failed write into an error with numbers and a hint."""
-    path = error.filename or folder
-    if error.errno in NO_SPACE:
-        return ResourceError(
-            f"no space left for a checkpoint: {path}: {error.strerror}; it needs {needed_bytes:,} bytes, "
-            f"{_free_bytes(folder):,} are free. The last good one is untouched",
-            "free some space, keep fewer (checkpoint.keep=1) or set run_dir= to another disk; then run it again",
-        )
-    if error.errno in FORBIDDEN:
-        return ConfigError(f"{path} cannot be written: {error.strerror}", "set run_dir= to a folder that you may write")
-    if error.errno == errno.ENOENT:
-        return ConfigError(
-            f"{path} cannot be written: {error.strerror}", "run_dir must lie on a file system that all nodes share"
-        )
-    return ResourceError(f"{path} cannot be written: {error.strerror}", "check the disk, then run it again")
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def _prepare(temporary: Path, layout: Layout) -> None:
     """Clear what crashed saves left, see that there is space, and make the folders."""
     checkpoints = temporary.parent
@@ -263,7 +238,7 @@ def _prepare(temporary: Path, layout: Layout) -> None:
             path.rename(checkpoints / aside.group(1))
         elif aside or TEMPORARY_NAME.fullmatch(path.name):
             _remove(path)
-    if layout.bytes > _free_bytes(checkpoints):
+    if layout.bytes > free_bytes(checkpoints):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
     for folder in {(temporary / file.path).parent for file in layout.files}:
         folder.mkdir(parents=True)

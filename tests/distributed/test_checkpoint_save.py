@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from orchestrator.checkpoint import exchange as exchange_module
-from orchestrator.checkpoint import save as save_module
 from orchestrator.checkpoint.coverage import CoverageError
 from orchestrator.checkpoint.load import CheckpointReader, open_checkpoint
 from orchestrator.checkpoint.save import Contents, SavePolicy, save
@@ -161,9 +161,9 @@ def fail_fsync(code: int) -> Callable[[], Callable[[], None]]:
 
 
 def no_free_bytes() -> Callable[[], None]:
-    real = save_module._free_bytes
-    save_module._free_bytes = lambda folder: 17
-    return lambda: setattr(save_module, "_free_bytes", real)
+    real = shutil.disk_usage
+    shutil.disk_usage = lambda folder: real(folder)._replace(free=17)
+    return lambda: setattr(shutil, "disk_usage", real)
 
 
 FIRST = ("full-beforehand",)  # only the first rank looks
@@ -181,10 +181,10 @@ BREAKAGES: dict[str, Callable[[], Callable[[], None]]] = {
 @pytest.mark.parametrize(
     ("breakage", "name", "message", "hint"),
     [
-        ("too-big", "ResourceError", "no space left for a checkpoint", "checkpoint.keep=1"),
-        ("full", "ResourceError", "/some/disk: No space left on device; it needs", "run_dir="),
+        ("too-big", "ResourceError", "no space left: ", "set run_dir=DIR on another disk"),
+        ("full", "ResourceError", "/some/disk: No space left on device; ", "run_dir="),
         ("quota", "ResourceError", "Disk quota exceeded", "run_dir="),
-        ("full-beforehand", "ResourceError", "bytes, 17 are free", "free some space"),
+        ("full-beforehand", "ResourceError", "bytes are needed, 17 are free", "free some space"),
         ("forbidden", "ConfigError", "/some/disk cannot be written: Read-only", "run_dir="),
         ("unseen", "ConfigError", "/some/disk cannot be written: No such file", "all nodes share"),
         ("broken", "ResourceError", "Input/output error", "check the disk"),

@@ -1,0 +1,121 @@
+"""PEFT's LoRA adapter folders, read and described without importing PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.checkpoint.hf_reader import AdapterReader
+from orchestrator.errors import ConfigError
+from orchestrator.job import TunerConfig
+
+PREFIX = "base_model.model."
+MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# Settings of adapter_config.json under which a merge means something else than W + scale * B @ A.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "init_lora_weights": (True, False, None, "gaussian"),  # pissa, olora, loftq, ... change the base as well
+}
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The update of one base weight: ``scale * B @ A`` with A ``[r, in]`` and B ``[out, r]``, by their names."""
+
+    base: str
+    a: str
+    b: str
+    scale: float
+
+
+def adapter_config(tuner: TunerConfig, target_modules: str | Sequence[str], base_model_path: str) -> dict[str, Any]:
+    """The ``adapter_config.json`` that makes PEFT load our adapter as it was trained.
+
+    Args:
+        target_modules: names of modules (or their last parts), or a regular expression of whole names.
+        base_model_path: what PEFT's ``AutoPeftModel`` would load the base from.
+    Example:
+        >>> config = adapter_config(TunerConfig(r=8, alpha=16.0), ["q_proj", "k_proj"], "base")
+        >>> config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
+        ('LORA', 8, 16, ['k_proj', 'q_proj'])
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_path,
+        "inference_mode": True,
+        "r": tuner.r,
+        "lora_alpha": int(tuner.alpha) if float(tuner.alpha).is_integer() else tuner.alpha,
+        "lora_dropout": tuner.dropout,
+        "use_rslora": tuner.rslora,
+        "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+    }
+
+
+def lora_scale(config: Mapping[str, Any], module: str, r: int) -> float:
+    """What ``B @ A`` is multiplied with: alpha / r, or alpha / sqrt(r) under rsLoRA (arXiv:2312.03732).
+
+    ``alpha_pattern`` maps regular expressions, matched at the end of a module's name, to other alphas.
+
+    Example:
+        >>> lora_scale({"lora_alpha": 32, "use_rslora": True}, "layers.0.q_proj", 16)
+        8.0
+        >>> lora_scale({"lora_alpha": 32, "alpha_pattern": {"q_proj": 8}}, "layers.0.q_proj", 16)
+        0.5
+    """
+    alpha = float(config.get("lora_alpha", 8))
+    for pattern, other in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(other)
+            break
+    return float(alpha / (r**0.5 if config.get("use_rslora") else r))
+
+
+def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
+    """The updates of an adapter by the base weight's name (``model.layers.0.self_attn.q_proj.weight``).
+
+    Raises:
+        ConfigError: the adapter is no plain LoRA (DoRA, trained biases, embeddings, whole modules), or a matrix lacks
+            its partner.
+    """
+    config = adapter.config
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ConfigError(f"{folder} is an adapter of type {kind!r}, only 'LORA' is supported")
+    for key, plain in PLAIN.items():
+        if key in config and config[key] not in plain:
+            raise ConfigError(f"{folder} has {key}={config[key]!r}, only plain LoRA is supported", "merge it with PEFT")
+    modules: dict[str, dict[str, str]] = {}
+    for name in adapter.names:
+        match = MATRIX.fullmatch(name)
+        if match is None:
+            raise ConfigError(f"{folder} holds {name}, which is no LoRA matrix of a linear layer", "merge it with PEFT")
+        modules.setdefault(match["module"], {})[match["side"]] = name
+    pairs = {}
+    for module, sides in modules.items():
+        if len(sides) != 2:
+            raise ConfigError(f"{folder} holds {next(iter(sides.values()))} without its partner")
+        inner = module.removeprefix(PREFIX)
+        scale = lora_scale(config, inner, adapter.shape(sides["A"])[0])
+        pairs[f"{inner}.weight"] = LoraPair(f"{inner}.weight", sides["A"], sides["B"], scale)
+    return pairs

@@ -1,0 +1,212 @@
+"""Handing a checkpoint on: as a PEFT adapter, or merged into its base. Streams; the base is only read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.checkpoint.adapter import LoraPair, lora_pairs
+from orchestrator.checkpoint.folder import explain, sync_folder, write_durably
+from orchestrator.checkpoint.hf_reader import INDEX, AdapterReader, read_json, weight_files
+from orchestrator.checkpoint.load import WEIGHT_SUFFIXES, CheckpointReader, check_file
+from orchestrator.checkpoint.tensor_file import TORCH_DTYPES, FileWriter, TensorEntry, TensorFiles, lay_out
+from orchestrator.errors import ConfigError
+from parallel.shards import Box
+
+MARKER = "isotrain.json"  # says that we wrote a folder, and what
+BUFFER_BYTES = 64 * 2**20
+FLOATS = ("F64", "F32", "BF16", "F16")
+PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+def export_adapter(checkpoint: CheckpointReader, out: Path) -> None:
+    """Copy the adapter, proven by its digests, into ``out``: PEFT loads it as it is.
+
+    Raises:
+        ConfigError: it is a checkpoint of full tuning, or ``out`` holds something that is not ours.
+        DataError: a file is damaged.
+        ResourceError: no space is left.
+    """
+    if checkpoint.manifest.room != "adapter":
+        raise ConfigError(f"{checkpoint.folder} holds a full model, no adapter", "export it with --to merged")
+    records = {path: record for path, record in checkpoint.manifest.files.items() if path.startswith("adapter/")}
+    needed = sum(record.bytes for record in records.values())
+    with _fresh_folder(out, needed, [checkpoint.folder], {"step": checkpoint.step, "to": "peft"}) as folder:
+        for path, record in records.items():
+            check_file(checkpoint.folder / path, record, verify=True)
+            _copy(checkpoint.folder / path, folder / path.removeprefix("adapter/"))
+
+
+def export_merged(checkpoint: CheckpointReader, base: Path, out: Path, precision: str | None = None) -> None:
+    """Write the whole model with the adapter merged into it: transformers loads it as it is.
+
+    ``W + scale * B @ A`` is computed in fp32, block of rows by block of rows, and cast once. Files are cut as the
+    base's are. A checkpoint of full tuning is its own base.
+
+    Args:
+        base: the Hugging Face folder that the adapter was trained on; only read.
+        precision: "fp32", "bf16" or "fp16"; by default each tensor keeps the base's type.
+    Raises:
+        ConfigError: the base lacks a target or has it in another shape, the adapter is no plain LoRA, or ``out`` holds
+            something that is not ours.
+        DataError: a file is damaged.
+        ResourceError: no space is left.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} is not known", f"choose one of {', '.join(PRECISIONS)}")
+    room = checkpoint.folder / checkpoint.manifest.room
+    for name, record in checkpoint.manifest.files.items():
+        if name.startswith(f"{checkpoint.manifest.room}/"):
+            check_file(checkpoint.folder / name, record, verify=True)
+    adapter = AdapterReader(room) if checkpoint.manifest.room == "adapter" else None
+    base = base if adapter else room
+    pairs = lora_pairs(adapter, room) if adapter else {}
+    paths = weight_files(base)
+    tensors = TensorFiles(paths)
+    _check_targets(tensors, pairs, adapter, base)
+    plans = _plan_files(tensors, paths, PRECISIONS.get(precision or ""))
+    needed = sum(entry.bytes for entries in plans.values() for entry in entries)
+    with _fresh_folder(out, needed, [checkpoint.folder, base], {"step": checkpoint.step, "to": "merged"}) as folder:
+        for path, entries in plans.items():
+            writer = FileWriter(folder / path.name, entries)
+            try:
+                for entry in entries:
+                    for rows in _row_boxes(entry):
+                        writer.write(_merged(tensors, entry, rows, pairs.get(entry.key), adapter))
+                writer.close()
+            finally:
+                writer.abort()
+        if len(plans) > 1:
+            weight_map = {entry.key: path.name for path, entries in plans.items() for entry in entries}
+            _write_json(folder / INDEX, {"metadata": {"total_size": needed}, "weight_map": weight_map})
+        _copy_companions(base, folder, precision)
+
+
+def _check_targets(
+    tensors: TensorFiles, pairs: Mapping[str, LoraPair], adapter: AdapterReader | None, base: Path
+) -> None:
+    held = set(tensors.keys)
+    for name, pair in pairs.items():
+        if name not in held:
+            hint = "give the base model that the adapter was trained on"
+            if name == "lm_head.weight":
+                hint = "its lm_head is tied to the embedding: merging would change both. Export with --to peft"
+            raise ConfigError(f"{base} has no {name}, which the adapter changes", hint)
+        entry = tensors.entry(name)
+        assert adapter is not None
+        a, b = adapter.shape(pair.a), adapter.shape(pair.b)
+        if entry.shape != (b[0], a[1]) or a[0] != b[1]:
+            raise ConfigError(f"{name} has shape {entry.shape} in {base}, the adapter's update is {b} @ {a}")
+        if entry.dtype not in FLOATS:
+            raise ConfigError(f"{name} has type {entry.dtype} in {base}: nothing can be merged into quantised weights")
+
+
+def _plan_files(tensors: TensorFiles, paths: Sequence[Path], dtype: str | None) -> dict[Path, tuple[TensorEntry, ...]]:
+    """The tensors of each file with their types after the merge."""
+    plans: dict[Path, list[TensorEntry]] = {path: [] for path in paths}
+    for key in tensors.keys:
+        entry = tensors.entry(key)
+        if entry.dtype not in TORCH_DTYPES:
+            raise ConfigError(f"{key} has type {entry.dtype}, which is not supported")
+        kept = dtype is None or entry.dtype not in FLOATS
+        plans[tensors.path(key)].append(TensorEntry(key, entry.dtype if kept else str(dtype), entry.shape))
+    return {path: lay_out(entries) for path, entries in plans.items()}
+
+
+def _row_boxes(entry: TensorEntry) -> Iterator[Box]:
+    """Boxes of whole rows in order, each of about BUFFER_BYTES in fp32 (one row at least)."""
+    whole = Box.whole(entry.shape)
+    if not whole.elements:
+        return
+    if not entry.shape:
+        yield whole
+        return
+    rows = max(1, BUFFER_BYTES // (4 * whole.elements // entry.shape[0]))
+    for start in range(0, entry.shape[0], rows):
+        count = min(rows, entry.shape[0] - start)
+        yield Box((start, *whole.offset[1:]), (count, *entry.shape[1:]))
+
+
+def _merged(
+    tensors: TensorFiles, entry: TensorEntry, rows: Box, pair: LoraPair | None, adapter: AdapterReader | None
+) -> torch.Tensor:
+    """Some rows of a tensor as they are written: ``entry`` has the type."""
+    data = tensors.read(entry.key, rows)
+    if pair is not None and adapter is not None:
+        r = adapter.shape(pair.a)[0]
+        a = adapter.read(pair.a, "weight", Box.whole(adapter.shape(pair.a))).float()
+        b = adapter.read(pair.b, "weight", Box((rows.offset[0], 0), (rows.size[0], r))).float()
+        wide = torch.promote_types(data.dtype, torch.float32)
+        data = data.to(wide) + (pair.scale * (b @ a)).to(wide)
+    return data.to(TORCH_DTYPES[entry.dtype])
+
+
+def _copy_companions(base: Path, folder: Path, precision: str | None) -> None:
+    """Copy configuration and tokenizer, all that is no weights."""
+    for path in sorted(base.iterdir()):
+        if path.is_file() and path.name != MARKER and not path.name.lower().endswith(WEIGHT_SUFFIXES):
+            if path.name == "config.json" and precision is not None:
+                config = read_json(path)
+                name = str(TORCH_DTYPES[PRECISIONS[precision]]).removeprefix("torch.")
+                config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
+                _write_json(folder / path.name, config)
+            else:
+                _copy(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def _fresh_folder(out: Path, needed_bytes: int, sources: Sequence[Path], about: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name when the block ends well, and is removed when it does not."""
+    _check_out(out, sources)
+    out = out.absolute()
+    token = secrets.token_hex(4)
+    temporary, aside = (out.with_name(f".{out.name}.{what}-{token}") for what in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        files = sorted(path.name for path in temporary.iterdir())
+        _write_json(temporary / MARKER, {"written_by": "isotrain export", **about, "files": files})
+        sync_folder(temporary)
+        if out.exists():
+            out.rename(aside)
+        temporary.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise explain(error, out.parent, needed_bytes, "OUT") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_out(out: Path, sources: Sequence[Path]) -> None:
+    for source in sources:
+        if out.resolve().is_relative_to(source.resolve()):
+            raise ConfigError(f"{out} lies in {source}, which is only read", "choose a folder outside of it")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file", "choose a folder that does not exist yet")
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    ours = {MARKER, *read_json(out / MARKER).get("files", ())} if MARKER in found else set()
+    if found - ours:
+        raise ConfigError(
+            f"{out} is not empty: {', '.join(sorted(found - ours)[:3])} did not come from an export",
+            "choose a folder that does not exist yet",
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: object) -> None:
+    write_durably(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
