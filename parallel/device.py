@@ -22,7 +22,7 @@ STAND_INS = (
     "torch.cuda.current_device: the CPU device",
     "torch.cuda streams and events: objects that do nothing",
     "torch.cuda.synchronize, empty_cache, nvtx: nothing",
-    "the CUDA generator's state in activation recompute: empty (the CPU generator's is kept as well)",
+    "the CUDA generator: its state is empty and seeding it does nothing (the CPU's generator is always kept beside it)",
     "Tensor.cuda(): the tensor itself",
     "Tensor.type(): 'torch.cuda.*' names, only while an optimizer is built or steps",
 )
@@ -63,6 +63,8 @@ class _CpuCuda(ModuleType):
         self.current_stream = self.default_stream = lambda *_: _Nothing()
         self.synchronize = self.empty_cache = lambda *_: None
         self.nvtx = _Nothing()
+        self.get_rng_state = lambda *_, **__: torch.empty(0)
+        self.set_rng_state = self.manual_seed = lambda *_, **__: None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)

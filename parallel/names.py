@@ -31,11 +31,13 @@ class Linear:
         path: its module path inside a megatron-core layer.
         cut: ``column`` (output rows are cut over tp) or ``row`` (input columns are).
         parts: logical linears fused in it, as ``(role, Hugging Face path inside the layer)``.
+        expert: it belongs to one expert: cut over etp (not tp), and held by one ep rank.
     """
 
     path: str
     cut: str
     parts: tuple[tuple[str, str], ...]
+    expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ _EXPERTS = (
         "mlp.experts.local_experts.{expert}.linear_fc1",
         "column",
         (("gate", "mlp.experts.{expert}.gate_proj"), ("up", "mlp.experts.{expert}.up_proj")),
+        expert=True,
     ),
-    Linear("mlp.experts.local_experts.{expert}.linear_fc2", "row", (("down", "mlp.experts.{expert}.down_proj"),)),
+    Linear("mlp.experts.local_experts.{expert}.linear_fc2", "row", (("down", "mlp.experts.{expert}.down_proj"),), True),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -94,15 +97,17 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
-def linears(spec: ModelSpec) -> Iterator[Linear]:
-    """The local linears of one layer, one entry per expert for expert layers."""
+def linears(spec: ModelSpec, ep: int = 1, ep_rank: int = 0) -> Iterator[Linear]:
+    """The local linears of one layer, one entry for each expert that expert-parallel rank ``ep_rank`` of ``ep`` holds."""
+    local_experts = spec.experts // ep
     for linear in FAMILIES[spec.family].linears:
-        if "{expert}" not in linear.path:
+        if not linear.expert:
             yield linear
             continue
-        for expert in range(spec.experts):
+        for local in range(local_experts):
+            expert = ep_rank * local_experts + local
             parts = tuple((role, path.format(expert=expert)) for role, path in linear.parts)
-            yield Linear(linear.path.format(expert=expert), linear.cut, parts)
+            yield Linear(linear.path.format(expert=local), linear.cut, parts, expert=True)
 
 
 def shape(role: str, spec: ModelSpec) -> tuple[int, int]:
@@ -222,7 +227,7 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
         for layer in range(spec.layers)
         for linear in FAMILIES[spec.family].linears
         for _, path in linear.parts
-        if "{expert}" not in path
+        if not linear.expert
     ]
     if targets == "all-linear":
         return frozenset(modules)

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
+from tests.helpers import runs
 from tests.helpers.pool import Pool
 
 
@@ -13,3 +19,44 @@ def pool() -> Iterator[Pool]:
     workers = Pool(4)
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct as a Hugging Face folder, converted once into the user's cache."""
+    from orchestrator.smollm2 import make_model
+
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders of tiny random models made by transformers itself: ``tiny_model("qwen3", vocab_size=97)``."""
+    made: dict[Any, Path] = {}
+
+    def make(family: str, **changes: Any) -> Path:
+        key = (family, *sorted(changes.items()))
+        if key not in made:
+            made[key] = _save_tiny(runs.config(family, **changes), tmp_path_factory.mktemp(family))
+        return made[key]
+
+    return make
+
+
+def _save_tiny(mapping: dict[str, Any], folder: Path) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(7)
+    kind = mapping["model_type"]
+    rest = {key: value for key, value in mapping.items() if key != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **rest))
+    with torch.no_grad():  # norms and biases that are not ones and zeros, so that losing one shows
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.mul_(4)
+            assert "inv_freq" not in name
+    model.save_pretrained(folder)
+    return folder

@@ -96,6 +96,8 @@ class MegatronEngine:
         found: list[torch.Tensor] = []
 
         def collect(batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if self._spec.sp:
+                hidden = mappings.gather_from_sequence_parallel_region(hidden, group=self._groups.by_name["tp"])
             local = (hidden @ self._head().t()).float()
             size = self._groups.size("tp")
             shares = [torch.empty_like(local) for _ in range(size)]

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, mappings
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parallel import names
@@ -128,11 +130,17 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
 def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[HiddenGPTModel]:
     """Build this rank's pipeline chunks, wrap adapters on and freeze what is not trained. Weights are not filled yet."""
     stand_in_for_cuda()
+    _name_rng_stream()
+    if not hasattr(moe_utils, "te_general_gemm"):  # unbound in megatron-core 0.16.1 without transformer-engine
+        moe_utils.te_general_gemm = None
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # where sequence parallelism gathers into
+        parallel_state._set_global_memory_buffer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = transformer_config(spec, groups)
         chunks = [_build_chunk(spec, groups, config, virtual) for virtual in range(spec.vpp or 1)]
     for virtual, chunk in enumerate(chunks):
+        _mark_cut_tensors(spec, groups, chunk, virtual)
         if spec.lora is None:
             continue
         chunk.requires_grad_(False)
@@ -151,6 +159,22 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         if spec.recompute != "none" and chunk.pre_process:
             _let_hidden_states_require_grad(chunk)
     return chunks
+
+
+def _mark_cut_tensors(spec: EngineSpec, groups: Groups, chunk: HiddenGPTModel, virtual: int) -> None:
+    """Say which weights are cut over tp: megatron-core only does so while it initialises them, which we do not let it.
+
+    Without the mark every rank but the first would take its share for a replica, and leave it out of the gradient norm.
+    """
+    for tensor, piece in _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual)):
+        tensor.tensor_model_parallel = piece.box.size != piece.shape  # type: ignore[attr-defined]
+
+
+def _name_rng_stream() -> None:
+    """megatron-core's embedding forks this stream under sequence parallelism, for a dropout that is always 0 here."""
+    tracker, name = get_cuda_rng_tracker(), "model-parallel-rng"
+    if name not in tracker.get_states():
+        tracker.add(name, 0)
 
 
 def _build_chunk(spec: EngineSpec, groups: Groups, config: TransformerConfig, virtual: int) -> HiddenGPTModel:
@@ -200,10 +224,11 @@ def _base_tensors(
         for path, name in names.FAMILIES[model.family].whole:
             parameter = layer.get_parameter(path)
             yield parameter, names.whole_piece(names.layer_prefix(index) + name, tuple(parameter.shape))
-        for linear in names.linears(model):
+        for linear in names.linears(model, groups.topology.ep, groups.index("ep")):
             module = layer.get_submodule(linear.path)
             base = module.base if isinstance(module, LoraLinear) else module
-            for piece in names.weight_pieces(linear, model, index, tp, rank):
+            cut = (groups.topology.etp, groups.index("expt_tp")) if linear.expert else (tp, rank)
+            for piece in names.weight_pieces(linear, model, index, *cut):
                 yield base.weight, piece
             if base.bias is not None:
                 for piece in names.bias_pieces(linear, model, index, tp, rank):

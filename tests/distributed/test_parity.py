@@ -1,0 +1,88 @@
+"""The same run on every topology: losses to 1e-5 relative, trained tensors to 1e-4 in relative Frobenius norm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.topology import Topology
+from tests.helpers import runs
+from tests.helpers.pool import Pool
+from tests.helpers.runs import Run
+
+LOSS_RTOL, TENSOR_RTOL = 1e-5, 1e-4
+
+TOPOLOGIES = {
+    "dp2": {"topology": Topology(dp=2)},
+    "tp2": {"topology": Topology(tp=2)},
+    "tp3": {"topology": Topology(tp=3)},
+    "tp2-sp": {"topology": Topology(tp=2), "sp": True},
+    "pp2": {"topology": Topology(pp=2)},
+    "pp3-uneven": {"topology": Topology(pp=3)},
+    "pp2-dp2": {"topology": Topology(pp=2, dp=2)},
+    "tp2-pp2": {"topology": Topology(tp=2, pp=2)},
+    "pp2-vpp2": {"topology": Topology(pp=2), "vpp": 2},
+    "dp2-distributed": {"topology": Topology(dp=2), "distributed": True},
+    "tp2-dp2-distributed": {"topology": Topology(tp=2, dp=2), "distributed": True},
+}
+
+
+def assert_same(pool: Pool, reference: Run, other: Run) -> None:
+    """Both runs, and every comparison the thesis makes."""
+    expected = pool.run(1, runs.train, reference)
+    found = pool.run(other.topology.world_size, runs.train, other)
+    for losses, norms, _ in found:
+        assert losses == pytest.approx(expected[0][0], rel=LOSS_RTOL)
+        assert norms == pytest.approx(expected[0][1], rel=1e-4)
+    whole, merged = runs.merge([expected[0][2]]), runs.merge([state for _, _, state in found])
+    assert whole.keys() == merged.keys()
+    for key, value in whole.items():
+        assert torch.linalg.vector_norm(merged[key] - value) <= TENSOR_RTOL * torch.linalg.vector_norm(value), key
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_lora_run_equals_one_process(pool: Pool, name: str) -> None:
+    assert_same(pool, Run(), Run(**TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("name", ["tp3", "pp2-dp2", "tp2-dp2-distributed", "tp2-sp"])
+def test_full_run_equals_one_process(pool: Pool, name: str) -> None:
+    assert_same(pool, Run(full=True, learning_rate=1e-3), Run(full=True, learning_rate=1e-3, **TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2", "tp2-pp2", "tp2-sp"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_families_equal_one_process(pool: Pool, family: str, name: str) -> None:
+    assert_same(pool, Run(family=family), Run(family=family, **TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "dp2", "tp2-pp2"])
+def test_dropout_masks_follow_samples_not_ranks(pool: Pool, name: str) -> None:
+    assert_same(pool, Run(dropout=0.3), Run(dropout=0.3, **TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("name", ["pp2", "tp2"])
+def test_recompute_changes_nothing(pool: Pool, recompute: str, name: str) -> None:
+    assert_same(pool, Run(dropout=0.2), Run(dropout=0.2, recompute=recompute, **TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("k_proj", "up_proj"), r".*layers\.[13]\.mlp\.down_proj"])
+def test_some_targets_only(pool: Pool, targets: str | tuple[str, ...]) -> None:
+    assert_same(pool, Run(targets=targets), Run(targets=targets, topology=Topology(tp=2, pp=2)))
+
+
+def test_micro_batches_do_not_change_the_run(pool: Pool) -> None:
+    assert_same(pool, Run(micro_sequences=1), Run(micro_sequences=4))
+
+
+def test_dropout_is_on(pool: Pool) -> None:
+    plain, dropped = pool.run(1, runs.train, Run())[0], pool.run(1, runs.train, Run(dropout=0.3))[0]
+    assert plain[0][0] == dropped[0][0]  # B starts at zero: the first loss has no adapter in it
+    assert plain[1][0] != pytest.approx(dropped[1][0], rel=1e-3)  # but its gradient has
+
+
+def test_replicas_agree_bit_for_bit(pool: Pool) -> None:
+    """merge() compares replicas exactly: dp copies and the replicated halves of adapters may never drift."""
+    found = pool.run(4, runs.train, Run(topology=Topology(tp=2, dp=2)))
+    assert len(runs.merge([state for _, _, state in found])) == 4 * 7 * 2 * 3

@@ -1,0 +1,198 @@
+"""Short training runs of tiny models, run by every rank of a test: what comes back can be compared with one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.engine import IGNORED_LABEL, AdamSpec, EngineSpec, MicroBatch
+from parallel.lora_spec import LoraSpec
+from parallel.names import resolve_targets
+from parallel.specs import ModelSpec
+from parallel.topology import Topology
+
+TINY = {
+    "num_hidden_layers": 4,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 8,
+    "intermediate_size": 96,
+    "vocab_size": 101,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "num_attention_heads": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def config(family: str, **changes: Any) -> dict[str, Any]:
+    """A tiny ``config.json`` mapping."""
+    return {**TINY, **FAMILIES[family], **changes}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a short run does; the same on every rank."""
+
+    family: str = "llama"
+    topology: Topology = field(default_factory=Topology)
+    steps: int = 3
+    global_sequences: int = 8
+    micro_sequences: int = 2
+    tokens: int = 12
+    learning_rate: float = 1e-3
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    full: bool = False
+    sp: bool = False
+    vpp: int | None = None
+    stages: tuple[tuple[int, ...], ...] | None = None
+    distributed: bool = False
+    recompute: str = "none"
+    precision: str = "fp32"
+    seed: int = 3
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model's shape."""
+        return ModelSpec.from_hf(config(self.family, **dict(self.changes)))
+
+    def on(self, **changes: Any) -> Run:
+        """The same run somewhere else."""
+        return replace(self, **changes)
+
+
+def even_stages(layers: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+    """Contiguous chunks of layers, the first ones larger where they do not divide."""
+    base, extra = divmod(layers, chunks)
+    result, start = [], 0
+    for chunk in range(chunks):
+        size = base + (chunk < extra)
+        result.append(tuple(range(start, start + size)))
+        start += size
+    return tuple(result)
+
+
+def engine_spec(run: Run) -> EngineSpec:
+    """The engine's view of a run."""
+    targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
+    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolve_targets(targets, run.model))
+    stages = run.stages or even_stages(run.model.layers, run.topology.pp * (run.vpp or 1))
+    return EngineSpec(
+        model=run.model,
+        stages=stages,
+        lora=None if run.full else lora,
+        adam=AdamSpec(distributed=run.distributed),
+        vpp=run.vpp,
+        sp=run.sp,
+        precision=run.precision,
+        recompute=run.recompute,
+        seed=run.seed,
+        sequence_tokens=run.tokens,
+    )
+
+
+def global_batch(run: Run, step: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """``(tokens, labels, sample id)`` of every row of one step; some positions have no label."""
+    generator = torch.Generator().manual_seed(run.seed * 1000 + step)
+    rows = []
+    for index in range(run.global_sequences):
+        tokens = torch.randint(0, run.model.vocab, (run.tokens + 1,), generator=generator)
+        labels = tokens[1:].clone()
+        labels[: int(torch.randint(0, run.tokens // 2, (1,), generator=generator))] = IGNORED_LABEL
+        rows.append((tokens[:-1], labels, step * run.global_sequences + index))
+    return rows
+
+
+def microbatches(run: Run, step: int, dp_rank: int) -> list[MicroBatch]:
+    """This data-parallel rank's share of a step."""
+    mine = global_batch(run, step)[dp_rank :: run.topology.dp]
+    return [
+        MicroBatch(
+            torch.stack([row[0] for row in part]),
+            torch.stack([row[1] for row in part]),
+            tuple(row[2] for row in part),
+        )
+        for part in (mine[i : i + run.micro_sequences] for i in range(0, len(mine), run.micro_sequences))
+    ]
+
+
+def open_engine(run: Run, base_folder: str | None = None) -> tuple[Any, Any]:
+    """Open groups and an engine on this rank (None, None on ranks beyond the topology)."""
+    if dist.get_rank() >= run.topology.world_size:
+        return None, None
+    from parallel.engines.megatron import MegatronEngine
+    from parallel.groups import open_groups
+
+    groups = open_groups(run.topology, dist.get_rank())
+    reader = None
+    if base_folder is not None:
+        from pathlib import Path
+
+        from orchestrator.checkpoint.hf_reader import HfReader
+
+        reader = HfReader(Path(base_folder))
+    return MegatronEngine(engine_spec(run), groups, reader), groups
+
+
+def pieces(engine: Any) -> list[tuple[Any, ...]]:
+    """This rank's training state as picklable ``(name, kind, shape, box, array)``."""
+    return [(s.name, s.kind, s.shape, s.box, s.data.detach().float().cpu().numpy().copy()) for s in engine.shards()]
+
+
+def train(run: Run, base_folder: str | None = None) -> tuple[list[float], list[float], list[tuple[Any, ...]]]:
+    """Train; returns losses, gradient norms and this rank's pieces."""
+    engine, groups = open_engine(run, base_folder)
+    if engine is None:
+        return [], [], []
+    results = [
+        engine.train_step(microbatches(run, step, groups.coordinate("dp")), run.learning_rate)
+        for step in range(run.steps)
+    ]
+    state = pieces(engine)
+    groups.close()
+    return [result.loss for result in results], [result.grad_norm for result in results], state
+
+
+def logits(run: Run, base_folder: str, tokens: list[list[int]]) -> Any:
+    """Logits of the loaded model as an array (last stage), None elsewhere."""
+    engine, groups = open_engine(run, base_folder)
+    if engine is None:
+        return None
+    value = engine.logits(torch.tensor(tokens))
+    groups.close()
+    return None if value is None else value.cpu().numpy()
+
+
+def merge(states: list[list[tuple[Any, ...]]]) -> dict[tuple[str, str], torch.Tensor]:
+    """Put all ranks' pieces together; checks that replicas are equal and nothing is missing."""
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    for state in states:
+        for name, kind, shape, box, array in state:
+            target = whole.setdefault((name, kind), torch.full(shape, float("nan")))
+            value, there = torch.from_numpy(array), target[box.slices]
+            known = ~there.isnan()
+            assert torch.equal(there[known], value[known]), f"replicas of {name} {kind} differ"
+            target[box.slices] = value
+    for key, value in whole.items():
+        assert not value.isnan().any(), f"{key} has holes"
+    return whole
