@@ -172,13 +172,13 @@ def _result(
     stopped, out_of_memory = stopped_and_out_of_memory
     exits = read_exits(run_dir)
     codes = {0: return_code} if world_size == 1 else _codes_in(log)
-    silent = {
-        rank: silent_exit(rank, codes.get(rank), out_of_memory) for rank in range(world_size) if rank not in exits
-    }
+    unheard = set(range(world_size)) - set(exits)
+    # Those that torchrun saw fail come before those that it then ended.
+    silent = {rank: silent_exit(rank, codes.get(rank), out_of_memory) for rank in unheard & set(codes) or unheard}
     if stopped and not exits:
         cause = RankExit(0, INTERRUPTED, "Interrupted", "stopped before the first step", "", None, time.time())
         return LaunchResult(cause.code, cause)
-    if return_code and len(silent) == world_size > 1 and not codes:
+    if return_code > 0 and not exits and not codes:
         hint = f"see {log}"
         cause = RankExit(0, INTERNAL, "Launcher", f"torchrun ended with code {return_code}", hint, None, time.time())
         return LaunchResult(cause.code, cause)

@@ -23,6 +23,9 @@ from orchestrator.job import JobConfig
 # A job that differs only here is the same run: where it runs, how fast, and what is written down about it.
 FREE_KEYS = ("run_dir", "cluster.", "topology.", "engine.", "metrics.", "memory.", "checkpoint.", "model.download")
 
+BARE_TEXT = re.compile(r"[A-Za-z_/][\w./-]*")
+NOT_TEXT = frozenset({"null", "true", "false", "inf", "nan"})
+
 
 def build_job(mapping: Mapping[str, Any]) -> JobConfig:
     """Make the frozen job from a nested mapping; missing keys keep their defaults.
@@ -211,8 +214,9 @@ def as_override(value: Any) -> str:
         return "[" + ",".join(as_override(item) for item in value) + "]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_/][\w./-]*", value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if isinstance(value, str) and (not BARE_TEXT.fullmatch(value) or value.lower() in NOT_TEXT):
+        # In Hydra's quotes a backslash counts only before a quote.
+        return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value) + "'"
     return str(value)
 
 

@@ -17,6 +17,9 @@ CODES = """exit codes: 0 done, 1 a check came out red, 64 your configuration, 65
 93 gave up: do not run it again, 130 second Ctrl-C"""
 
 
+WIDTH_ELSEWHERE = 120  # columns of tables that go into a file or a pipe
+
+
 class _Parser(argparse.ArgumentParser):
     """Usage errors are configuration errors: 64, with a hint."""
 
@@ -149,7 +152,7 @@ def _show_plan(planned: Any, as_json: bool, more: dict[str, Any]) -> None:
         return
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE)
     console.print(render(planned.plan, planned.job, planned.model))
     for name, text in more.items():
         console.print(f"\n{name}: {text}", markup=False)

@@ -111,11 +111,10 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
         except HydraException as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"{text!r} is no override: {reason}",
-                f"KEY=VALUE, and quote what the shell or Hydra reads: {_quoted(text)}",
+                f"{text!r} is no override: {reason}", f"{_quoted(text)}   (quoted for the shell and for Hydra)"
             ) from error
         if override.is_sweep_override():
-            raise ConfigError(f"{text!r} asks for several runs at once", "give a list in brackets: KEY=[A,B]")
+            raise ConfigError(f"{text!r} asks for several runs at once", "{0}=[{2}]".format(*text.partition("=")))
         parsed.append(override)
     return parsed
 
