@@ -20,7 +20,7 @@ class SampleOrder:
 
     Example:
         >>> order = SampleOrder(rows=3, seed=0)
-        >>> sorted(order.rows_at(0, 3)), sorted(order.rows_at(3, 3))
+        >>> sorted(order.rows_at(0, 3).tolist()), sorted(order.rows_at(3, 3).tolist())
         ([0, 1, 2], [0, 1, 2])
     """
 

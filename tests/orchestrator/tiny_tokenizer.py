@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
     "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -52,9 +50,3 @@ def load(folder: Path) -> Any:
     from orchestrator.objectives.sft import load_tokenizer
 
     return load_tokenizer(folder)
-
-
-@pytest.fixture(scope="session")
-def chatml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with plain ChatML: no generation marks."""
-    return write_tokenizer(tmp_path_factory.mktemp("chatml"))
