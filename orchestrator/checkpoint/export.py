@@ -27,14 +27,15 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
-def export_adapter(checkpoint: CheckpointReader, out: Path) -> None:
-    """Copy the adapter, proven by its digests, into ``out``: PEFT loads it as it is.
+def export_adapter(checkpoint_folder: Path, out: Path) -> None:
+    """Copy a checkpoint's adapter, proven by its digests, into ``out``: PEFT loads it as it is.
 
     Raises:
         ConfigError: it is a checkpoint of full tuning, or ``out`` holds something that is not ours.
         DataError: a file is damaged.
         ResourceError: no space is left.
     """
+    checkpoint = CheckpointReader(checkpoint_folder)
     if checkpoint.manifest.room != "adapter":
         raise ConfigError(f"{checkpoint.folder} holds a full model, no adapter", "export it with --to merged")
     records = {path: record for path, record in checkpoint.manifest.files.items() if path.startswith("adapter/")}
@@ -45,29 +46,35 @@ def export_adapter(checkpoint: CheckpointReader, out: Path) -> None:
             _copy(checkpoint.folder / path, folder / path.removeprefix("adapter/"))
 
 
-def export_merged(checkpoint: CheckpointReader, base: Path, out: Path, precision: str | None = None) -> None:
+def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precision: str | None = None) -> None:
     """Write the whole model with the adapter merged into it: transformers loads it as it is.
 
     ``W + scale * B @ A`` is computed in fp32, block of rows by block of rows, and cast once. Files are cut as the
     base's are. A checkpoint of full tuning is its own base.
 
     Args:
-        base: the Hugging Face folder that the adapter was trained on; only read.
+        base: the Hugging Face folder that the adapter was trained on; only read. None for full tuning.
         precision: "fp32", "bf16" or "fp16"; by default each tensor keeps the base's type.
     Raises:
-        ConfigError: the base lacks a target or has it in another shape, the adapter is no plain LoRA, or ``out`` holds
-            something that is not ours.
+        ConfigError: there is no base, or it lacks a target or has it in another shape, the adapter is no plain LoRA,
+            or ``out`` holds something that is not ours.
         DataError: a file is damaged.
         ResourceError: no space is left.
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"precision {precision!r} is not known", f"choose one of {', '.join(PRECISIONS)}")
+    checkpoint = CheckpointReader(checkpoint_folder)
     room = checkpoint.folder / checkpoint.manifest.room
     for name, record in checkpoint.manifest.files.items():
         if name.startswith(f"{checkpoint.manifest.room}/"):
             check_file(checkpoint.folder / name, record, verify=True)
     adapter = AdapterReader(room) if checkpoint.manifest.room == "adapter" else None
-    base = base if adapter else room
+    if adapter is None:
+        base = room
+    elif base is None:
+        raise ConfigError(
+            f"{checkpoint.folder} holds an adapter: a merge needs its base model", "export it with --to peft"
+        )
     pairs = lora_pairs(adapter, room) if adapter else {}
     paths = weight_files(base)
     tensors = TensorFiles(paths)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from orchestrator.checkpoint import export as export_module
 from orchestrator.checkpoint.adapter import adapter_config, lora_scale
 from orchestrator.checkpoint.export import MARKER, export_adapter, export_merged
-from orchestrator.checkpoint.load import CheckpointReader
 from orchestrator.checkpoint.save import Contents, save
 from orchestrator.errors import ConfigError, DataError, ResourceError
 from orchestrator.job import TunerConfig
@@ -52,13 +51,13 @@ def matrices(seed: int = 1, r: int = 4) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{stem}.lora_B.weight", torch.randn(rows, r, generator=generator) / 4
 
 
-def save_adapter(folder: Path, base: Path, tuner: TunerConfig, **changes: Any) -> CheckpointReader:
+def save_adapter(folder: Path, base: Path, tuner: TunerConfig, **changes: Any) -> Path:
     """A checkpoint of an adapter with random matrices."""
     shards = [Shard(name, "weight", tuple(m.shape), Box.whole(tuple(m.shape)), m) for name, m in matrices(r=tuner.r)]
     shards.append(Shard(shards[0].name, "exp_avg", shards[0].shape, shards[0].box, shards[0].data))
     config = {**adapter_config(tuner, list(TARGETS), str(base)), **changes}
     files = {"adapter_config.json": json.dumps(config).encode()}
-    return CheckpointReader(save(folder, 5, shards, Contents("adapter", {"step": 5}, files)))
+    return save(folder, 5, shards, Contents("adapter", {"step": 5}, files))
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -96,10 +95,10 @@ def test_an_export_is_what_peft_makes_of_it(tmp_path: Path, base: Path, tuner: T
     for name, weight in by_hand.named_parameters():
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         if f"{stem}.lora_A.weight" in loaded:
-            config = json.loads((checkpoint.folder / "adapter/adapter_config.json").read_bytes())
+            config = json.loads((checkpoint / "adapter/adapter_config.json").read_bytes())
             scale = lora_scale(config, stem.removeprefix("base_model.model."), tuner.r)
             weight.data += scale * loaded[f"{stem}.lora_B.weight"] @ loaded[f"{stem}.lora_A.weight"]
-    for adapter in (checkpoint.folder / "adapter", tmp_path / "peft"):
+    for adapter in (checkpoint / "adapter", tmp_path / "peft"):
         model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
         assert (logits_of(model) - logits_of(by_hand)).abs().max() < 1e-5
         assert (logits_of(model) - logits_of(plain)).abs().max() > 1e-2
@@ -136,6 +135,8 @@ def test_a_merge_is_computed_in_fp32_and_cast_once(tmp_path: Path, base: Path) -
         assert torch.equal(merged[f"{name}.weight"], expected.to(dtype))
         config = json.loads((out / "config.json").read_bytes())
         assert precision is None or config["dtype"] == str(dtype).removeprefix("torch.")
+    with pytest.raises(ConfigError, match="holds an adapter: a merge needs its base model"):
+        export_merged(checkpoint, None, tmp_path / "x")
     with pytest.raises(ConfigError, match="precision 'int8' is not known") as error:
         export_merged(checkpoint, half, tmp_path / "x", "int8")
     assert "bf16" in error.value.hint
@@ -161,10 +162,10 @@ def test_a_fully_tuned_checkpoint_is_its_own_base(tmp_path: Path, base: Path) ->
         for name, value in model.named_parameters()
     ]
     files = {"config.json": base / "config.json", "tokenizer.json": b"{}"}
-    checkpoint = CheckpointReader(save(tmp_path / "c", 1, shards, Contents("model", {}, files)))
-    loaded = LlamaForCausalLM.from_pretrained(checkpoint.folder / "model")
+    checkpoint = save(tmp_path / "c", 1, shards, Contents("model", {}, files))
+    loaded = LlamaForCausalLM.from_pretrained(checkpoint / "model")
     assert torch.equal(logits_of(loaded), logits_of(model))
-    export_merged(checkpoint, tmp_path / "unused", tmp_path / "out", "bf16")
+    export_merged(checkpoint, None, tmp_path / "out", "bf16")
     exported = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert exported.dtype == torch.bfloat16 and (tmp_path / "out" / "tokenizer.json").exists()
     with pytest.raises(ConfigError, match="holds a full model, no adapter"):
@@ -188,7 +189,7 @@ def test_only_our_own_exports_are_replaced(tmp_path: Path, base: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file is a file"):
         export_adapter(checkpoint, tmp_path / "file")
-    for inside in (base, base / "new", checkpoint.folder / "new"):
+    for inside in (base, base / "new", checkpoint / "new"):
         with pytest.raises(ConfigError, match="which is only read"):
             export_merged(checkpoint, base, inside)
     (tmp_path / "empty").mkdir()
@@ -212,7 +213,7 @@ def test_a_failing_export_leaves_nothing(tmp_path: Path, base: Path, monkeypatch
 
 def test_a_damaged_adapter_is_not_exported(tmp_path: Path, base: Path) -> None:
     checkpoint = save_adapter(tmp_path / "checkpoints", base, TunerConfig(r=4))
-    weights = checkpoint.folder / "adapter" / "adapter_model.safetensors"
+    weights = checkpoint / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     for export in (export_adapter, lambda c, out: export_merged(c, base, out)):
         with pytest.raises(DataError, match=r"adapter_model\.safetensors is damaged: sha256"):
@@ -256,7 +257,7 @@ def test_updates_that_fit_no_base_weight_are_named(tmp_path: Path, base: Path, t
         for name, shape in tensors.items()
     ]
     files = {"adapter_config.json": json.dumps(adapter_config(TunerConfig(), "all-linear", "")).encode()}
-    checkpoint = CheckpointReader(save(tmp_path / "c", 1, shards, Contents("adapter", {}, files)))
+    checkpoint = save(tmp_path / "c", 1, shards, Contents("adapter", {}, files))
     with pytest.raises(ConfigError, match=message) as error:
         export_merged(checkpoint, base, tmp_path / "out")
     assert "lm_head" not in message or "tied" in error.value.hint
