@@ -52,8 +52,8 @@ def explain(error: BaseException) -> Explanation:
         >>> from orchestrator.errors import ConfigError
         >>> explain(ConfigError("steps=0 should be at least 1", "steps=1")).code
         64
-        >>> explain(MemoryError()).code, explain(KeyError("x")).code, explain(KeyboardInterrupt()).code
-        (71, 70, 130)
+        >>> [int(explain(error).code) for error in (MemoryError(), KeyError("x"), KeyboardInterrupt())]
+        [71, 70, 130]
     """
     cause, message = type(error).__name__, str(error)
     if isinstance(error, IsotrainError):

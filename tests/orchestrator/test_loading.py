@@ -101,8 +101,8 @@ def test_overrides_follow_the_grammar_of_hydra(override: str, key: str, value: A
         ("model=null", "model=null: there is no", "model="),
         ("experiment=dem", "choices: demo", "experiment=demo"),
         ("data=/x.jsonl", "there is no configs/data", "data=jsonl  or  data.path=/x.jsonl"),
-        ("steps=1,2", "asks for several runs at once", "KEY=[A,B]"),
-        ("steps", "'steps' is no override", "KEY=VALUE"),
+        ("steps=1,2", "asks for several runs at once", "steps=[1,2]"),
+        ("steps", "'steps' is no override", "steps=VALUE"),
         ("tuner.targets=(a|b)", "is no override", "'tuner.targets=\"(a|b)\"'"),
         ("hydra.run.dir=x", "isotrain has no Hydra settings", "leave it out"),
         ("run_dir=${nope}", "a value cannot be resolved: Interpolation key 'nope' not found", "isotrain plan"),
@@ -174,7 +174,7 @@ def test_a_broken_job_file_is_said(text: str, message: str) -> None:
 
 
 def test_a_folder_without_a_job_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no run folder: it has no job.yaml") as raised:
+    with pytest.raises(ConfigError, match="is no run folder") as raised:
         read_job(tmp_path)
     assert raised.value.hint == "isotrain train ... run_dir=DIR"
 
@@ -226,7 +226,9 @@ def test_which_changes_leave_a_run_the_same(override: str, is_same: bool) -> Non
     assert same_run(JobConfig(), compose_job([override])) is is_same
 
 
-@pytest.mark.parametrize("value", [None, True, 3, 0.001, "plain", "/a/b-c.d", "a b", "it's", "(a|b).*\\d", "null", "7"])
+@pytest.mark.parametrize(
+    "value", [None, True, 3, 0.001, "plain", "/a/b-c.d", "a b", "it's", "(a|b).*\\d", "null", "7", "a\\", "\\'"]
+)
 @pytest.mark.parametrize("key", ["run_dir", "tuner.targets", "optimizer.lr", "steps", "topology.sp"])
 def test_a_value_written_as_an_override_reads_back_as_itself(key: str, value: Any) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
