@@ -272,3 +272,17 @@ def test_quantised_bases_are_refused(tmp_path: Path, base: Path) -> None:
     checkpoint = save_adapter(tmp_path / "checkpoints", base, TunerConfig(r=4))
     with pytest.raises(ConfigError, match=r"has type F8_E4M3 in .*: nothing can be merged into quantised weights"):
         export_merged(checkpoint, quantised, tmp_path / "out")
+
+
+def test_types_that_cannot_be_written_are_refused(tmp_path: Path, base: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(base, odd)
+    header = b'{"extra":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}'
+    header += b" " * (-len(header) % 8)
+    index = json.loads((odd / "model.safetensors.index.json").read_bytes())
+    index["weight_map"]["extra"] = "odd.safetensors"
+    (odd / "model.safetensors.index.json").write_text(json.dumps(index))
+    (odd / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    checkpoint = save_adapter(tmp_path / "checkpoints", base, TunerConfig(r=4))
+    with pytest.raises(ConfigError, match="extra has type F99, which is not supported"):
+        export_merged(checkpoint, odd, tmp_path / "out")

@@ -58,7 +58,7 @@ def die_at(moment: int) -> None:
 
         return call
 
-    os.fsync, os.rename, os.replace = counted(os.fsync), counted(os.rename), counted(os.replace)  # type: ignore[assignment]
+    os.fsync, os.rename, os.replace = counted(os.fsync), counted(os.rename), counted(os.replace)
 
 
 def save_and_die(folder: Path, step: int, value: float, moment: int) -> bool:

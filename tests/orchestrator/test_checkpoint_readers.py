@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from orchestrator.checkpoint.hf_reader import INDEX, AdapterReader, HfReader
-from orchestrator.checkpoint.tensor_file import TORCH_DTYPES, TensorEntry, header_bytes, lay_out, read_header
+from orchestrator.checkpoint.hf_reader import INDEX, AdapterReader, HfReader, read_json
+from orchestrator.checkpoint.tensor_file import (
+    TORCH_DTYPES,
+    FileWriter,
+    TensorEntry,
+    header_bytes,
+    lay_out,
+    read_header,
+)
 from orchestrator.errors import ConfigError, DataError
 from parallel.shards import Box
 
@@ -165,3 +172,29 @@ def test_an_adapter_folder_is_read_with_its_configuration(tmp_path: Path) -> Non
     reader = AdapterReader(tmp_path)
     assert reader.config == {"r": 2} and reader.names == (name,) and reader.shape(name) == (2, 3)
     assert torch.equal(reader.read(name, "weight", Box((1, 1), (1, 2))), torch.ones(1, 2))
+
+
+def test_what_cannot_be_read_or_is_of_no_known_type_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.safetensors cannot be read: No such file"):
+        read_header(tmp_path / "none.safetensors")
+    with pytest.raises(DataError, match=r"none\.json cannot be read: No such file"):
+        read_json(tmp_path / "none.json")
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(10)}, path)
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F99"'))
+    with pytest.raises(DataError, match="a has type F99, which is not supported"):
+        HfReader(tmp_path).read("a", "weight", Box((0,), (1,)))
+    save_file({"a": torch.zeros(10)}, path)
+    reader = HfReader(tmp_path)
+    path.write_bytes(b"changed since")
+    with pytest.raises(DataError, match=r"model\.safetensors cannot be read"):
+        reader.read("a", "weight", Box((0,), (1,)))
+
+
+def test_a_file_is_not_closed_before_all_its_tensors_are_written(tmp_path: Path) -> None:
+    entries = lay_out([TensorEntry("a", "F32", (2,)), TensorEntry("b", "F32", (3,))])
+    writer = FileWriter(tmp_path / "x", entries)
+    writer.write(torch.zeros(4))
+    with pytest.raises(ValueError, match="1 tensors were not written"):
+        writer.close()
+    writer.abort()
