@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.exits import RankExit
+from launch.exits import RankExit, clear_exits
 from launch.launcher import render
 from launch.local import launch
 from launch.request import LaunchRequest, Rendered
+from orchestrator.assemble import check_adapter
 from orchestrator.building import read_job
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.job import ClusterConfig, JobConfig
@@ -127,6 +128,33 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     return Finished(run_dir, result.code, step, result.cause.message, result.cause)
 
 
+def prepare_by_hand(overrides: Sequence[str], world_size: int) -> tuple[Path, str]:
+    """What the first rank of a torchrun by hand does before training: decide, plan for the ranks there are, write.
+
+    Args:
+        world_size: ranks that torchrun has started; ``cluster.nodes`` and ``gpus_per_node`` say the same, or more.
+    Returns:
+        The run folder, and ``start``, ``resume`` or ``finished``.
+    Raises:
+        ConfigError: as :func:`train`.
+    """
+    job = compose_job(overrides)
+    if job.run_dir is None:
+        raise ConfigError("torchrun by hand needs run_dir", "run_dir=runs/NAME")
+    run_dir = Path(job.run_dir).expanduser().absolute()
+    decision = decide_train(run_dir, job)
+    print(decision.message, file=sys.stderr, flush=True)
+    if decision.kind != "finished":
+        check_files(job)
+        started = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=1, gpus_per_node=world_size))
+        planned = plan_job(started)
+        check_writable(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_run(run_dir, job, planned.plan.to_json())
+        clear_exits(run_dir)
+    return run_dir, decision.kind
+
+
 def check_files(job: JobConfig) -> None:
     """Find out before anything is started that the model or the data are not there.
 
@@ -138,6 +166,7 @@ def check_files(job: JobConfig) -> None:
     if job.model.weights == "load" or job.model.config is None:
         resolve_model(job.model.path, job.model.download)
     resolve(job.data.path)
+    check_adapter(job, model_spec(job.model))
 
 
 def check_writable(run_dir: Path) -> None:

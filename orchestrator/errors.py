@@ -62,3 +62,9 @@ class PeerLost(IsotrainError):
     """Another rank died: restart the run (86)."""
 
     code = ExitCode.PEER_LOST
+
+
+class GaveUp(IsotrainError):
+    """Going on makes no sense: do not requeue (93)."""
+
+    code = ExitCode.GAVE_UP

@@ -1,0 +1,140 @@
+"""From a job and its plan to an engine on this rank: the one place that wires model, adapter and optimizer together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.checkpoint.adapter import adapter_config
+from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader, read_json
+from orchestrator.errors import ConfigError
+from orchestrator.job import JobConfig, TunerConfig
+from orchestrator.models import model_spec, resolve_model
+from orchestrator.planning.plan import Plan
+from parallel.engine import AdamSpec, Engine, EngineSpec
+from parallel.lora_spec import LoraSpec
+from parallel.names import resolve_targets
+from parallel.specs import ModelSpec
+
+if TYPE_CHECKING:
+    from parallel.groups import Groups
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json"),
+    *("merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What lies beside the weights in a checkpoint: ``adapter/`` for LoRA, ``model/`` for full tuning."""
+
+    name: str
+    files: dict[str, bytes | Path]
+
+
+def lora_spec(tuner: TunerConfig, model: ModelSpec) -> LoraSpec | None:
+    """The adapter that a tuner asks for; None for full tuning.
+
+    Raises:
+        TargetError: ``tuner.targets`` names nothing in this model.
+    """
+    if tuner.name == "full":
+        return None
+    return LoraSpec(tuner.r, tuner.alpha, tuner.dropout, tuner.rslora, resolve_targets(tuner.targets, model))
+
+
+def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
+    """What the engine needs of a job and its plan."""
+    optimizer = job.optimizer
+    return EngineSpec(
+        model=model,
+        stages=plan.stages,
+        lora=lora_spec(job.tuner, model),
+        adam=AdamSpec(
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            clip_norm=optimizer.clip_norm,
+            distributed=optimizer.distributed,
+        ),
+        vpp=plan.vpp,
+        sp=plan.sp,
+        precision=plan.precision,
+        recompute=plan.recompute,
+        seed=job.seed,
+        sequence_tokens=-(-plan.sequence_tokens // plan.length_multiple) * plan.length_multiple,
+    )
+
+
+def open_engine(job: JobConfig, plan: Plan, groups: Groups) -> Engine:
+    """Build the engine of this rank with its base weights, and the adapter of ``tuner.path`` where one is given."""
+    from parallel.engines.megatron import MegatronEngine
+
+    base = HfReader(resolve_model(job.model.path)) if job.model.weights == "load" else None
+    engine = MegatronEngine(engine_spec(job, plan, model_spec(job.model)), groups, base)
+    if job.tuner.path:
+        engine.load(AdapterReader(Path(job.tuner.path).expanduser()), moments=False)
+    return engine
+
+
+def room(job: JobConfig, model: ModelSpec) -> Room:
+    """The files beside the weights, so that ``peft`` or ``transformers`` load the folder as it is."""
+    if job.tuner.name != "full":
+        leaves = job.tuner.targets
+        if leaves == "all-linear" or (isinstance(leaves, str) and not _is_expression(leaves, model)):
+            leaves = sorted({target.rsplit(".", 1)[1] for target in resolve_targets(leaves, model)})
+        config = adapter_config(job.tuner, leaves, job.model.path or "")
+        return Room("adapter", {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()})
+    if job.model.weights == "random" and job.model.config is not None:
+        return Room("model", {"config.json": (json.dumps(job.model.config, indent=2) + "\n").encode()})
+    folder = resolve_model(job.model.path)
+    present = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
+    return Room("model", {name: folder / name for name in present})
+
+
+def _is_expression(targets: str, model: ModelSpec) -> bool:
+    return not any(module.endswith("." + targets) for module in resolve_targets("all-linear", model))
+
+
+def check_adapter(job: JobConfig, model: ModelSpec) -> None:
+    """Find out before anything is started that ``tuner.path`` is an adapter of the shape that the job asks for.
+
+    Raises:
+        ConfigError: another rank, scaling or set of modules; the hint is what to set.
+    """
+    if not job.tuner.path:
+        return
+    if job.tuner.name == "full":
+        raise ConfigError("tuner.path is an adapter, but tuner=full trains the model itself", "tuner=lora")
+    folder = Path(job.tuner.path).expanduser()
+    reader, config = AdapterReader(folder), read_json(folder / "adapter_config.json")
+    wanted = {"r": job.tuner.r, "lora_alpha": job.tuner.alpha, "use_rslora": job.tuner.rslora}
+    keys = {"r": "tuner.r", "lora_alpha": "tuner.alpha", "use_rslora": "tuner.rslora"}
+    other = {name: config.get(name, False) for name, value in wanted.items() if config.get(name, False) != value}
+    if other:
+        there = ", ".join(f"{keys[name]}={wanted[name]} but {name} {value} in the adapter" for name, value in other.items())
+        raise ConfigError(
+            f"tuner.path={job.tuner.path} does not fit the job: {there}",
+            " ".join(f"{keys[name]}={str(value).lower()}" for name, value in other.items()),
+        )
+    _check_modules(job, model, reader.names)
+
+
+def _check_modules(job: JobConfig, model: ModelSpec, names: Iterable[str]) -> None:
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    there = {name.removeprefix(prefix).removesuffix(suffix) for name in names if name.endswith(suffix)}
+    wanted = resolve_targets(job.tuner.targets, model)
+    if there != wanted:
+        missing, extra = sorted(wanted - there), sorted(there - wanted)
+        words = [f"{len(missing)} that it lacks, first {missing[0]}"] if missing else []
+        words += [f"{len(extra)} more, first {extra[0]}"] if extra else []
+        leaves = ",".join(sorted({name.rsplit(".", 1)[1] for name in there}))
+        raise ConfigError(
+            f"tuner.path={job.tuner.path} adapts other modules than tuner.targets={job.tuner.targets}: "
+            + " and ".join(words),
+            f"tuner.targets=[{leaves}]",
+        )
