@@ -1,0 +1,112 @@
+"""Run folders: a run goes on by itself, never silently starts over, and is never mixed with another one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from orchestrator.building import job_to_yaml
+from orchestrator.errors import ConfigError, DataError
+from orchestrator.job import JobConfig
+from orchestrator.loading import compose_job
+from orchestrator.runs import decide_resume, decide_train, latest_step, locked, write_run
+
+JOB = JobConfig(steps=10)
+
+
+def make_run(run_dir: Path, *steps: int, latest: str | None = None, job: JobConfig = JOB) -> Path:
+    write_run(run_dir, job, "{}")
+    for step in steps:
+        folder = run_dir / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+    if latest is not None:
+        (run_dir / "checkpoints" / "latest").write_text(latest)
+    return run_dir
+
+
+def test_a_new_or_empty_folder_starts_at_step_1(tmp_path: Path) -> None:
+    assert decide_train(tmp_path / "new", JOB).kind == "start"
+    assert decide_train(tmp_path, JOB).kind == "start"
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no run") as raised:
+        decide_train(tmp_path, JOB)
+    assert raised.value.hint == "run_dir=ANOTHER"
+    with pytest.raises(ConfigError, match="is a file"):
+        decide_train(tmp_path / "thesis.tex", JOB)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["topology.tp=3", "cluster=one"], ["steps=20"], ["metrics=tensorboard", "memory.recompute=full"]],
+)
+def test_the_same_run_goes_on_by_itself_and_says_so(tmp_path: Path, overrides: list[str]) -> None:
+    run_dir = make_run(tmp_path / "run", 3, 6, latest="step-000006\n")
+    decision = decide_train(run_dir, compose_job(["steps=10", f"run_dir={run_dir}", *overrides]))
+    assert (decision.kind, decision.step) == ("resume", 6)
+    assert "after step 6 of" in decision.message
+
+
+def test_another_run_is_listed_and_refused_with_the_command_that_goes_on(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", 6, latest="step-000006")
+    job = compose_job(["steps=10", "seed=3", "optimizer.lr=0.5", "tuner.targets=[q_proj]", "topology.tp=3"])
+    with pytest.raises(ConfigError) as raised:
+        decide_train(run_dir, job)
+    assert "  seed: 0 -> 3" in str(raised.value) and "  optimizer.lr: 0.0002 -> 0.5" in str(raised.value)
+    assert "topology" not in str(raised.value)
+    expected = f"isotrain resume {run_dir} seed=3 'tuner.targets=[q_proj]' optimizer.lr=0.5"
+    assert raised.value.hint.startswith(expected)
+
+
+def test_fewer_steps_are_another_run_unless_resume_says_so(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", 6, latest="step-000006")
+    with pytest.raises(ConfigError, match="steps: 10 -> 8"):
+        decide_train(run_dir, dataclasses.replace(JOB, steps=8))
+    assert decide_resume(run_dir, dataclasses.replace(JOB, steps=8)).kind == "resume"
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", 10, latest="step-000010")
+    for decision in (decide_train(run_dir, JOB), decide_resume(run_dir, JOB)):
+        assert decision.kind == "finished" and "10 of 10 steps" in decision.message
+    assert decide_train(run_dir, dataclasses.replace(JOB, steps=12)).kind == "resume"
+
+
+def test_a_run_without_a_checkpoint_starts_at_step_1_and_says_so(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    decision = decide_train(run_dir, dataclasses.replace(JOB, seed=5))
+    assert decision.kind == "start" and "without a checkpoint: it starts at step 1" in decision.message
+    with pytest.raises(ConfigError, match="has no checkpoint to resume from"):
+        decide_resume(run_dir, JOB)
+
+
+@pytest.mark.parametrize("latest", [None, "step-000099", "rubbish"])
+def test_a_run_whose_latest_is_lost_still_goes_on(tmp_path: Path, latest: str | None) -> None:
+    assert latest_step(make_run(tmp_path / "run", 3, 6, latest=latest)) == 6
+
+
+@pytest.mark.parametrize(("latest", "message"), [("step-000099", "but there is no checkpoint"), ("rubbish", "rubbish")])
+def test_a_run_whose_checkpoints_are_all_gone_is_never_started_over(tmp_path: Path, latest: str, message: str) -> None:
+    run_dir = make_run(tmp_path / "run", latest=latest)
+    with pytest.raises(DataError, match=message):
+        decide_train(run_dir, JOB)
+
+
+def test_a_written_run_holds_the_job_as_asked_and_the_plan(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", JOB, '{"a": 1}')
+    assert (tmp_path / "run" / "job.yaml").read_text() == job_to_yaml(JOB)
+    assert (tmp_path / "run" / "plan.json").read_text() == '{"a": 1}'
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_run(tmp_path / "run" / "job.yaml" / "x", JOB, "{}")
+
+
+def test_two_launches_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match="another isotrain is training in"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
