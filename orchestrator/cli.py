@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from orchestrator.supervise import Explanation, outcome
 
     def say(explanation: Explanation) -> None:
+        if explanation.code == ExitCode.CONFIG and _is_not_first_rank():
+            return  # all ranks of a launch by hand learn it; one says it
         print(explanation.render(), file=sys.stderr)
         if "--json" in words:
             print(json.dumps({"code": explanation.code, "error": explanation.message, "hint": explanation.hint}))
@@ -120,6 +122,16 @@ def _worker(words: list[str]) -> int:
 
     leave_process(guarded(run_dir, me.rank if me else 0, work))
     return 0
+
+
+def _is_not_first_rank() -> bool:
+    from launch.environment import LaunchError, rank_environment
+
+    try:
+        me = rank_environment()
+    except LaunchError:
+        return False
+    return me is not None and me.rank > 0
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

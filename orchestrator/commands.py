@@ -14,7 +14,7 @@ from launch.exits import RankExit, clear_exits
 from launch.launcher import render
 from launch.local import launch
 from launch.request import LaunchRequest, Rendered
-from orchestrator.assemble import check_adapter
+from launch.states import clear_states
 from orchestrator.building import read_job
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.job import ClusterConfig, JobConfig
@@ -113,12 +113,10 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     check_files(job)
     planned = plan_job(job)
     rendered = rendered_launch(planned, run_dir)
-    check_writable(run_dir)
-    write_folder = dataclasses.replace(job, run_dir=job.run_dir or str(run_dir))
+    make_folder(run_dir)
     say(decision.message)
-    run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
-        write_run(run_dir, write_folder, planned.plan.to_json())
+        write_run(run_dir, dataclasses.replace(job, run_dir=job.run_dir or str(run_dir)), planned.plan.to_json())
         result = launch(rendered, run_dir, planned.plan.ranks_used, say)
     step = latest_step(run_dir) or 0
     if result.code == ExitCode.DONE:
@@ -148,10 +146,10 @@ def prepare_by_hand(overrides: Sequence[str], world_size: int) -> tuple[Path, st
         check_files(job)
         started = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=1, gpus_per_node=world_size))
         planned = plan_job(started)
-        check_writable(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         write_run(run_dir, job, planned.plan.to_json())
         clear_exits(run_dir)
+        clear_states(run_dir)
     return run_dir, decision.kind
 
 
@@ -166,18 +164,24 @@ def check_files(job: JobConfig) -> None:
     if job.model.weights == "load" or job.model.config is None:
         resolve_model(job.model.path, job.model.download)
     resolve(job.data.path)
-    check_adapter(job, model_spec(job.model))
+    if job.tuner.path:
+        from orchestrator.assemble import check_adapter  # needs torch, which takes two seconds to import
+
+        check_adapter(job, model_spec(job.model))
 
 
-def check_writable(run_dir: Path) -> None:
-    """Find out before anything is started that the run folder cannot be made or written.
+def make_folder(run_dir: Path) -> None:
+    """Make the run folder, or find out that it cannot be made or written before anything is started.
 
     Raises:
-        ConfigError: names the folder that refuses.
+        ConfigError: names the folder and the reason.
     """
-    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run_dir={run_dir} cannot be written: {existing} refuses", "run_dir=ANOTHER")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be made: {error.strerror}", "run_dir=ANOTHER") from error
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={run_dir} cannot be written: permission denied", "run_dir=ANOTHER")
 
 
 def export(path: Path, to: str, out: Path) -> Path:
