@@ -91,10 +91,15 @@ def hugging_face_cache(variables: Mapping[str, str] | None = None) -> Path:
     return Path(known.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
 
 
-def terminal_path(variables: Mapping[str, str] | None = None) -> Path | None:
-    """Where the first rank writes what is meant for the user: the launcher's standard error; None without launcher."""
-    path = (os.environ if variables is None else variables).get(TERMINAL_VARIABLE)
-    return Path(path) if path else None
+def terminal_descriptor(variables: Mapping[str, str] | None = None) -> int | None:
+    """The file descriptor of the launcher's standard error in a rank that it has started; None without launcher.
+
+    Example:
+        >>> terminal_descriptor({"ISOTRAIN_TERMINAL": "0"}), terminal_descriptor({})
+        (0, None)
+    """
+    number = (os.environ if variables is None else variables).get(TERMINAL_VARIABLE)
+    return int(number) if number else None
 
 
 def rank_variables(ranks_on_node: int, cores: int, variables: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -73,10 +73,11 @@ def launch(rendered: Rendered, run_dir: Path, world_size: int, say: Callable[[st
 
 
 def _start(rendered: Rendered, log: int) -> subprocess.Popen[bytes]:
-    environment = dict(rendered.environment) | {TERMINAL_VARIABLE: f"/proc/{os.getpid()}/fd/2"}
+    """Ranks get our standard error as their standard input: the only way past torchrun that shares its file offset."""
+    environment = dict(rendered.environment) | {TERMINAL_VARIABLE: "0"}
     return subprocess.Popen(
         rendered.argv,
-        stdin=subprocess.DEVNULL,
+        stdin=2,
         stdout=log,
         stderr=log,
         env=child_environment(environment),

@@ -42,17 +42,22 @@ class Tee(io.TextIOBase):
         return self.terminal.isatty()
 
 
-def redirect(run_dir: Path, rank: int, terminal_path: Path | None) -> None:
+def redirect(run_dir: Path, rank: int, terminal_descriptor: int | None) -> None:
     """Send this process's output to its log file, what C and C++ libraries print included.
 
     On rank 0 ``sys.stderr`` becomes a :class:`Tee`, so that what Python code says there reaches the user as well:
-    on the launcher's standard error (``terminal_path``), or on this process's own when it was started by hand.
+    on the launcher's standard error (``terminal_descriptor``), or on this process's own when it was started by hand.
     """
     file = run_dir / "logs" / f"rank-{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    terminal = _terminal(terminal_path) if rank == 0 else None
+    shown_on = 2 if terminal_descriptor is None else terminal_descriptor
+    terminal = os.fdopen(os.dup(shown_on), "w", buffering=1, errors="backslashreplace") if rank == 0 else None
+    if terminal_descriptor == 0:  # torchrun hands on nothing but 0, 1 and 2, so the launcher's words go through 0
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
     log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -63,12 +68,3 @@ def redirect(run_dir: Path, rank: int, terminal_path: Path | None) -> None:
     logging.captureWarnings(True)
     if terminal is not None:
         sys.stderr = Tee(terminal, stream)
-
-
-def _terminal(path: Path | None) -> TextIO:
-    if path is not None:
-        try:
-            return path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
-        except OSError:  # the launcher is gone, or its standard error is a socket
-            pass
-    return os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.environment import LaunchError, terminal_path
+from launch.environment import LaunchError, terminal_descriptor
 from launch.exits import write_exit
 from launch.output import redirect
 from launch.states import enter, leave
@@ -131,7 +131,7 @@ def guarded(run_dir: Path, rank: int, work: Callable[[], int]) -> int:
         The exit code. Leave the process with :func:`leave_process`, because threads of a broken process group may
         hang in an orderly exit.
     """
-    launched = terminal_path()
+    launched = terminal_descriptor()
     redirect(run_dir, rank, launched)
     StopRequest.installed()
     enter(run_dir, rank)

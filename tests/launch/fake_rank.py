@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.environment import rank_environment, terminal_path
+from launch.environment import rank_environment, terminal_descriptor
 from launch.exits import write_exit
 from launch.output import redirect
 from launch.states import enter, leave
@@ -18,7 +18,7 @@ from launch.stop import StopRequest
 def main(run_dir: Path, mode: str) -> int:
     me = rank_environment()
     assert me is not None
-    redirect(run_dir, me.rank, terminal_path())
+    redirect(run_dir, me.rank, terminal_descriptor())
     stop = StopRequest.installed()
     enter(run_dir, me.rank)
     print(f"hello from rank {me.rank} of {me.world_size}", file=sys.stderr, flush=True)

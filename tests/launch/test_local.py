@@ -87,6 +87,15 @@ def test_first_rank_alone_speaks_to_the_user(tmp_path: Path) -> None:
     assert "noise of rank 1" in (tmp_path / "logs" / "rank-1.log").read_text()
 
 
+def test_words_of_launcher_and_rank_do_not_overwrite_each_other_in_a_file(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", "import sys; print('before', file=sys.stderr, flush=True)\n" + DRIVER]
+    argv += [str(tmp_path), "1", *fake_rank(tmp_path, "fine")]
+    with (tmp_path / "shown").open("w") as shown:
+        subprocess.run([*argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=shown, check=True)
+        shown.write("after\n")
+    assert (tmp_path / "shown").read_text() == "before\nhello from rank 0 of 1\nafter\n"
+
+
 def test_launch_ends_with_the_code_of_the_first_cause_not_of_a_lost_peer(tmp_path: Path) -> None:
     result = run(tmp_path, 2, "data-error-on-1")
     assert (result.code, result.cause.rank, result.cause.message) == (65, 1, "DataError on rank 1")  # type: ignore[union-attr]
