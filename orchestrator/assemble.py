@@ -16,7 +16,7 @@ from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.plan import Plan
 from parallel.engine import AdamSpec, Engine, EngineSpec
 from parallel.lora_spec import LoraSpec
-from parallel.names import resolve_targets
+from parallel.names import resolve_targets, target_modules
 from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def room(job: JobConfig, model: ModelSpec) -> Room:
 
 
 def _is_expression(targets: str, model: ModelSpec) -> bool:
-    return not any(module.endswith("." + targets) for module in resolve_targets("all-linear", model))
+    return not any(module.endswith("." + targets) for module in target_modules(model))
 
 
 def check_adapter(job: JobConfig, model: ModelSpec) -> None:

@@ -18,7 +18,7 @@ from parallel.topology import Topology
 class Capabilities:
     """What may be asked for. ``axes``: those that may be larger than 1."""
 
-    axes: tuple[str, ...] = ("tp", "pp", "dp")
+    axes: tuple[str, ...] = ("tp", "pp", "dp", "vpp")
     sp: bool = True
     families: tuple[str, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
     tuners: tuple[str, ...] = ("lora", "full")
@@ -187,8 +187,15 @@ def _layers(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[R
 
 
 def _sequence_parallel(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
-    if proposal.sp and proposal.topology.tp == 1:
+    tp = proposal.topology.tp
+    if proposal.sp and tp == 1:
         yield Refusal("topology.sp=true needs topology.tp larger than 1, but topology.tp=1", "topology.sp=false")
+    if model.is_moe and tp > 1 and not proposal.sp:
+        # otherwise every tp rank would send all tokens to the experts, tp times each
+        yield Refusal(f"experts with topology.tp={tp} need topology.sp=true", "topology.sp=true")
+    if model.is_moe and tp > 1 and proposal.tuner == "full":
+        # experts replicated over tp see different tokens there, and nothing sums their gradients yet
+        yield Refusal(f"tuner=full with experts is not built for topology.tp={tp}: only tp=1 runs", "topology.tp=1")
 
 
 def batch_refusals(proposal: Proposal) -> list[Refusal]:

@@ -210,25 +210,35 @@ def adapter_pieces(
     return whole_piece(name_a, (r, width)), piece_b
 
 
-def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]:
-    """Which logical linears an adapter sits on, by PEFT's rules for ``target_modules``.
-
-    A list (or one plain name) matches a module by its last path components; a string is a regular expression that must
-    match the whole module path; ``all-linear`` means every linear layer but the output layer (and, as in PEFT, not the
-    experts, which are no linear modules there).
-
-    Returns:
-        Full module paths such as ``model.layers.0.self_attn.q_proj``.
-    Raises:
-        TargetError: a name matches nothing; the message lists near names.
-    """
-    modules = [
+def target_modules(spec: ModelSpec) -> list[str]:
+    """Every logical linear that can carry an adapter, as a full module path, in layer order."""
+    return [
         layer_prefix(layer) + path
         for layer in range(spec.layers)
         for linear in FAMILIES[spec.family].linears
         for _, path in linear.parts
         if not linear.expert
     ]
+
+
+def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]:
+    """Which logical linears an adapter sits on, by PEFT's rules for ``target_modules``.
+
+    A list (or one plain name) matches a module by its last path components; a string is a regular expression that must
+    match the whole module path; ``all-linear`` means every linear layer but the output layer. With experts PEFT means
+    the router and all experts by it too; these cannot be adapted here yet, so it is refused.
+
+    Returns:
+        Full module paths such as ``model.layers.0.self_attn.q_proj``.
+    Raises:
+        TargetError: a name matches nothing; the message lists near names.
+    """
+    modules = target_modules(spec)
+    if targets == "all-linear" and spec.is_moe:
+        raise TargetError(
+            "tuner.targets=all-linear takes in the router and the experts, which cannot carry adapters yet",
+            "tuner.targets=[q_proj,k_proj,v_proj,o_proj]",
+        )
     if targets == "all-linear":
         return frozenset(modules)
     leaves = sorted({module.rsplit(".", 1)[1] for module in modules})

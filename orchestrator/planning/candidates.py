@@ -65,7 +65,7 @@ def judge(question: Question, asked: TopologyConfig) -> Candidate | Rejected:
     proposal = Proposal(
         topology=topology,
         vpp=asked.vpp if (asked.vpp or 1) > 1 else None,
-        sp=bool(asked.sp),
+        sp=question.model.is_moe and topology.tp > 1 if asked.sp is None else asked.sp,
         global_sequences=job.batch.global_sequences,
         micro_sequences=job.batch.micro_sequences,
         tuner=job.tuner.name,

@@ -56,6 +56,17 @@ def test_families_equal_one_process(pool: Pool, family: str, name: str) -> None:
     assert_same(pool, Run(family=family), Run(family=family, **TOPOLOGIES[name]))
 
 
+@pytest.mark.parametrize("name", ["dp2", "pp2", "tp2-sp"])
+def test_adapters_beside_experts_equal_one_process(pool: Pool, name: str) -> None:
+    assert_same(pool, Run(family="qwen3_moe"), Run(family="qwen3_moe", **TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("name", ["dp2", "pp2"])
+def test_full_tuning_of_experts_equals_one_process(pool: Pool, name: str) -> None:
+    reference = Run(family="qwen3_moe", full=True)
+    assert_same(pool, reference, reference.on(**TOPOLOGIES[name]))
+
+
 @pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "dp2", "tp2-pp2"])
 def test_dropout_masks_follow_samples_not_ranks(pool: Pool, name: str) -> None:
     assert_same(pool, Run(dropout=0.3), Run(dropout=0.3, **TOPOLOGIES[name]))

@@ -95,7 +95,9 @@ def even_stages(layers: int, chunks: int) -> tuple[tuple[int, ...], ...]:
 def engine_spec(run: Run) -> EngineSpec:
     """The engine's view of a run."""
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
-    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolve_targets(targets, run.model))
+    attention_only = run.model.is_moe and targets == "all-linear"
+    resolved = resolve_targets(["q_proj", "k_proj", "v_proj", "o_proj"] if attention_only else targets, run.model)
+    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved)
     stages = run.stages or even_stages(run.model.layers, run.topology.pp * (run.vpp or 1))
     return EngineSpec(
         model=run.model,

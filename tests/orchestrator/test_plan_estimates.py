@@ -28,6 +28,7 @@ from parallel.topology import Topology
 SMOLLM2 = ModelSpec("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, True)
 QWEN3 = ModelSpec("qwen3", 6, 64, 8, 4, 16, 96, 512, 256, 1e-6, 1e6, False, qk_norm=True)
 MOE = replace(QWEN3, family="qwen3_moe", experts=8, experts_per_token=2, expert_ffn=32)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LAPTOP = ClusterSpec("laptop", 1, 4)
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -40,7 +41,7 @@ def work_of(model: ModelSpec, topology: Topology, **changes: Any) -> Workload:
         "proposal": Proposal(topology, **proposal),  # type: ignore[arg-type]
         "stages": split_layers(model.layers, topology.pp),
         "row_tokens": 128,
-        "adapted": resolve_targets("all-linear", model),
+        "adapted": resolve_targets(ATTENTION if model.is_moe else "all-linear", model),
         "adapter_rank": 4,
         "distributed_optimizer": False,
         "device": "cpu",
@@ -72,7 +73,7 @@ def test_counts_are_those_of_transformers_and_peft(model: ModelSpec) -> None:
         real = transformers.AutoModelForCausalLM.from_config(config)
         counts = stage_counts(work_of(model, Topology()), 0)
         assert counts.base == sum(parameter.numel() for parameter in real.parameters())
-        targets = sorted({path.rsplit(".", 1)[1] for path in resolve_targets("all-linear", model)})
+        targets = sorted({path.rsplit(".", 1)[1] for path in resolve_targets(ATTENTION if model.is_moe else "all-linear", model)})
         tuned = peft.get_peft_model(real, peft.LoraConfig(r=4, target_modules=targets))
     assert counts.trainable == sum(p.numel() for p in tuned.parameters() if p.requires_grad)
 

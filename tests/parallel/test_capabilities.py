@@ -128,7 +128,6 @@ def test_what_does_not_divide_is_refused_with_numbers(
     ("proposal", "message", "hint"),
     [
         (Proposal(Topology(cp=2)), "topology.cp=2 is not built yet: only cp=1 runs", "topology.cp=1"),
-        (Proposal(Topology(pp=2), vpp=3, global_sequences=2), "topology.vpp=3 is not built yet", "topology.vpp=null"),
         (
             Proposal(Topology(), engine="deepspeed"),
             "engine=deepspeed is not built; there is megatron",
@@ -152,6 +151,32 @@ def test_a_family_or_sequence_parallelism_that_is_not_built_is_said() -> None:
     assert (found.message, found.hint) == ("topology.sp=true is not built yet", "topology.sp=false")
     (found,) = refusals(replace(SMOLLM2, family="qwen3"), Proposal(Topology()), without)
     assert found.message == "model family qwen3 is not built; there is llama"
+
+
+def test_virtual_chunks_that_are_not_built_are_said() -> None:
+    without = replace(BUILT, axes=("tp", "pp", "dp"))
+    (found,) = refusals(SMOLLM2, Proposal(Topology(pp=2), vpp=3, global_sequences=2), without)
+    assert found.message.startswith("topology.vpp=3 is not built yet")
+    assert found.hint == "topology.vpp=null"
+
+
+MOE = replace(SMOLLM2, family="qwen3_moe", experts=8, experts_per_token=2, expert_ffn=32)
+
+
+@pytest.mark.parametrize(
+    ("proposal", "message", "hint"),
+    [
+        (Proposal(Topology(tp=3)), "experts with topology.tp=3 need topology.sp=true", "topology.sp=true"),
+        (
+            Proposal(Topology(tp=3), sp=True, tuner="full"),
+            "tuner=full with experts is not built for topology.tp=3: only tp=1 runs",
+            "topology.tp=1",
+        ),
+    ],
+)
+def test_experts_and_tensor_parallelism(proposal: Proposal, message: str, hint: str) -> None:
+    (found,) = refusals(MOE, proposal)
+    assert (found.message, found.hint) == (message, hint)
 
 
 @given(

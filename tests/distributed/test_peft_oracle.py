@@ -1,0 +1,107 @@
+"""The oracle of LoRA training is transformers + peft: same batches, same initial adapter, same losses and adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.seeding import kaiming_uniform
+from parallel.topology import Topology
+from tests.helpers import runs
+from tests.helpers.pool import Pool
+from tests.helpers.runs import Run
+
+LOSS_RTOL, TENSOR_RTOL = 1e-5, 1e-4
+STEPS = 4
+
+
+def train_with_peft(run: Run, folder: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """An ordinary loop over the same global batches; the adapter starts from the values that the seed gives."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
+    config = LoraConfig(r=4, lora_alpha=8, use_rslora=run.rslora, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            key = name.replace(".default", "")
+            parameter.data.copy_(kaiming_uniform(tuple(parameter.shape), run.seed, "lora_A", key))  # type: ignore[arg-type]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, weight_decay=0.0)
+    losses, norms = [], []
+    for step in range(run.steps):
+        rows = runs.global_batch(run, step)
+        tokens, labels = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+        logits = model(tokens).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
+        optimizer.step()
+        losses.append(float(loss))
+    return losses, norms, {key: value.detach() for key, value in get_peft_model_state_dict(model).items()}
+
+
+def weights(states: list[list[tuple[Any, ...]]]) -> dict[str, torch.Tensor]:
+    return {name: value for (name, kind), value in runs.merge(states).items() if kind == "weight"}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"rslora": True}),
+        ("llama", {"targets": ("q_proj", "v_proj", "down_proj")}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("qwen3_moe", {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}),
+    ],
+    ids=["llama", "llama-rslora", "llama-some-targets", "qwen2", "qwen3", "qwen3_moe"],
+)
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=["one", "tp2-pp2"])
+def test_training_equals_peft(
+    pool: Pool, tiny_model: Callable[..., Path], family: str, changes: dict[str, Any], topology: Topology
+) -> None:
+    folder = tiny_model(family)
+    run = Run(family, topology, steps=STEPS, sp=family == "qwen3_moe" and topology.tp > 1, **changes)
+    found = pool.run(topology.world_size, runs.train, run, str(folder))
+    losses, norms, adapter = train_with_peft(run, folder)
+    assert found[0][0] == pytest.approx(losses, rel=LOSS_RTOL)
+    assert found[0][1] == pytest.approx(norms, rel=1e-4)
+    ours = weights([state for _, _, state in found])
+    assert ours.keys() == adapter.keys()
+    for name, value in adapter.items():
+        assert torch.linalg.vector_norm(ours[name] - value) <= TENSOR_RTOL * torch.linalg.vector_norm(value), name
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=3)], ids=["one", "tp3"])
+def test_full_training_equals_transformers(pool: Pool, tiny_model: Callable[..., Path], topology: Topology) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model("llama")
+    run = Run("llama", topology, steps=3, full=True, learning_rate=1e-4)
+    found = pool.run(topology.world_size, runs.train, run, str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.0)
+    losses = []
+    for step in range(run.steps):
+        rows = runs.global_batch(run, step)
+        tokens, labels = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+        logits = model(tokens).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss))
+    assert found[0][0] == pytest.approx(losses, rel=LOSS_RTOL)
+    ours, theirs = weights([state for _, _, state in found]), dict(model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.linalg.vector_norm(ours[name] - value) <= TENSOR_RTOL * torch.linalg.vector_norm(value), name
