@@ -104,7 +104,8 @@ def _help() -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""  # a progress bar may be drawn on this line
+    print(clear + text, file=sys.stderr, flush=True)
 
 
 def _worker(words: list[str]) -> int:

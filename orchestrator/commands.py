@@ -121,6 +121,9 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     step = latest_step(run_dir) or 0
     if result.code == ExitCode.DONE:
         return Finished(run_dir, 0, step, f"done: {step} of {job.steps} steps in {run_dir}")
+    if result.code == ExitCode.INTERRUPTED and result.cause is not None:
+        again = dataclasses.replace(result.cause, hint=f"isotrain resume {run_dir}")
+        return Finished(run_dir, result.code, step, f"interrupted; {step} of {job.steps} steps are saved", again)
     if result.cause is None:
         return Finished(run_dir, result.code, step, f"ended at once; the newest checkpoint holds {step} steps")
     return Finished(run_dir, result.code, step, result.cause.message, result.cause)

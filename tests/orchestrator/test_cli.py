@@ -37,6 +37,8 @@ from orchestrator.errors import DataError
 run_dir = Path(sys.argv[1])
 def work():
     steps = read_job(run_dir).steps
+    if steps == 11:
+        return 85
     if steps == 13:
         raise DataError("the data end with a bang", "data.on_bad_row=skip")
     folder = run_dir / "checkpoints" / f"step-{steps:06d}"
@@ -185,6 +187,10 @@ def test_the_life_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     code, value, _ = run_json(capsys, "resume", str(run_dir), "seed=4", "steps=9")
     assert (code, value["step"]) == (0, 9)
     assert (read_job(run_dir).seed, read_job(run_dir).steps) == (4, 9)
+
+    code, value, err = run_json(capsys, "resume", str(run_dir), "steps=11")
+    assert (code, value["message"]) == (85, "interrupted; 9 of 11 steps are saved")
+    assert value["hint"] == f"isotrain resume {run_dir}"
 
     code, value, err = run_json(capsys, "resume", str(run_dir), "steps=13")
     assert (code, value["cause"], value["step"]) == (65, "DataError", 9)
