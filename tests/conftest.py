@@ -18,7 +18,7 @@ def pool() -> Iterator[Pool]:
     """Four worker processes, shared by every multi-process test of the session."""
     workers = Pool(4)
     yield workers
-    workers.close()
+    workers.leave()
 
 
 @pytest.fixture(scope="session")

@@ -101,8 +101,16 @@ class Pool:
             self._tasks.append(tasks)
             self._workers.append(worker)
 
+    def leave(self, timeout_s: float = 20) -> None:
+        """Let idle workers end by themselves, so that their coverage is written; kill those that do not."""
+        for tasks in self._tasks:
+            tasks.put(None)
+        for worker in self._workers:
+            worker.join(timeout_s)
+        self.close()
+
     def close(self) -> None:
-        """End all workers."""
+        """End all workers at once."""
         for worker in self._workers:
             worker.kill()
             worker.join()
