@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ def _load(base: Path, adapter: Path | None) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # transformers and peft speak to each other there, not to our user
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", local_files_only=True)
     if adapter is not None:
