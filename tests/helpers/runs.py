@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,22 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
     return {**TINY, **FAMILIES[family], **changes}
 
 
+def lighthouse_rows(model: Path, count: int, tokens: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """The first rows of the shipped chat data as ``(tokens, labels)``, each cut or padded to ``tokens``."""
+    from orchestrator.data import prepare
+    from orchestrator.job import DataConfig, ObjectiveConfig
+
+    with tempfile.TemporaryDirectory() as cache:
+        data = prepare(DataConfig("builtin:lighthouse"), ObjectiveConfig(), model, 512, Path(cache))
+        rows = []
+        for index in range(count):
+            ids, learned = (list(map(int, each)) for each in data.row(index))
+            labels = [token if learn else IGNORED_LABEL for token, learn in zip(ids[1:], learned[1:], strict=True)]
+            padding = max(0, tokens - len(labels))
+            rows.append((tuple((ids[:-1] + [0] * padding)[:tokens]), tuple((labels + [IGNORED_LABEL] * padding)[:tokens])))
+    return tuple(rows)
+
+
 @dataclass(frozen=True)
 class Run:
     """What a short run does; the same on every rank."""
@@ -58,6 +76,8 @@ class Run:
     micro_sequences: int = 2
     tokens: int = 12
     learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    eps: float = 1e-8
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
@@ -70,11 +90,16 @@ class Run:
     precision: str = "fp32"
     seed: int = 3
     changes: tuple[tuple[str, Any], ...] = ()
+    rows: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()  # (tokens, labels) to take instead of random ones
 
     @property
     def model(self) -> ModelSpec:
         """The model's shape."""
         return ModelSpec.from_hf(config(self.family, **dict(self.changes)))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step ``step``, counted from 0."""
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
     def on(self, **changes: Any) -> Run:
         """The same run somewhere else."""
@@ -103,7 +128,7 @@ def engine_spec(run: Run) -> EngineSpec:
         model=run.model,
         stages=stages,
         lora=None if run.full else lora,
-        adam=AdamSpec(distributed=run.distributed),
+        adam=AdamSpec(eps=run.eps, distributed=run.distributed),
         vpp=run.vpp,
         sp=run.sp,
         precision=run.precision,
@@ -115,6 +140,10 @@ def engine_spec(run: Run) -> EngineSpec:
 
 def global_batch(run: Run, step: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     """``(tokens, labels, sample id)`` of every row of one step; some positions have no label."""
+    if run.rows:
+        first = step * run.global_sequences
+        chosen = [run.rows[(first + index) % len(run.rows)] for index in range(run.global_sequences)]
+        return [(torch.tensor(tokens), torch.tensor(labels), first + i) for i, (tokens, labels) in enumerate(chosen)]
     generator = torch.Generator().manual_seed(run.seed * 1000 + step)
     rows = []
     for index in range(run.global_sequences):
@@ -148,8 +177,6 @@ def open_engine(run: Run, base_folder: str | None = None) -> tuple[Any, Any]:
     groups = open_groups(run.topology, dist.get_rank())
     reader = None
     if base_folder is not None:
-        from pathlib import Path
-
         from orchestrator.checkpoint.hf_reader import HfReader
 
         reader = HfReader(Path(base_folder))
@@ -167,7 +194,7 @@ def train(run: Run, base_folder: str | None = None) -> tuple[list[float], list[f
     if engine is None:
         return [], [], []
     results = [
-        engine.train_step(microbatches(run, step, groups.coordinate("dp")), run.learning_rate)
+        engine.train_step(microbatches(run, step, groups.coordinate("dp")), run.rate(step))
         for step in range(run.steps)
     ]
     state = pieces(engine)
@@ -198,3 +225,75 @@ def merge(states: list[list[tuple[Any, ...]]]) -> dict[tuple[str, str], torch.Te
     for key, value in whole.items():
         assert not value.isnan().any(), f"{key} has holes"
     return whole
+
+
+class DictReader:
+    """A TensorReader over merged tensors."""
+
+    def __init__(self, tensors: dict[tuple[str, str], torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def read(self, name: str, kind: str, box: Any) -> torch.Tensor:
+        """One box."""
+        return self._tensors[name, kind][box.slices].clone()
+
+    def shape(self, name: str, kind: str) -> tuple[int, ...]:
+        """The whole shape."""
+        return tuple(self._tensors[name, kind].shape)
+
+
+def go_on(run: Run, arrays: dict[tuple[str, str], Any], completed: int) -> tuple[list[float], list[tuple[Any, ...]]]:
+    """Load a state (name, kind -> array) after ``completed`` steps, train to the end of the run; losses and pieces."""
+    engine, groups = open_engine(run)
+    if engine is None:
+        return [], []
+    engine.load(DictReader({key: torch.from_numpy(value) for key, value in arrays.items()}), moments=True)
+    engine.set_optimizer_steps(completed)
+    losses = [
+        engine.train_step(microbatches(run, step, groups.coordinate("dp")), run.rate(step)).loss
+        for step in range(completed, run.steps)
+    ]
+    state = pieces(engine)
+    groups.close()
+    return losses, state
+
+
+def evaluate_and_train(run: Run) -> tuple[float, float, float]:
+    """The loss of step 0's batch by evaluate, by train_step, and by evaluate after it."""
+    engine, groups = open_engine(run)
+    batches = microbatches(run, 0, groups.coordinate("dp"))
+    before = engine.evaluate(batches)
+    assert before.grad_norm == 0.0
+    trained = engine.train_step(batches, run.learning_rate)
+    labels = sum(int((row[1] != IGNORED_LABEL).sum()) for row in global_batch(run, 0))
+    assert trained.label_tokens == before.label_tokens == labels
+    after = engine.evaluate(batches)
+    engine.close()
+    groups.close()
+    return before.loss, trained.loss, after.loss
+
+
+def gradients_that_never_come(run: Run) -> str:
+    """Cut the graph in front of one adapter and train a step; the error's words."""
+    from parallel.engines.megatron import NoGradientError
+    from parallel.lora import LoraPart
+
+    engine, groups = open_engine(run)
+    part = next(module for chunk in engine._chunks for module in chunk.modules() if isinstance(module, LoraPart))
+    part.A.requires_grad_(True)
+    part.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    try:
+        engine.train_step(microbatches(run, 0, 0), 1e-3)
+    except NoGradientError as error:
+        return str(error)
+    finally:
+        groups.close()
+    return ""
+
+
+def gradient_buffer_elements(run: Run) -> int:
+    """Elements of megatron-core's gradient buffers on this rank."""
+    engine, groups = open_engine(run)
+    count = sum(buffer.numel for chunk in engine._wrapped for buffer in chunk.buffers)
+    groups.close()
+    return count
