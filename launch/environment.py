@@ -123,6 +123,17 @@ def rank_variables(ranks_on_node: int, cores: int, variables: Mapping[str, str] 
     return {name: value for name, value in wanted.items() if name not in known}
 
 
+def wanted_threads(variables: Mapping[str, str] | None = None) -> int | None:
+    """How many threads a rank shall compute with (OMP_NUM_THREADS); None: the library's own choice.
+
+    Example:
+        >>> wanted_threads({"OMP_NUM_THREADS": "4"}), wanted_threads({})
+        (4, None)
+    """
+    known = os.environ if variables is None else variables
+    return _whole(known, "OMP_NUM_THREADS") if known.get("OMP_NUM_THREADS") else None
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
