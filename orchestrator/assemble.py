@@ -116,7 +116,9 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
     keys = {"r": "tuner.r", "lora_alpha": "tuner.alpha", "use_rslora": "tuner.rslora"}
     other = {name: config.get(name, False) for name, value in wanted.items() if config.get(name, False) != value}
     if other:
-        there = ", ".join(f"{keys[name]}={wanted[name]} but {name} {value} in the adapter" for name, value in other.items())
+        there = ", ".join(
+            f"{keys[name]}={wanted[name]} but {name} {value} in the adapter" for name, value in other.items()
+        )
         raise ConfigError(
             f"tuner.path={job.tuner.path} does not fit the job: {there}",
             " ".join(f"{keys[name]}={str(value).lower()}" for name, value in other.items()),

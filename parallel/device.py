@@ -121,7 +121,7 @@ def stand_in_for_cuda() -> list[str]:
     if random is not None:  # activation recompute saves and restores CUDA's generator beside the CPU's
         random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)  # type: ignore[attr-defined]
         random._set_cuda_rng_state = lambda *_, **__: None  # type: ignore[attr-defined]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment,misc]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     return touched
 
 

@@ -98,7 +98,7 @@ def layer_prefix(layer: int) -> str:
 
 
 def linears(spec: ModelSpec, ep: int = 1, ep_rank: int = 0) -> Iterator[Linear]:
-    """The local linears of one layer, one entry for each expert that expert-parallel rank ``ep_rank`` of ``ep`` holds."""
+    """The local linears of one layer; of experts, those that expert-parallel rank ``ep_rank`` of ``ep`` holds."""
     local_experts = spec.experts // ep
     for linear in FAMILIES[spec.family].linears:
         if not linear.expert:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from parallel.shards import Piece, Shard
 # A learning rate is given at every step; megatron-core only wants one to be there.
 _PLACEHOLDER_LR = 1.0
 _NO_CLIPPING = math.inf
+# (micro-batch, hidden states of the last stage) -> loss sum, label tokens, both for the log
+LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class NoGradientError(RuntimeError):
@@ -181,22 +184,22 @@ class MegatronEngine:
         )
         with cuda_type_names(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return get_megatron_optimizer(
-                config, self._wrapped, use_gloo_process_groups=False, pg_collection=self._pgs
-            )
+            return get_megatron_optimizer(config, self._wrapped, use_gloo_process_groups=False, pg_collection=self._pgs)
 
-    def _run_schedule(self, microbatches: Sequence[MicroBatch], forward_only: bool, loss=None) -> list[torch.Tensor]:
+    def _run_schedule(
+        self, microbatches: Sequence[MicroBatch], forward_only: bool, loss: LossFunction | None = None
+    ) -> list[torch.Tensor]:
         """Run megatron-core's schedule; returns ``[loss sum, label tokens]`` per micro-batch on the last stage."""
-        loss = loss or self._loss
+        chosen = loss or self._loss
         topology = self._groups.topology
         sequences, tokens = microbatches[0].tokens.shape
 
-        def forward_step(batches, chunk):
+        def forward_step(batches: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module) -> tuple[Any, Any]:
             number, batch = next(batches)
             self._clock.announce(number, batch.sample_ids)
             positions = torch.arange(batch.tokens.shape[1], device=self._device).expand_as(batch.tokens)
             hidden = chunk(batch.tokens.to(self._device), positions, None)
-            return hidden, lambda output: loss(batch, output)
+            return hidden, lambda output: chosen(batch, output)
 
         self._clock.begin_step()
         schedule = get_forward_backward_func(topology.pp, self._spec.vpp)
@@ -255,8 +258,11 @@ class _GradientWatch:
                     self._silent[id(parameter)] = name
                     self._handles.append(parameter.register_hook(self._heard(id(parameter))))
 
-    def _heard(self, key: int):
-        return lambda gradient: self._silent.pop(key, None) and None
+    def _heard(self, key: int) -> Callable[[torch.Tensor], None]:
+        def note(gradient: torch.Tensor) -> None:
+            self._silent.pop(key, None)
+
+        return note
 
     def finish(self) -> None:
         """Check and take the hooks away."""

@@ -128,7 +128,7 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
 
 
 def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[HiddenGPTModel]:
-    """Build this rank's pipeline chunks, wrap adapters on and freeze what is not trained. Weights are not filled yet."""
+    """Build this rank's pipeline chunks, wrap adapters on, freeze what is not trained; weights are filled later."""
     stand_in_for_cuda()
     _name_rng_stream()
     if not hasattr(moe_utils, "te_general_gemm"):  # unbound in megatron-core 0.16.1 without transformer-engine
@@ -228,11 +228,13 @@ def _base_tensors(
             module = layer.get_submodule(linear.path)
             base = module.base if isinstance(module, LoraLinear) else module
             cut = (groups.topology.etp, groups.index("expt_tp")) if linear.expert else (tp, rank)
+            weight: torch.Tensor = base.weight  # type: ignore[assignment]
+            bias: torch.Tensor | None = base.bias  # type: ignore[assignment]
             for piece in names.weight_pieces(linear, model, index, *cut):
-                yield base.weight, piece
-            if base.bias is not None:
+                yield weight, piece
+            if bias is not None:
                 for piece in names.bias_pieces(linear, model, index, tp, rank):
-                    yield base.bias, piece
+                    yield bias, piece
     if chunk.post_process:
         norm = chunk.decoder.final_layernorm.weight
         yield norm, names.whole_piece(names.FINAL_NORM, tuple(norm.shape))
@@ -241,10 +243,8 @@ def _base_tensors(
             yield chunk.head_weight(), names.vocab_piece(name, model, tp, rank)
 
 
-def fill_base(
-    spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], reader: TensorReader | None
-) -> None:
-    """Fill the base weights: slices of a Hugging Face folder, or (``reader`` None) random ones that only depend on names.
+def fill_base(spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], reader: TensorReader | None) -> None:
+    """Fill the base weights: slices of a Hugging Face folder, or (``reader`` None) random ones keyed by their names.
 
     Each rank reads only the rows and columns that it holds; rows that pad the vocabulary are zero.
     """

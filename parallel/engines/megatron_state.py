@@ -70,9 +70,7 @@ def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
                     part.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
 
 
-def state_shards(
-    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, pieces: list[Piece]
-) -> Iterator[Shard]:
+def state_shards(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, pieces: list[Piece]) -> Iterator[Shard]:
     """A trained parameter's weight, moments and (16-bit parameters) fp32 master copy as shards."""
     for piece in pieces:
         if 0 not in piece.box.size:

@@ -37,7 +37,9 @@ def oracle(folder: Path, tokens: list[list[int]]) -> np.ndarray:
 
 
 def assert_same_logits(pool: Pool, folder: Path, run: runs.Run, tokens: list[list[int]]) -> None:
-    found = [each for each in pool.run(run.topology.world_size, runs.logits, run, str(folder), tokens) if each is not None]
+    found = [
+        each for each in pool.run(run.topology.world_size, runs.logits, run, str(folder), tokens) if each is not None
+    ]
     assert len(found) == run.topology.tp
     expected = oracle(folder, tokens)
     for logits in found:
@@ -80,4 +82,6 @@ def test_smollm2(pool: Pool, smollm2: Path, name: str) -> None:
     changes = (*((key, value) for key, value in config.items() if key in runs.TINY), ("rope_theta", theta))
     run = runs.Run("llama", TOPOLOGIES[name], changes=changes)
     assert run.model == ModelSpec.from_hf(config)
-    assert_same_logits(pool, smollm2, run, [[1, 9690, 198, 2683, 359, 253, 5356, 5646], [2, 260, 3575, 282, 4649, 314, 1, 4093]])
+    assert_same_logits(
+        pool, smollm2, run, [[1, 9690, 198, 2683, 359, 253, 5356, 5646], [2, 260, 3575, 282, 4649, 314, 1, 4093]]
+    )

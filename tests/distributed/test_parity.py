@@ -100,7 +100,14 @@ def test_ten_steps_of_smollm2(pool: Pool, smollm2: Path) -> None:
     changes = (*((key, value) for key, value in config.items() if key in runs.TINY), ("rope_theta", theta))
     rows = runs.lighthouse_rows(smollm2, 40, 56)
     run = Run(
-        steps=10, global_sequences=4, tokens=56, learning_rate=2e-4, warmup_steps=4, eps=1e-6, changes=changes, rows=rows
+        steps=10,
+        global_sequences=4,
+        tokens=56,
+        learning_rate=2e-4,
+        warmup_steps=4,
+        eps=1e-6,
+        changes=changes,
+        rows=rows,
     )
     losses, _, state = pool.run(1, runs.train, run, str(smollm2))[0]
     whole = runs.merge([state])
@@ -110,7 +117,9 @@ def test_ten_steps_of_smollm2(pool: Pool, smollm2: Path) -> None:
         merged = runs.merge([state for _, _, state in found])
         for key, value in whole.items():
             if key[1] == "weight":
-                assert torch.linalg.vector_norm(merged[key] - value) <= TENSOR_RTOL * torch.linalg.vector_norm(value), key
+                assert torch.linalg.vector_norm(merged[key] - value) <= TENSOR_RTOL * torch.linalg.vector_norm(value), (
+                    key
+                )
 
 
 def test_ten_steps_of_a_tiny_qwen3(pool: Pool) -> None:

@@ -72,7 +72,9 @@ def test_a_16_bit_base_with_adapters_in_fp32(pool: Pool) -> None:
 @pytest.mark.parametrize("name", ["one", "tp2", "pp2-dp2"])
 def test_evaluate_is_the_training_loss_and_changes_nothing(pool: Pool, name: str) -> None:
     run = Run(**ELSEWHERE[name])
-    for before, trained, after in pool.run(run.topology.world_size, runs.evaluate_and_train, run.on(learning_rate=0.02)):
+    for before, trained, after in pool.run(
+        run.topology.world_size, runs.evaluate_and_train, run.on(learning_rate=0.02)
+    ):
         assert before == pytest.approx(trained, rel=1e-6)
         assert after < trained
 
@@ -86,7 +88,11 @@ def test_the_same_seed_gives_the_same_adapter_on_every_topology(pool: Pool) -> N
         assert found.keys() == reference.keys()
         assert all(torch.equal(found[key], value) for key, value in reference.items())
     other = runs.merge([pool.run(1, runs.train, Run(steps=0, seed=4))[0][2]])
-    assert not any(torch.equal(other[key], value) for key, value in reference.items() if ".lora_A." in key[0] and key[1] == "weight")
+    assert not any(
+        torch.equal(other[key], value)
+        for key, value in reference.items()
+        if ".lora_A." in key[0] and key[1] == "weight"
+    )
 
 
 def test_frozen_weights_have_no_buffers_and_no_state(pool: Pool) -> None:
@@ -97,5 +103,6 @@ def test_frozen_weights_have_no_buffers_and_no_state(pool: Pool) -> None:
 
 
 def test_a_tensor_that_gets_no_gradient_stops_the_first_step(pool: Pool) -> None:
-    message = pool.run(1, runs.gradients_that_never_come, Run())[0]
-    assert message == "1 trainable tensors got no gradient in the first step, first decoder.layers.0.self_attention.linear_proj.parts.o.unused"
+    (message,) = pool.run(1, runs.gradients_that_never_come, Run())
+    first = "decoder.layers.0.self_attention.linear_proj.parts.o.unused"
+    assert message == f"1 trainable tensors got no gradient in the first step, first {first}"

@@ -61,7 +61,9 @@ def lighthouse_rows(model: Path, count: int, tokens: int) -> tuple[tuple[tuple[i
             ids, learned = (list(map(int, each)) for each in data.row(index))
             labels = [token if learn else IGNORED_LABEL for token, learn in zip(ids[1:], learned[1:], strict=True)]
             padding = max(0, tokens - len(labels))
-            rows.append((tuple((ids[:-1] + [0] * padding)[:tokens]), tuple((labels + [IGNORED_LABEL] * padding)[:tokens])))
+            rows.append(
+                (tuple((ids[:-1] + [0] * padding)[:tokens]), tuple((labels + [IGNORED_LABEL] * padding)[:tokens]))
+            )
     return tuple(rows)
 
 
@@ -194,8 +196,7 @@ def train(run: Run, base_folder: str | None = None) -> tuple[list[float], list[f
     if engine is None:
         return [], [], []
     results = [
-        engine.train_step(microbatches(run, step, groups.coordinate("dp")), run.rate(step))
-        for step in range(run.steps)
+        engine.train_step(microbatches(run, step, groups.coordinate("dp")), run.rate(step)) for step in range(run.steps)
     ]
     state = pieces(engine)
     groups.close()

@@ -73,7 +73,9 @@ def test_counts_are_those_of_transformers_and_peft(model: ModelSpec) -> None:
         real = transformers.AutoModelForCausalLM.from_config(config)
         counts = stage_counts(work_of(model, Topology()), 0)
         assert counts.base == sum(parameter.numel() for parameter in real.parameters())
-        targets = sorted({path.rsplit(".", 1)[1] for path in resolve_targets(ATTENTION if model.is_moe else "all-linear", model)})
+        targets = sorted(
+            {path.rsplit(".", 1)[1] for path in resolve_targets(ATTENTION if model.is_moe else "all-linear", model)}
+        )
         tuned = peft.get_peft_model(real, peft.LoraConfig(r=4, target_modules=targets))
     assert counts.trainable == sum(p.numel() for p in tuned.parameters() if p.requires_grad)
 

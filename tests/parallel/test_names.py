@@ -64,7 +64,8 @@ def test_cut_and_merge_is_the_identity(case: tuple[ModelSpec, int]) -> None:
                 if pieces is names.bias_pieces and linear.cut == "row":
                     continue
                 listed = list(pieces(linear, spec, 0, tp, rank))
-                size = tuple(max(p.local.offset[d] + p.local.size[d] for p in listed) for d in range(len(listed[0].shape)))
+                axes = range(len(listed[0].shape))
+                size = tuple(max(p.local.offset[d] + p.local.size[d] for p in listed) for d in axes)
                 local = np.full(size, -1)
                 for piece in listed:
                     assert (local[piece.local.slices] == -1).all(), "pieces overlap in the local tensor"
@@ -117,15 +118,22 @@ def test_a_fused_qkv_is_laid_out_group_by_group() -> None:
     """One key/value group of two query heads, by hand: q0 q1 k v."""
     spec = replace(SPEC, heads=4, kv_heads=2, head_dim=1, hidden=1)
     linear = next(names.linears(spec))
-    second = {(p.name.split(".")[-2], p.box.offset[0], p.local.offset[0]) for p in names.weight_pieces(linear, spec, 0, 2, 1)}
-    assert second == {("q_proj", 2, 0), ("k_proj", 1, 2), ("v_proj", 1, 3)}
+    pieces = names.weight_pieces(linear, spec, 0, 2, 1)
+    assert {(p.name.split(".")[-2], p.box.offset[0], p.local.offset[0]) for p in pieces} == {
+        ("q_proj", 2, 0),
+        ("k_proj", 1, 2),
+        ("v_proj", 1, 3),
+    }
 
 
 def test_gate_and_up_are_each_cut_not_their_concatenation() -> None:
     """Fault 1 of today's tools: rows of gate|up cut plainly on axis 0 land in the wrong place at another tp."""
     linear = next(linear for linear in names.linears(SPEC) if linear.path == "mlp.linear_fc1")
-    rows = [(p.name.split(".")[-2], p.box.offset[0], p.local.offset[0]) for p in names.weight_pieces(linear, SPEC, 0, 2, 1)]
-    assert rows == [("gate_proj", 6, 0), ("up_proj", 6, 6)]
+    pieces = names.weight_pieces(linear, SPEC, 0, 2, 1)
+    assert [(p.name.split(".")[-2], p.box.offset[0], p.local.offset[0]) for p in pieces] == [
+        ("gate_proj", 6, 0),
+        ("up_proj", 6, 6),
+    ]
 
 
 def test_experts_are_numbered_over_expert_parallel_ranks() -> None:
