@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from orchestrator.job import ClusterConfig, JobConfig
 from orchestrator.loading import compose_job, override_job
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, locked, write_run
-from parallel.specs import ClusterSpec, ModelSpec
+from parallel.specs import ClusterSpec, ModelSpec, SpecError
 
 if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan
@@ -129,11 +130,12 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     return Finished(run_dir, result.code, step, result.cause.message, result.cause)
 
 
-def prepare_by_hand(overrides: Sequence[str], world_size: int) -> tuple[Path, str]:
+def prepare_by_hand(overrides: Sequence[str], world_size: int, stack: ExitStack) -> tuple[Path, str]:
     """What the first rank of a torchrun by hand does before training: decide, plan for the ranks there are, write.
 
     Args:
         world_size: ranks that torchrun has started; ``cluster.nodes`` and ``gpus_per_node`` say the same, or more.
+        stack: holds the lock of the run folder from now on.
     Returns:
         The run folder, and ``start``, ``resume`` or ``finished``.
     Raises:
@@ -144,16 +146,45 @@ def prepare_by_hand(overrides: Sequence[str], world_size: int) -> tuple[Path, st
         raise ConfigError("torchrun by hand needs run_dir", "run_dir=runs/NAME")
     run_dir = Path(job.run_dir).expanduser().absolute()
     decision = decide_train(run_dir, job)
-    print(decision.message, file=sys.stderr, flush=True)
     if decision.kind != "finished":
         check_files(job)
         started = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=1, gpus_per_node=world_size))
-        planned = plan_job(started)
+        try:
+            planned = plan_job(started)
+        except (ConfigError, SpecError) as error:
+            raise _too_few_started(job, world_size) or error from error
         make_folder(run_dir)
+        stack.enter_context(locked(run_dir))
         write_run(run_dir, job, planned.plan.to_json())
         clear_exits(run_dir)
         clear_states(run_dir)
+    print(decision.message, file=sys.stderr, flush=True)
     return run_dir, decision.kind
+
+
+def _too_few_started(job: JobConfig, world_size: int) -> ConfigError | None:
+    """Where the job would work with the ranks of its own cluster: the error that asks to start as many."""
+    try:
+        wanted = plan_job(job).plan.ranks_used
+    except (ConfigError, SpecError):
+        return None
+    if wanted <= world_size:
+        return None
+    return ConfigError(
+        f"the job needs {wanted} ranks, but torchrun has started {world_size}",
+        f"torchrun --nproc-per-node {wanted} -m orchestrator train ...",
+    )
+
+
+def asked_run_dir(overrides: Sequence[str]) -> Path | None:
+    """The ``run_dir`` among overrides that need not be right, so that their error can be left in ``exits/``.
+
+    Example:
+        >>> asked_run_dir(["stps=3", "run_dir=/scratch/run"])
+        PosixPath('/scratch/run')
+    """
+    asked = [text.partition("=")[2] for text in overrides if text.lstrip("+").startswith("run_dir=")]
+    return Path(asked[-1].strip("'\"")).expanduser().absolute() if asked and asked[-1] else None
 
 
 def check_files(job: JobConfig) -> None:

@@ -56,7 +56,7 @@ def train(run: Run, completed: int, stop: StopRequest) -> ExitCode:
         batches = step_microbatches(run.data, order, step - 1, batch_shape(run.plan), run.groups.coordinate("dp"))
         rate = learning_rate(run.job.optimizer, step, run.job.steps)
         result = run.engine.train_step(batches, rate)
-        _check_finite(result, step)
+        _check_finite(run, result, step)
         if run.metrics is not None:
             rows = order.rows_at((step - 1) * run.plan.global_sequences, run.plan.global_sequences)
             run.metrics.log(step, _values(result, rate, run.data.lengths(rows), time.perf_counter() - started))
@@ -114,11 +114,12 @@ def _values(result: StepResult, rate: float, lengths: np.ndarray, step_s: float)
     }
 
 
-def _check_finite(result: StepResult, step: int) -> None:
+def _check_finite(run: Run, result: StepResult, step: int) -> None:
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise GaveUp(
             f"step {step}: loss {result.loss}, grad_norm {result.grad_norm}; nothing of this step was saved",
-            "optimizer.lr=LOWER  (isotrain resume goes on from the newest checkpoint)",
+            f"isotrain resume {run.run_dir} optimizer.lr={run.job.optimizer.lr / 10:g}   (goes on from the newest "
+            "checkpoint; without one: isotrain train with that and another run_dir)",
         )
 
 

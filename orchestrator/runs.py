@@ -80,7 +80,7 @@ def decide_train(run_dir: Path, job: JobConfig) -> Decision:
     if not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file", "run_dir=ANOTHER")
     if not (run_dir / "job.yaml").is_file():
-        if any(run_dir.iterdir()):
+        if not _is_ours_alone(run_dir):
             raise ConfigError(f"run_dir={run_dir} is not empty and holds no run (no job.yaml)", "run_dir=ANOTHER")
         return Decision("start", 0, f"new run in {run_dir}")
     step = latest_step(run_dir)
@@ -90,6 +90,29 @@ def decide_train(run_dir: Path, job: JobConfig) -> Decision:
     if blocking:
         raise _another_run(run_dir, step, blocking)
     return _go_on(run_dir, step, job)
+
+
+def is_ours(run_dir: Path) -> bool:
+    """Whether a word may be left in a folder: it is new, empty or a run's, writable, and nobody trains in it."""
+    existing = next((folder for folder in (run_dir, *run_dir.parents) if folder.exists()), run_dir)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return False
+    if existing != run_dir:
+        return True
+    if not (run_dir / "job.yaml").is_file():
+        return _is_ours_alone(run_dir)
+    try:
+        with locked(run_dir):
+            return True
+    except ConfigError:
+        return False
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    """Whether a folder without ``job.yaml`` is empty, or holds only what a launch that failed early leaves behind."""
+    left_behind = {"exits", "logs", "states", "checkpoints", "plan.json", ".lock"}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith((".plan.json.", ".job.yaml."))}
+    return names <= left_behind and not list_steps(folder / "checkpoints")
 
 
 def decide_resume(run_dir: Path, job: JobConfig) -> Decision:

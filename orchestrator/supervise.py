@@ -145,13 +145,14 @@ def guarded(run_dir: Path, rank: int, work: Callable[[], int]) -> int:
         if rank == 0 and launched is None:  # by hand: there is no launcher that will say it
             print(explanation.render(), file=sys.stderr, flush=True)
     try:
-        _leave_exit(run_dir, rank, explanation)
+        leave_word(run_dir, rank, explanation)
     finally:
         leave(run_dir, rank)
     return int(explanation.code)
 
 
-def _leave_exit(run_dir: Path, rank: int, explanation: Explanation) -> None:
+def leave_word(run_dir: Path, rank: int, explanation: Explanation) -> None:
+    """Write a rank's exit file; where that fails there is no one to tell but the log."""
     hint = explanation.hint or (f"see logs/rank-{rank}.log in the run folder" if explanation.unexpected else "")
     try:
         write_exit(

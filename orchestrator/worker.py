@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from launch.environment import RankEnvironment, isotrain_cache, rank_environment
+from launch.environment import RankEnvironment, isotrain_cache, rank_environment, wanted_threads
 from launch.stop import StopRequest
 from orchestrator.assemble import open_engine, room
 from orchestrator.building import read_job
@@ -25,15 +25,23 @@ from orchestrator.metrics import Metrics
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.plan import Plan
 from parallel.device import backend
-from parallel.groups import Groups, open_groups
+from parallel.groups import open_groups
 
 Value = TypeVar("Value")
 PEER_TIMEOUT = timedelta(minutes=10)
 
 
-def main(run_dir: Path) -> int:
+DATA_TIMEOUT = timedelta(hours=12)  # tokenising a large file on the first rank, while the others wait
+
+
+def main(run_dir: Path, store: dist.Store | None = None) -> int:
     """Train as one rank of the run that ``job.yaml`` and ``plan.json`` of ``run_dir`` describe; returns an exit code.
 
+    The default process group has exactly the ranks that the plan uses, because megatron-core gathers over it; a rank
+    beyond them (of a launch by hand) has nothing to do and leaves.
+
+    Args:
+        store: the launch's store where it is open already.
     Raises:
         IsotrainError: says what is wrong; its ``code`` is the exit code.
     """
@@ -44,7 +52,11 @@ def main(run_dir: Path) -> int:
             f"the plan uses {plan.ranks_used} ranks ({plan.topology}), but {me.world_size} were started",
             f"torchrun --nproc-per-node {plan.ranks_used} ...",
         )
-    _open_world(me, plan.device)
+    store = store or _open_store(me)
+    if me.rank >= plan.ranks_used:
+        print(f"rank {me.rank} is idle: the plan uses {plan.ranks_used} of {me.world_size} ranks", flush=True)
+        return int(ExitCode.DONE)
+    _open_world(me, plan.device, plan.ranks_used, dist.PrefixStore("train", store))
     try:
         return _train_rank(me, job, plan, run_dir)
     finally:
@@ -56,23 +68,32 @@ def main_by_hand(overrides: Sequence[str]) -> int:
     """``torchrun ... -m orchestrator train KEY=VALUE ...``: the first rank composes and plans, the others are told.
 
     Returns:
-        The exit code. A configuration error ends all ranks alike.
+        The exit code. An error before training ends all ranks alike: the first one raises it, the others just return
+        its code, and each leaves it in ``exits/`` where the run folder is ours to write in.
     """
-    from orchestrator.supervise import guarded, leave_process
+    from orchestrator.commands import asked_run_dir, prepare_by_hand
+    from orchestrator.runs import is_ours
+    from orchestrator.supervise import explain, guarded, leave_process, leave_word
 
     me = _me()
-    _open_world(me, "cuda" if torch.cuda.is_available() else "cpu")
-    run_dir, decided = _share(me, lambda: _prepare_run(me, overrides))
-    if decided == "finished":
-        dist.destroy_process_group()
-        return int(ExitCode.DONE)
+    store = _open_store(me)
+    _open_world(me, "cpu", me.world_size, dist.PrefixStore("prepare", store))
     with ExitStack() as stack:
-        if me.rank == 0:
-            from orchestrator.runs import locked
-
-            stack.enter_context(locked(run_dir))
-        leave_process(guarded(run_dir, me.rank, lambda: main(run_dir)))
-    return 0
+        (run_dir, decided), error = _share(me, lambda: prepare_by_hand(overrides, me.world_size, stack), (Path(), ""))
+        if error is not None:
+            asked = asked_run_dir(overrides)
+            (ours, _) = _share(me, lambda: asked is not None and is_ours(asked), False)
+            if ours and asked is not None:
+                leave_word(asked, me.rank, explain(error))
+            dist.barrier()  # or torchrun ends those that have not yet left their word
+        dist.destroy_process_group()
+        if error is not None:
+            if me.rank == 0:
+                raise error
+            return int(explain(error).code)
+        if decided != "finished":
+            leave_process(guarded(run_dir, me.rank, lambda: main(run_dir, store)))
+    return int(ExitCode.DONE)
 
 
 def _me() -> RankEnvironment:
@@ -82,46 +103,41 @@ def _me() -> RankEnvironment:
     return me
 
 
-def _open_world(me: RankEnvironment, device: str) -> None:
-    """Open the default process group over all started ranks, unless it is open."""
+def _open_store(me: RankEnvironment) -> dist.Store:
+    """The key-value store of the launch; all started ranks call it."""
+    store: dist.Store = next(dist.rendezvous("env://", me.rank, me.world_size, timeout=PEER_TIMEOUT))[0]
+    return store
+
+
+def _open_world(me: RankEnvironment, device: str, ranks: int, store: dist.Store) -> None:
+    """Open the default process group over the first ``ranks`` ranks."""
     if device == "cuda":
         torch.cuda.set_device(me.local_rank)
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if not dist.is_initialized():
-        dist.init_process_group(backend(device), rank=me.rank, world_size=me.world_size, timeout=PEER_TIMEOUT)
+    if threads := wanted_threads():
+        torch.set_num_threads(threads)
+    dist.init_process_group(backend(device), store=store, rank=me.rank, world_size=ranks, timeout=PEER_TIMEOUT)
 
 
-def _share(me: RankEnvironment, decide: Callable[[], Value]) -> Value:
-    """Decide on the first rank; every rank gets the answer, or raises the same error."""
-    answer: list[Any] = [None, None]
+def _share(
+    me: RankEnvironment, decide: Callable[[], Value], otherwise: Value, group: Any = None
+) -> tuple[Value, Exception | None]:
+    """Decide on the first rank: every rank gets the answer, or ``otherwise`` and the error."""
+    answer: list[Any] = [otherwise, None]
     if me.rank == 0:
         try:
             answer[0] = decide()
         except (IsotrainError, ValueError, OSError) as error:
             answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
-def _prepare_run(me: RankEnvironment, overrides: Sequence[str]) -> tuple[Path, str]:
-    from orchestrator.commands import prepare_by_hand
-
-    return prepare_by_hand(overrides, me.world_size)
+    dist.broadcast_object_list(answer, src=0, group=group)
+    return answer[0], answer[1]
 
 
 def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path) -> int:
     """All of a rank's work between opening the world and closing it."""
     stop = StopRequest.installed()
-    if me.rank >= plan.ranks_used:
-        # An idle rank of a by-hand launch: it opens the one group that all ranks must open, and waits for the end.
-        _open_cpu_group(plan)
-        dist.barrier()
-        return int(ExitCode.DONE)
     groups = open_groups(plan.topology, me.rank)
-    cpu_group = _open_cpu_group(plan)
+    # Checkpoints, data and stopping need no accelerator.
+    cpu_group = dist.new_group(backend="gloo", timeout=PEER_TIMEOUT)
     data = _open_data(me, job, cpu_group)
     engine = open_engine(job, plan, groups)
     completed = _restore(engine, me, job, run_dir, data, cpu_group)
@@ -132,14 +148,7 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path) 
     finally:
         if metrics is not None:
             metrics.close()
-    if me.world_size > plan.ranks_used:
-        dist.barrier()
     return int(code)
-
-
-def _open_cpu_group(plan: Plan) -> dist.ProcessGroup:
-    """A gloo group of the ranks that train: checkpoints, data and stopping need no accelerator."""
-    return dist.new_group(list(range(plan.ranks_used)), backend="gloo", timeout=PEER_TIMEOUT)
 
 
 def _open_data(me: RankEnvironment, job: JobConfig, cpu_group: dist.ProcessGroup) -> TokenisedData:
@@ -151,11 +160,11 @@ def _open_data(me: RankEnvironment, job: JobConfig, cpu_group: dist.ProcessGroup
         return prepare(job.data, job.objective, folder, job.batch.sequence_tokens, cache)
 
     data = prepared() if me.local_rank == 0 else None
-    dist.barrier(group=cpu_group)
+    dist.monitored_barrier(group=cpu_group, timeout=DATA_TIMEOUT)
     data = data or prepared()
     if me.rank == 0:
         for line in data.summary.messages():
-            print(line, flush=True)
+            print(line, file=sys.stderr, flush=True)
     return data
 
 
@@ -163,31 +172,27 @@ def _restore(
     engine: Any, me: RankEnvironment, job: JobConfig, run_dir: Path, data: TokenisedData, cpu_group: dist.ProcessGroup
 ) -> int:
     """Load the newest good checkpoint, if there is one; returns the steps that it has completed."""
-    answer: list[Any] = [None, None]
-    if me.rank == 0:
-        try:
-            reader, messages = find_latest_good(run_dir / "checkpoints") if _has_checkpoints(run_dir) else (None, ())
-            for line in messages:
-                print(line, flush=True)
-            answer[0] = reader.folder if reader is not None else None
-        except IsotrainError as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0, group=cpu_group)
-    if answer[1] is not None:
-        raise answer[1]
-    if answer[0] is None:
+
+    def newest() -> Path | None:
+        if not (run_dir / "checkpoints").is_dir():
+            return None
+        reader, messages = find_latest_good(run_dir / "checkpoints")
+        for line in messages:
+            print(line, file=sys.stderr, flush=True)
+        return reader.folder if reader is not None else None
+
+    folder, error = _share(me, newest, None, cpu_group)
+    if error is not None:
+        raise error
+    if folder is None:
         return 0
-    checkpoint = CheckpointReader(answer[0])
+    checkpoint = CheckpointReader(folder)
     _check_same_data(checkpoint, job, data)
     engine.load(checkpoint, moments=True)
     engine.set_optimizer_steps(int(checkpoint.state["optimizer_steps"]))
     if me.rank == 0:
-        print(f"loaded {checkpoint.folder}", flush=True)
+        print(f"loaded {checkpoint.folder}", file=sys.stderr, flush=True)
     return checkpoint.step
-
-
-def _has_checkpoints(run_dir: Path) -> bool:
-    return (run_dir / "checkpoints").is_dir()
 
 
 def _check_same_data(checkpoint: CheckpointReader, job: JobConfig, data: TokenisedData) -> None:
