@@ -1,0 +1,83 @@
+"""Stopped in the middle: a polite stop saves, a killed rank ends the others, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.end_to_end.conftest import TinyRun
+from tests.end_to_end.shell import Folder, Shell, is_alive, is_one_screen, press_ctrl_c, wait_for
+
+MANY = 100_000
+
+
+def logged(run: Folder) -> int:
+    """The last step that metrics.jsonl holds."""
+    file = run.path / "metrics.jsonl"
+    return len(file.read_bytes().splitlines()) if file.is_file() else 0
+
+
+def start(shell: Shell, words: list[str], run: Folder, after: int) -> subprocess.Popen[str]:
+    """Start a run and wait until it has gone two steps beyond ``after``."""
+    process = shell.start("train", *words)
+    wait_for(lambda: logged(run) >= after + 2 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def test_the_same_command_goes_on_after_ctrl_c_sigterm_and_a_killed_rank(
+    shell: Shell, tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    run = Folder(tmp_path / "run")
+    words = tiny_run_model.words(
+        cluster="laptop", topology__tp=2, topology__dp=1, run_dir=run.path, steps=MANY, checkpoint__every_steps=0
+    )
+    process = start(shell, words, run, after=0)
+    press_ctrl_c(process)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 85, err
+    first = saved(run)
+    assert f"interrupted; {first} of {MANY} steps are saved" in err and "Traceback" not in err
+
+    process = start(shell, words, run, after=first)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 85, err
+    assert f"resuming {run.path} after step {first} of {MANY}" in err and f"step {first + 1}/{MANY}" in err
+    second = saved(run)
+    assert second > first
+
+    process = start(shell, words, run, after=second)
+    pids = run.pids()
+    os.kill(pids[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 86, err
+    assert "rank 1 was killed by SIGKILL" in err and "run the same command again" in err
+    assert is_one_screen("\n".join(line for line in err.splitlines() if not line.startswith("step ")))
+    assert not any(is_alive(pid) for pid in pids)
+    assert saved(run, also_logged=False) == second
+
+    process = start(shell, words, run, after=logged(run) - 2)
+    wait_for(lambda: len(run.pids()) == 2 and process.poll() is None)
+    pids = run.pids()
+    os.kill(pids[0], signal.SIGSTOP)  # so that it cannot stop politely in the meantime
+    press_ctrl_c(process)
+    time.sleep(0.6)
+    assert process.poll() is None
+    press_ctrl_c(process)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), timeout_s=10)
+    assert saved(run, also_logged=False) == second and run.metrics
+
+
+def saved(run: Folder, also_logged: bool = True) -> int:
+    """The step that ``latest`` holds; after a polite stop it is the last one that was logged."""
+    step = int(run.latest.removeprefix("step-"))
+    assert step == run.steps[-1]
+    if also_logged:
+        assert sorted(run.metrics)[-1] == step
+    return step
