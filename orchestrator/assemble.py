@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.checkpoint.adapter import adapter_config
-from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader, read_json
+from orchestrator.checkpoint.adapter import adapter_config, lora_pairs
+from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader
 from orchestrator.errors import ConfigError
 from orchestrator.job import JobConfig, TunerConfig
 from orchestrator.models import model_spec, resolve_model
@@ -71,14 +71,17 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
 
 
 def open_engine(job: JobConfig, plan: Plan, groups: Groups) -> Engine:
-    """Build the engine of this rank with its base weights, and the adapter of ``tuner.path`` where one is given."""
+    """Build the engine of this rank with its base weights and a new adapter."""
     from parallel.engines.megatron import MegatronEngine
 
     base = HfReader(resolve_model(job.model.path)) if job.model.weights == "load" else None
-    engine = MegatronEngine(engine_spec(job, plan, model_spec(job.model)), groups, base)
+    return MegatronEngine(engine_spec(job, plan, model_spec(job.model)), groups, base)
+
+
+def load_adapter(job: JobConfig, engine: Engine) -> None:
+    """Start from the adapter of ``tuner.path``, where one is given; a resumed run has no need of it."""
     if job.tuner.path:
         engine.load(AdapterReader(Path(job.tuner.path).expanduser()), moments=False)
-    return engine
 
 
 def room(job: JobConfig, model: ModelSpec) -> Room:
@@ -104,14 +107,15 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
     """Find out before anything is started that ``tuner.path`` is an adapter of the shape that the job asks for.
 
     Raises:
-        ConfigError: another rank, scaling or set of modules; the hint is what to set.
+        ConfigError: it is no plain LoRA, or of another rank, scaling or set of modules; the hint is what to set.
     """
     if not job.tuner.path:
         return
     if job.tuner.name == "full":
         raise ConfigError("tuner.path is an adapter, but tuner=full trains the model itself", "tuner=lora")
     folder = Path(job.tuner.path).expanduser()
-    reader, config = AdapterReader(folder), read_json(folder / "adapter_config.json")
+    reader = AdapterReader(folder)
+    config, pairs = reader.config, lora_pairs(reader, folder)
     wanted = {"r": job.tuner.r, "lora_alpha": job.tuner.alpha, "use_rslora": job.tuner.rslora}
     keys = {"r": "tuner.r", "lora_alpha": "tuner.alpha", "use_rslora": "tuner.rslora"}
     other = {name: config.get(name, False) for name, value in wanted.items() if config.get(name, False) != value}
@@ -123,12 +127,19 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
             f"tuner.path={job.tuner.path} does not fit the job: {there}",
             " ".join(f"{keys[name]}={str(value).lower()}" for name, value in other.items()),
         )
-    _check_modules(job, model, reader.names)
+    _check_modules(job, model, {name.removesuffix(".weight") for name in pairs})
+    scale = job.tuner.alpha / (math.sqrt(job.tuner.r) if job.tuner.rslora else job.tuner.r)
+    for pair in pairs.values():  # rank_pattern and alpha_pattern give modules their own
+        rank = reader.shape(pair.a)[0]
+        if rank != job.tuner.r or not math.isclose(pair.scale, scale):
+            raise ConfigError(
+                f"tuner.path={job.tuner.path}: {pair.base} has rank {rank} and scale {pair.scale:g}, but the job has "
+                f"rank {job.tuner.r} and scale {scale:g} everywhere",
+                "merge the adapter into the base with PEFT (merge_and_unload), and start from that: model.path=MERGED",
+            )
 
 
-def _check_modules(job: JobConfig, model: ModelSpec, names: Iterable[str]) -> None:
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    there = {name.removeprefix(prefix).removesuffix(suffix) for name in names if name.endswith(suffix)}
+def _check_modules(job: JobConfig, model: ModelSpec, there: set[str]) -> None:
     wanted = resolve_targets(job.tuner.targets, model)
     if there != wanted:
         missing, extra = sorted(wanted - there), sorted(there - wanted)

@@ -111,7 +111,7 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), say: Say = lambda text:
 def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finished:
     if decision.kind == "finished":
         return Finished(run_dir, 0, decision.step, decision.message)
-    check_files(job)
+    check_files(job, decision.kind)
     planned = plan_job(job)
     rendered = rendered_launch(planned, run_dir)
     make_folder(run_dir)
@@ -147,7 +147,7 @@ def prepare_by_hand(overrides: Sequence[str], world_size: int, stack: ExitStack)
     run_dir = Path(job.run_dir).expanduser().absolute()
     decision = decide_train(run_dir, job)
     if decision.kind != "finished":
-        check_files(job)
+        check_files(job, decision.kind)
         started = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=1, gpus_per_node=world_size))
         try:
             planned = plan_job(started)
@@ -187,7 +187,7 @@ def asked_run_dir(overrides: Sequence[str]) -> Path | None:
     return Path(asked[-1].strip("'\"")).expanduser().absolute() if asked and asked[-1] else None
 
 
-def check_files(job: JobConfig) -> None:
+def check_files(job: JobConfig, kind: str = "start") -> None:
     """Find out before anything is started that the model or the data are not there.
 
     Raises:
@@ -196,9 +196,13 @@ def check_files(job: JobConfig) -> None:
     from orchestrator.data.sources import resolve
 
     if job.model.weights == "load" or job.model.config is None:
-        resolve_model(job.model.path, job.model.download)
+        folder = resolve_model(job.model.path, job.model.download)
+        if job.model.weights == "load" and not any(folder.glob("*.safetensors")):
+            from orchestrator.checkpoint.hf_reader import weight_files
+
+            weight_files(folder)  # raises: says what there is instead
     resolve(job.data.path)
-    if job.tuner.path:
+    if job.tuner.path and kind == "start":  # a resumed run has its adapter in the checkpoint
         from orchestrator.assemble import check_adapter  # needs torch, which takes two seconds to import
 
         check_adapter(job, model_spec(job.model))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from launch.environment import RankEnvironment, isotrain_cache, rank_environment, wanted_threads
 from launch.stop import StopRequest
-from orchestrator.assemble import open_engine, room
+from orchestrator.assemble import load_adapter, open_engine, room
 from orchestrator.building import read_job
 from orchestrator.checkpoint.load import CheckpointReader, find_latest_good
 from orchestrator.data import TokenisedData, prepare
@@ -141,6 +141,8 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path) 
     data = _open_data(me, job, cpu_group)
     engine = open_engine(job, plan, groups)
     completed = _restore(engine, me, job, run_dir, data, cpu_group)
+    if not completed:
+        load_adapter(job, engine)
     metrics = Metrics(job.metrics, run_dir, job.steps, completed + 1) if me.rank == 0 else None
     run = Run(job, plan, run_dir, groups, cpu_group, engine, data, room(job, model_spec(job.model)), metrics)
     try:
@@ -187,7 +189,7 @@ def _restore(
     if folder is None:
         return 0
     checkpoint = CheckpointReader(folder)
-    _check_same_data(checkpoint, job, data)
+    _check_same_data(checkpoint, job, data, run_dir)
     engine.load(checkpoint, moments=True)
     engine.set_optimizer_steps(int(checkpoint.state["optimizer_steps"]))
     if me.rank == 0:
@@ -195,12 +197,12 @@ def _restore(
     return checkpoint.step
 
 
-def _check_same_data(checkpoint: CheckpointReader, job: JobConfig, data: TokenisedData) -> None:
+def _check_same_data(checkpoint: CheckpointReader, job: JobConfig, data: TokenisedData, run_dir: Path) -> None:
     """The cursor of a checkpoint means nothing in other data: refuse a file that was changed under its name."""
     before = checkpoint.state["data"]
     if before["path"] == job.data.path and before["sha256"] != data.summary.source_sha256:
         raise DataError(
             f"data.path={job.data.path} has changed since step {checkpoint.step}: sha256 "
             f"{before['sha256'][:12]} then, {data.summary.source_sha256[:12]} now",
-            "restore the file, or name the new one: isotrain resume DIR data.path=OTHER_FILE",
+            f"restore the file, or go on with another one: isotrain resume {run_dir} data.path=OTHER_FILE",
         )

@@ -1,0 +1,154 @@
+"""The loop: one step at a time, saved in time, stopped when asked, and given up when numbers end; with a real engine
+replaced by one that counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.stop import StopRequest
+from orchestrator.assemble import Room
+from orchestrator.errors import ExitCode, GaveUp
+from orchestrator.job import CheckpointConfig, JobConfig, OptimizerConfig
+from orchestrator.loop import Run, train
+from parallel.engine import MicroBatch, StepResult
+from parallel.shards import Box, Shard
+from parallel.topology import Topology
+
+
+@dataclass
+class CountingEngine:
+    """Notes what it is asked for; its one tensor holds the number of steps."""
+
+    rates: list[float] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    losses: dict[int, float] = field(default_factory=dict)
+    stop: StopRequest | None = None
+    stop_after: int = 0
+    optimizer_steps: int = 0
+
+    def train_step(self, microbatches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+        self.rates.append(learning_rate)
+        self.samples += [sample for batch in microbatches for sample in batch.sample_ids]
+        self.optimizer_steps += 1
+        if self.stop is not None and self.optimizer_steps == self.stop_after:
+            self.stop.requested = True
+        return StepResult(self.losses.get(self.optimizer_steps, 1.0), 3, 1.0)
+
+    def shards(self) -> Iterator[Shard]:
+        data = torch.full((2, 3), float(self.optimizer_steps))
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            yield Shard("base_model.model.q_proj.lora_A.weight", kind, (2, 3), Box.whole((2, 3)), data)
+
+
+class Rows:
+    """Seven rows of lengths 2..8."""
+
+    rows = 7
+    summary: Any = type("Summary", (), {"source_sha256": "5ha", "pad_token": 0})()
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(rows) + 2
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(index + 2, dtype=np.int32), np.ones(index + 2, dtype=bool)
+
+
+class OneRank:
+    """Groups of a run on one rank."""
+
+    def coordinate(self, axis: str) -> int:
+        return 0
+
+
+class Noted:
+    """Metrics that remember."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, dict[str, Any]] = {}
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        assert step not in self.lines
+        self.lines[step] = values
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_run(tmp_path: Path, engine: CountingEngine, **changes: Any) -> Run:
+    plan: Any = type(
+        "Plan",
+        (),
+        {
+            "topology": Topology(),
+            "micro_batches": 2,
+            "micro_sequences": 1,
+            "global_sequences": 2,
+            "length_multiple": 1,
+            "precision": "fp32",
+        },
+    )()
+    job = JobConfig(steps=5, optimizer=OptimizerConfig(lr=1.0, schedule="linear"), checkpoint=CheckpointConfig(2, 0))
+    beside = Room("adapter", {"adapter_config.json": b"{}"})
+    values: list[Any] = [replace(job, **changes), plan, tmp_path, OneRank(), dist.group.WORLD, engine, Rows(), beside]
+    return Run(*values, Noted())  # type: ignore[arg-type]
+
+
+def saved(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    files = sorted((tmp_path / "checkpoints").glob("step-*/state.json"))
+    return {file.parent.name: json.loads(file.read_text()) for file in files}
+
+
+def test_every_step_is_logged_once_and_saved_in_time_and_at_the_end(tmp_path: Path) -> None:
+    engine = CountingEngine()
+    run = make_run(tmp_path, engine)
+    assert train(run, 0, StopRequest()) == ExitCode.DONE
+    lines = run.metrics.lines  # type: ignore[union-attr]
+    assert sorted(lines) == [1, 2, 3, 4, 5] and engine.rates == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    assert [set(engine.samples[at : at + 2]) for at in range(0, 10, 2)] == [{at, at + 1} for at in range(0, 10, 2)]
+    assert lines[1].keys() >= {"loss", "grad_norm", "learning_rate", "tokens", "label_tokens", "step_s"}
+    states = saved(tmp_path)
+    assert list(states) == ["step-000002", "step-000004", "step-000005"]
+    state = states["step-000004"]
+    assert (state["step"], state["samples_consumed"], state["optimizer_steps"], state["seed"]) == (4, 8, 4, 0)
+    assert state["schedule"]["lr"] == 1.0 and state["schedule"]["steps"] == 5
+    assert state["data"] == {"path": None, "sha256": "5ha", "rows": 7}
+
+
+def test_going_on_takes_the_next_samples_and_rates(tmp_path: Path) -> None:
+    engine = CountingEngine(optimizer_steps=3)
+    run = make_run(tmp_path, engine)
+    assert train(run, 3, StopRequest()) == ExitCode.DONE
+    assert sorted(engine.samples) == [6, 7, 8, 9] and engine.rates == pytest.approx([0.2, 0.0])
+
+
+@pytest.mark.parametrize(("after", "code"), [(1, ExitCode.INTERRUPTED), (5, ExitCode.DONE)])
+def test_asked_to_stop_it_saves_the_step_and_ends(tmp_path: Path, after: int, code: ExitCode) -> None:
+    stop = StopRequest()
+    engine = CountingEngine(stop=stop, stop_after=after)
+    run = make_run(tmp_path, engine, checkpoint=CheckpointConfig(0, 0))
+    assert train(run, 0, stop) == code
+    assert list(saved(tmp_path)) == [f"step-{after:06d}"]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_it_gives_up_on_a_loss_that_is_no_number_and_does_not_save_it(tmp_path: Path, loss: float) -> None:
+    engine = CountingEngine(losses={4: loss})
+    run = make_run(tmp_path, engine)
+    with pytest.raises(GaveUp, match=f"step 4: loss {loss}, grad_norm 1.0; nothing of this step was saved") as caught:
+        train(run, 0, StopRequest())
+    assert caught.value.hint.startswith(f"isotrain resume {tmp_path} optimizer.lr=0.1 ")
+    assert list(saved(tmp_path)) == ["step-000002"] and 4 not in run.metrics.lines  # type: ignore[union-attr]
