@@ -38,10 +38,8 @@ test: setup  ## all tests with coverage of every process; ARGS="-k name" for som
 	@rm -f .coverage .coverage.*
 	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
-lint: setup  ## ruff and mypy
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+lint: setup  ## ruff and mypy; all three, also after the first complaint
+	@code=0; $(BIN)/ruff check . || code=1; $(BIN)/ruff format --check . || code=1; $(BIN)/mypy || code=1; exit $$code
 
 format: setup  ## let ruff format and mend
 	@$(BIN)/ruff check --fix .

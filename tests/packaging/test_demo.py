@@ -46,7 +46,7 @@ def test_a_run_that_has_not_learned_is_red(
 
 
 def test_a_command_that_fails_ends_the_demo_with_its_code(tmp_path: Path, capfd: Any) -> None:
-    with pytest.raises(demo.CommandFailed, match="plan topology.nope=1 ended with exit code 64"):
+    with pytest.raises(demo.CommandFailed, match=r"plan topology\.nope=1 ended with exit code 64"):
         demo.isotrain("plan", "topology.nope=1")
     out, err = capfd.readouterr()
     assert "$ isotrain plan topology.nope=1" in out and "hint: " in err
