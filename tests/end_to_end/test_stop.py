@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Folder, Shell, is_alive, is_one_screen, press_ctrl_c, wait_for
@@ -20,29 +23,46 @@ def logged(run: Folder) -> int:
     return len(file.read_bytes().splitlines()) if file.is_file() else 0
 
 
-def start(shell: Shell, words: list[str], run: Folder, after: int) -> subprocess.Popen[str]:
-    """Start a run and wait until it has gone two steps beyond ``after``."""
-    process = shell.start("train", *words)
-    wait_for(lambda: logged(run) >= after + 2 or process.poll() is not None)
-    assert process.poll() is None, process.communicate()
-    return process
+@pytest.fixture
+def start(shell: Shell) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a run and waits until it has gone two steps beyond ``after``; whatever still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(words: list[str], run: Folder, after: int) -> subprocess.Popen[str]:
+        process = shell.start("train", *words)
+        started.append(process)
+        wait_for(lambda: len(run.pids()) == 2 or process.poll() is not None)
+        wait_for(lambda: logged(run) in range(after + 2, MANY) or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()  # its ranks then end by themselves
 
 
 def test_the_same_command_goes_on_after_ctrl_c_sigterm_and_a_killed_rank(
-    shell: Shell, tiny_run_model: TinyRun, tmp_path: Path
+    start: Callable[..., subprocess.Popen[str]], tiny_run_model: TinyRun, tmp_path: Path
 ) -> None:
     run = Folder(tmp_path / "run")
     words = tiny_run_model.words(
-        cluster="laptop", topology__tp=2, topology__dp=1, run_dir=run.path, steps=MANY, checkpoint__every_steps=0
+        cluster="laptop",
+        topology__tp=2,
+        topology__pp=1,
+        topology__dp=1,
+        run_dir=run.path,
+        steps=MANY,
+        checkpoint__every_steps=0,
     )
-    process = start(shell, words, run, after=0)
+    process = start(words, run, after=0)
     press_ctrl_c(process)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 85, err
     first = saved(run)
     assert f"interrupted; {first} of {MANY} steps are saved" in err and "Traceback" not in err
 
-    process = start(shell, words, run, after=first)
+    process = start(words, run, after=first)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 85, err
@@ -50,7 +70,7 @@ def test_the_same_command_goes_on_after_ctrl_c_sigterm_and_a_killed_rank(
     second = saved(run)
     assert second > first
 
-    process = start(shell, words, run, after=second)
+    process = start(words, run, after=second)
     pids = run.pids()
     os.kill(pids[1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
@@ -60,8 +80,7 @@ def test_the_same_command_goes_on_after_ctrl_c_sigterm_and_a_killed_rank(
     assert not any(is_alive(pid) for pid in pids)
     assert saved(run, also_logged=False) == second
 
-    process = start(shell, words, run, after=logged(run) - 2)
-    wait_for(lambda: len(run.pids()) == 2 and process.poll() is None)
+    process = start(words, run, after=0)
     pids = run.pids()
     os.kill(pids[0], signal.SIGSTOP)  # so that it cannot stop politely in the meantime
     press_ctrl_c(process)
