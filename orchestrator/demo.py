@@ -58,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"a check came out red: {problem}", file=sys.stderr)
     if not problems:
-        print(
-            f"All checks are green: all answers have the new format, none had it before; {STEPS} steps are one run."
-        )
+        print(f"All checks are green: all answers have the new format, none had it before; {STEPS} steps are one run.")
     return int(ExitCode.RED if problems else ExitCode.DONE)
 
 

@@ -56,8 +56,7 @@ class Box:
         """
         start = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         stop = tuple(
-            min(a + m, b + n)
-            for a, m, b, n in zip(self.offset, self.size, other.offset, other.size, strict=True)
+            min(a + m, b + n) for a, m, b, n in zip(self.offset, self.size, other.offset, other.size, strict=True)
         )
         size = tuple(hi - lo for lo, hi in zip(start, stop, strict=True))
         return None if any(count <= 0 for count in size) else Box(start, size)
