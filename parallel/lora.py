@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from parallel import names
+from parallel.fused import lora_linear
 from parallel.lora_spec import LoraSpec
 from parallel.seeding import DropoutClock, kaiming_uniform
 from parallel.shards import Piece
@@ -91,21 +92,58 @@ class LoraLinear(torch.nn.Module):
                     linear, (role, path), context.model, layer, context.lora.r, context.tp, context.tp_rank
                 )
                 self.parts[role] = LoraPart(*pieces, context.seed, linear.cut, context.sequence_parallel)
+        cut = context.tp if linear.cut == "column" else 1
+        self.widths = {role: names.shape(role, context.model)[0] // cut for role, _ in linear.parts}
+        self.order: torch.Tensor | None
+        self.register_buffer("order", self._fused_order(), persistent=False)
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base's output plus the scaled adapters'."""
+        if self._can_fuse():
+            return self._fused(hidden)
         out, bias = self.base(hidden, *args, **kwargs)
         low = self._reduce(self._project(hidden))
-        deltas, start = {}, 0
-        for role, part in self.parts.items():
-            width = part.A.shape[0]
-            deltas[role] = torch.nn.functional.linear(low[..., start : start + width], part.B.to(low.dtype))
-            start += width
-        return out + self._assemble(deltas, out) * self.context.lora.scale, bias
+        return out + torch.nn.functional.linear(low, self._up(low.dtype)), bias
+
+    def _can_fuse(self) -> bool:
+        """Whether nothing lies between the matrix products: no collective, no dropout."""
+        dropping = self.context.lora.dropout and self.training
+        return self.context.tp == 1 and not self.linear.expert and not dropping
+
+    def _fused(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same in one pass: all parts' A one under the other, their B in the rows of the fused output."""
+        base: Any = self.base
+        down = torch.cat([part.A for part in self._parts()]).to(hidden.dtype)
+        apart, added = (base.bias, None) if base.skip_bias_add else (None, base.bias)
+        return lora_linear(hidden, base.weight, added, down, self._up(hidden.dtype)), apart
+
+    def _parts(self) -> list[LoraPart]:
+        return list(self.parts.values())  # type: ignore[arg-type]
+
+    def _up(self, dtype: torch.dtype) -> torch.Tensor:
+        """All parts' scaled B as one matrix ``[out, parts * r]`` from ``A x`` to the fused output of this rank."""
+        halves = {role: part.B for role, part in zip(self.parts, self._parts(), strict=True)}
+        nothing = next(iter(halves.values()))
+        blocks = [halves.get(role, nothing.new_empty(width, 0)) for role, width in self.widths.items()]
+        up = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
+        if self.order is not None:
+            up = up.index_select(0, self.order)
+        return (up * self.context.lora.scale).to(dtype)
+
+    def _fused_order(self) -> torch.Tensor | None:
+        """Which row of q|k|v, one under the other, each row of the fused output is; None where that is the order.
+
+        The fused output goes group by group: the query heads of a key/value group, its key, its value.
+        """
+        if "q" not in self.widths:
+            return None
+        rows = torch.arange(sum(self.widths.values())).split(list(self.widths.values()))
+        groups = self.context.model.kv_heads // self.context.tp
+        return torch.cat([each.view(groups, -1) for each in rows], dim=1).flatten()
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """``A x`` of all parts, ``[s, b, parts * r]``."""
-        parts: list[LoraPart] = list(self.parts.values())  # type: ignore[arg-type]
+        parts = self._parts()
         if not (self.context.lora.dropout and self.training):
             stacked = torch.cat([part.A for part in parts]).to(hidden.dtype)
             return torch.nn.functional.linear(hidden, stacked)
@@ -135,28 +173,6 @@ class LoraLinear(torch.nn.Module):
         if self.linear.cut == "row":
             return (context.regions.scatter if context.sequence_parallel else context.regions.reduce)(low)
         return (context.regions.gather if context.sequence_parallel else context.regions.copy)(low)
-
-    def _assemble(self, deltas: dict[str, torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """Lay the parts' outputs out as the fused output is."""
-        roles = [role for role, _ in self.linear.parts]
-        if len(roles) == 1:
-            return deltas[roles[0]]
-        if roles[0] == "q":
-            return self._assemble_qkv(deltas, out)
-        half = out.shape[-1] // 2
-        missing = out.new_zeros(*out.shape[:-1], half)
-        return torch.cat([deltas.get(role, missing) for role in roles], dim=-1)
-
-    def _assemble_qkv(self, deltas: dict[str, torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """Group by group: the query heads of a key/value group, its key, its value."""
-        model = self.context.model
-        groups = model.kv_heads // self.context.tp
-        columns = []
-        for role in ("q", "k", "v"):
-            heads = model.heads // model.kv_heads if role == "q" else 1
-            size = (*out.shape[:-1], groups, heads * model.head_dim)
-            columns.append(deltas[role].view(size) if role in deltas else out.new_zeros(size))
-        return torch.cat(columns, dim=-1).view(out.shape)
 
 
 def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext) -> None:

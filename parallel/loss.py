@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 from parallel.engine import IGNORED_LABEL
+from parallel.fused import product
 
-BLOCK_ELEMENTS = 1 << 24
+BLOCK_ELEMENTS = 1 << 24  # of logits: 64 MiB in fp32
+ROWS_IN_CACHE = 8
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,14 @@ class VocabShard:
     rows: int
     group: Any = None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether other ranks hold other rows."""
+        return self.group is not None and dist.get_world_size(self.group) > 1
+
     def reduce(self, value: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """All-reduce in place over the vocabulary's ranks."""
-        if self.group is not None and dist.get_world_size(self.group) > 1:
+        if self.is_cut:
             dist.all_reduce(value, op=op, group=self.group)
         return value
 
@@ -41,7 +48,7 @@ def summed_loss(
     Args:
         hidden: ``[..., hidden]``, equal on all ranks of ``vocab.group``. Its gradient is this rank's share: the caller
             sums it over the group.
-        weight: ``[>= vocab.rows, hidden]``, this rank's rows of the output layer (rows beyond ``vocab.rows`` are padding).
+        weight: ``[>= vocab.rows, hidden]``, this rank's rows of the output layer (more rows are padding).
         labels: int64, the shape of ``hidden`` without its last axis; ``IGNORED_LABEL`` where there is none.
     Returns:
         The fp32 scalar sum and the count of labels.
@@ -65,12 +72,12 @@ class _SummedLoss(torch.autograd.Function):
         block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[0]))
         for start in range(0, rows.shape[0], block):
             part = slice(start, start + block)
-            part_loss, gradient = _block_loss(rows[part], weight, targets[part], vocab)
+            part_loss, gradient, total = _block_loss(rows[part], weight, targets[part], vocab)
             loss += part_loss
             if grad_rows is not None:
-                torch.matmul(gradient.to(weight.dtype), weight, out=grad_rows[part])
+                grad_rows[part] = product(gradient.to(weight.dtype), weight).div_(total)
             if grad_weight is not None:
-                grad_weight += gradient.t() @ rows[part].float()
+                grad_weight += gradient.t() @ rows[part].float().div_(total)
         ctx.gradients = (grad_rows, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
@@ -88,16 +95,25 @@ class _SummedLoss(torch.autograd.Function):
 
 def _block_loss(
     rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: VocabShard
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss of a block and its gradient with respect to this rank's logits."""
-    logits = (rows @ weight.t()).float()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make the logits of a block, and from them its loss and gradient.
+
+    Not by ``torch.softmax``, whose fast exponential on CPUs is 20 units in the last place off, and differently so for
+    each cut of the vocabulary. Dividing by the total is left to the caller, for whom there is less to divide.
+
+    Returns:
+        The summed loss; the gradient with respect to this rank's logits times ``total``, fp32; ``total [rows, 1]``.
+    """
+    logits = product(rows, weight.t()).float()
     top = vocab.reduce(logits.amax(dim=-1), dist.ReduceOp.MAX)
     local = targets - vocab.start
     mine = (local >= 0) & (local < vocab.rows)
     index = local.clamp(0, vocab.rows - 1).unsqueeze(1)
     target_logit = torch.where(mine, logits.gather(1, index).squeeze(1) - top, 0.0)
-    exponentials = logits.sub_(top.unsqueeze(1)).exp_()
-    total, target_logit = vocab.reduce(torch.stack([exponentials.sum(dim=-1), target_logit]))
-    gradient = exponentials.div_(total.unsqueeze(1))
-    gradient.scatter_add_(1, index, -mine.to(gradient.dtype).unsqueeze(1))
-    return (total.log() - target_logit).sum(), gradient
+    total = torch.empty_like(top)
+    for start in range(0, rows.shape[0], ROWS_IN_CACHE):
+        part = slice(start, start + ROWS_IN_CACHE)
+        total[part] = logits[part].sub_(top[part].unsqueeze(1)).exp_().sum(dim=-1)
+    total, target_logit = vocab.reduce(torch.stack([total, target_logit]))
+    logits.scatter_add_(1, index, -(mine * total).unsqueeze(1))
+    return (total.log() - target_logit).sum(), logits, total.unsqueeze(1)

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -20,6 +20,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from parallel.attention import SdpaAttention
+from parallel.fused import rms_norm, swiglu
+from parallel.fused_attention import CpuSelfAttention
 from parallel.specs import ModelSpec
 
 
@@ -38,9 +40,18 @@ class RmsNorm(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``x / rms(x) * weight``."""
-        wide = hidden.float()
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return scaled.to(hidden.dtype) * self.weight
+        return rms_norm(hidden, self.weight, self.eps)
+
+
+class SwiGlu(torch.nn.Module):
+    """:func:`parallel.fused.swiglu` where megatron-core takes an activation module: ``[..., 2 ffn] -> [..., ffn]``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """``silu(gate) * up``."""
+        return swiglu(gate_up)
 
 
 class IsotrainSpecProvider(BackendSpecProvider):
@@ -68,7 +79,7 @@ class IsotrainSpecProvider(BackendSpecProvider):
         return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
     def activation_func(self) -> type | None:
-        return None
+        return SwiGlu
 
 
 class TransformerEngineSpecProvider(IsotrainSpecProvider):
@@ -114,7 +125,7 @@ def _layer_spec(spec: ModelSpec, backend: IsotrainSpecProvider) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.layer_norm(),
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=CpuSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.layer_norm(),
@@ -132,6 +143,8 @@ def _mlp_spec(spec: ModelSpec, backend: IsotrainSpecProvider) -> ModuleSpec:
     return ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+            linear_fc1=backend.column_parallel_linear(),
+            activation_func=backend.activation_func(),
+            linear_fc2=backend.row_parallel_linear(),
         ),
     )

@@ -23,6 +23,7 @@ from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
 from parallel.engines import megatron_model as models
 from parallel.engines import megatron_state as states
 from parallel.groups import Groups
+from parallel.host_memory import keep_freed_memory
 from parallel.loss import VocabShard, summed_loss
 from parallel.seeding import DropoutClock
 from parallel.shards import Piece, Shard
@@ -47,6 +48,7 @@ class MegatronEngine:
     """
 
     def __init__(self, spec: EngineSpec, groups: Groups, base: TensorReader | None) -> None:
+        keep_freed_memory()
         self._spec, self._groups = spec, groups
         self._clock = DropoutClock(spec.seed, spec.sequence_tokens)
         self._chunks = models.build_chunks(spec, groups, self._clock)

@@ -99,6 +99,7 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        use_te_activation_func=True,  # which is megatron-core's name for an activation module: provider.SwiGlu
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=topology.tp,
