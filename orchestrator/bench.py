@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from launch.environment import child_environment
 from orchestrator.bench_case import SHAPES, Case, Measured
 from orchestrator.errors import ResourceError
 
@@ -84,7 +85,7 @@ def measured(case: Case) -> Measured:
     Raises:
         ResourceError: the process failed; the message ends with what it said last.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(case.threads), "HF_HUB_OFFLINE": "1"}
+    environment = child_environment({"OMP_NUM_THREADS": str(case.threads), "HF_HUB_OFFLINE": "1"})
     program = [sys.executable, "-W", "ignore", "-m", "orchestrator.bench_case", json.dumps(asdict(case))]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=CASE_LIMIT_S, check=False)
     if done.returncode:

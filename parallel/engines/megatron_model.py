@@ -69,22 +69,6 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
     """megatron-core's config of this model on this topology."""
     model, topology = spec.model, groups.topology
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    recompute: dict[str, Any] = {}
-    if spec.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif spec.recompute == "selective":
-        recompute = {"recompute_granularity": "selective"}
-    experts: dict[str, Any] = {}
-    if model.is_moe:
-        experts = {
-            "num_moe_experts": model.experts,
-            "moe_router_topk": model.experts_per_token,
-            "moe_ffn_hidden_size": model.expert_ffn,
-            "moe_router_pre_softmax": not model.normalise_expert_weights,
-            "moe_router_dtype": "fp32",
-            "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "alltoall",
-        }
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -123,9 +107,29 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        **recompute,
-        **experts,
+        **_recompute(spec.recompute),
+        **_experts(model),
     )
+
+
+def _recompute(kind: str) -> dict[str, Any]:
+    if kind == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective"} if kind == "selective" else {}
+
+
+def _experts(model: ModelSpec) -> dict[str, Any]:
+    if not model.is_moe:
+        return {}
+    return {
+        "num_moe_experts": model.experts,
+        "moe_router_topk": model.experts_per_token,
+        "moe_ffn_hidden_size": model.expert_ffn,
+        "moe_router_pre_softmax": not model.normalise_expert_weights,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[HiddenGPTModel]:
