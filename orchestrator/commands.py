@@ -112,6 +112,7 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     if decision.kind == "finished":
         return Finished(run_dir, 0, decision.step, decision.message)
     check_files(job, decision.kind)
+    check_device(job.cluster)
     planned = plan_job(job)
     rendered = rendered_launch(planned, run_dir)
     make_folder(run_dir)
@@ -128,6 +129,25 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     if result.cause is None:
         return Finished(run_dir, result.code, step, f"ended at once; the newest checkpoint holds {step} steps")
     return Finished(run_dir, result.code, step, result.cause.message, result.cause)
+
+
+def check_device(cluster: ClusterConfig) -> None:
+    """Find out before anything is started that this machine has not the GPUs that the cluster names.
+
+    Raises:
+        ConfigError: torch sees none, or fewer.
+    """
+    if cluster.device != "cuda":
+        return
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if there < cluster.gpus_per_node:
+        build = "" if torch.version.cuda else " (this build of torch is for CPUs only)"
+        raise ConfigError(
+            f"cluster={cluster.name} has {cluster.gpus_per_node} GPUs per node, but torch sees {there} here{build}",
+            "cluster=laptop  (isotrain plan works for any cluster)",
+        )
 
 
 def prepare_by_hand(overrides: Sequence[str], world_size: int, stack: ExitStack) -> tuple[Path, str]:

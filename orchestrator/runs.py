@@ -17,6 +17,10 @@ from orchestrator.errors import ConfigError, DataError
 from orchestrator.job import JobConfig
 
 
+# What the tensors of a checkpoint are shaped by: no resume can change it.
+SHAPE_KEYS = ("tuner.name", "tuner.r", "tuner.targets")
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a command does with a run folder.
@@ -86,9 +90,11 @@ def decide_train(run_dir: Path, job: JobConfig) -> Decision:
     step = latest_step(run_dir)
     if step is None:
         return Decision("start", 0, f"{run_dir} holds a run without a checkpoint: it starts at step 1")
-    blocking = blocking_differences(read_job(run_dir), job)
+    before = read_job(run_dir)
+    blocking = blocking_differences(before, job)
     if blocking:
-        raise _another_run(run_dir, step, blocking)
+        more = [("steps", before.steps, job.steps)] if job.steps > before.steps else []
+        raise _another_run(run_dir, step, blocking + more)
     return _go_on(run_dir, step, job)
 
 
@@ -119,11 +125,25 @@ def decide_resume(run_dir: Path, job: JobConfig) -> Decision:
     """What ``isotrain resume`` does with the run's job and the given overrides.
 
     Raises:
-        ConfigError: there is no run, or it has no checkpoint yet.
+        ConfigError: there is no run, or it has no checkpoint yet; the checkpoint holds an adapter of another shape; or
+            the changes would have no effect, because no step is left.
     """
     step = latest_step(run_dir)
     if step is None:
         raise ConfigError(f"{run_dir} has no checkpoint to resume from", f"isotrain train ... run_dir={run_dir}")
+    before = read_job(run_dir)
+    changed = {key: (old, new) for key, old, new in blocking_differences(before, job) if key != "steps"}
+    for key in SHAPE_KEYS:
+        if key in changed:
+            old, new = changed[key]
+            raise ConfigError(
+                f"{run_dir} was trained with {key}={as_override(old)}; its checkpoint does not fit {as_override(new)}",
+                f"{quote_override(key, old)}   or   a new run: isotrain train ... run_dir=ANOTHER",
+            )
+    if step >= job.steps and (changed or job.steps < step):
+        words = f"{run_dir} has done {step} steps, and steps={job.steps} asks for no more"
+        changes = "".join(f" {quote_override(key, new)}" for key, (_, new) in changed.items())
+        raise ConfigError(words, f"isotrain resume {run_dir}{changes} steps={step + max(1, before.steps)}")
     return _go_on(run_dir, step, job)
 
 
@@ -140,9 +160,10 @@ def _go_on(run_dir: Path, step: int, job: JobConfig) -> Decision:
 def _another_run(run_dir: Path, step: int, blocking: list[tuple[str, Any, Any]]) -> ConfigError:
     lines = [f"  {key}: {as_override(old)} -> {as_override(new)}" for key, old, new in blocking]
     changes = " ".join(quote_override(key, new) for key, _, new in blocking)
+    goes_on = not any(key in SHAPE_KEYS for key, _, _ in blocking)
     return ConfigError(
         f"run_dir={run_dir} holds another run, at step {step}; it differs in\n" + "\n".join(lines),
-        f"isotrain resume {run_dir} {changes}   or   run_dir=ANOTHER",
+        f"isotrain resume {run_dir} {changes}   or   run_dir=ANOTHER" if goes_on else "run_dir=ANOTHER",
     )
 
 

@@ -54,12 +54,12 @@ def test_the_same_run_goes_on_by_itself_and_says_so(tmp_path: Path, overrides: l
 
 def test_another_run_is_listed_and_refused_with_the_command_that_goes_on(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", 6, latest="step-000006")
-    job = compose_job(["steps=10", "seed=3", "optimizer.lr=0.5", "tuner.targets=[q_proj]", "topology.tp=3"])
+    job = compose_job(["steps=10", "seed=3", "optimizer.lr=0.5", "tuner.alpha=8", "topology.tp=3"])
     with pytest.raises(ConfigError) as raised:
         decide_train(run_dir, job)
     assert "  seed: 0 -> 3" in str(raised.value) and "  optimizer.lr: 0.0002 -> 0.5" in str(raised.value)
     assert "topology" not in str(raised.value)
-    expected = f"isotrain resume {run_dir} seed=3 'tuner.targets=[q_proj]' optimizer.lr=0.5"
+    expected = f"isotrain resume {run_dir} seed=3 tuner.alpha=8.0 optimizer.lr=0.5"
     assert raised.value.hint.startswith(expected)
 
 
@@ -110,3 +110,42 @@ def test_two_launches_do_not_train_in_one_folder(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("tuner.r=32", "was trained with tuner.r=16; its checkpoint does not fit 32", "tuner.r=16   or   a new run"),
+        ("tuner.targets=[q_proj]", "was trained with tuner.targets=all-linear", "tuner.targets=all-linear   or"),
+        ("tuner=full", "was trained with tuner.name=lora", "tuner.name=lora   or"),
+    ],
+)
+def test_a_resume_that_does_not_fit_the_checkpoint_is_refused(
+    tmp_path: Path, override: str, message: str, hint: str
+) -> None:
+    run_dir = make_run(tmp_path / "run", 6, latest="step-000006")
+    job = compose_job(["steps=10", override])
+    with pytest.raises(ConfigError) as raised:
+        decide_resume(run_dir, job)
+    assert message in str(raised.value)
+    assert raised.value.hint.startswith(hint)
+    with pytest.raises(ConfigError) as raised:
+        decide_train(run_dir, job)
+    assert raised.value.hint == "run_dir=ANOTHER"
+
+
+@pytest.mark.parametrize("overrides", [["steps=10", "optimizer.lr=0.5"], ["steps=4"]])
+def test_changes_that_no_step_would_see_are_refused(tmp_path: Path, overrides: list[str]) -> None:
+    run_dir = make_run(tmp_path / "run", 10, latest="step-000010")
+    with pytest.raises(ConfigError, match="has done 10 steps, and steps=") as raised:
+        decide_resume(run_dir, compose_job(overrides))
+    words = raised.value.hint.split()
+    assert words[:2] == ["isotrain", "resume"]
+    assert decide_resume(run_dir, compose_job(words[3:])).kind == "resume"
+
+
+def test_the_hint_to_resume_keeps_the_larger_number_of_steps(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", 10, latest="step-000010")
+    with pytest.raises(ConfigError) as raised:
+        decide_train(run_dir, compose_job(["steps=20", "optimizer.lr=0.5"]))
+    assert "optimizer.lr=0.5 steps=20" in raised.value.hint
