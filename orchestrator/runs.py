@@ -16,7 +16,6 @@ from orchestrator.checkpoint.folder import list_steps, read_latest
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.job import JobConfig
 
-
 # What the tensors of a checkpoint are shaped by: no resume can change it.
 SHAPE_KEYS = ("tuner.name", "tuner.r", "tuner.targets")
 
