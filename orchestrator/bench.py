@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of each side")
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of each process (6)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between its marks in this page")
+    parser.add_argument("--write", type=Path, action="append", default=[], metavar="PAGE", help="fill its marks there")
     options = parser.parse_args(arguments)
     if options.what == "train":
         rows = compare(options.rounds, options.threads, options.steps)
@@ -59,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = f"first step after {statistics.median(times):.1f} s (of {', '.join(f'{each:.1f}' for each in times)})"
         summary = {"first_step_s": times, "median_s": statistics.median(times)}
     print(json.dumps(summary) if options.json else text)
-    if options.write:
-        page = options.write.read_text(encoding="utf-8")
-        options.write.write_text(replaced(page, options.what, text), encoding="utf-8")
+    for path in options.write:
+        path.write_text(replaced(path.read_text(encoding="utf-8"), options.what, text), encoding="utf-8")
     return 0
 
 
