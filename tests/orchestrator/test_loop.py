@@ -117,7 +117,7 @@ def test_every_step_is_logged_once_and_saved_in_time_and_at_the_end(tmp_path: Pa
     run = make_run(tmp_path, engine)
     assert train(run, 0, StopRequest()) == ExitCode.DONE
     lines = run.metrics.lines  # type: ignore[union-attr]
-    assert sorted(lines) == [1, 2, 3, 4, 5] and engine.rates == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    assert sorted(lines) == [1, 2, 3, 4, 5] and engine.rates == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert [set(engine.samples[at : at + 2]) for at in range(0, 10, 2)] == [{at, at + 1} for at in range(0, 10, 2)]
     assert lines[1].keys() >= {"loss", "grad_norm", "learning_rate", "tokens", "label_tokens", "step_s"}
     states = saved(tmp_path)
@@ -132,7 +132,7 @@ def test_going_on_takes_the_next_samples_and_rates(tmp_path: Path) -> None:
     engine = CountingEngine(optimizer_steps=3)
     run = make_run(tmp_path, engine)
     assert train(run, 3, StopRequest()) == ExitCode.DONE
-    assert sorted(engine.samples) == [6, 7, 8, 9] and engine.rates == pytest.approx([0.2, 0.0])
+    assert sorted(engine.samples) == [6, 7, 8, 9] and engine.rates == pytest.approx([0.4, 0.2])
 
 
 @pytest.mark.parametrize(("after", "code"), [(1, ExitCode.INTERRUPTED), (5, ExitCode.DONE)])
