@@ -128,7 +128,7 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
             " ".join(f"{keys[name]}={str(value).lower()}" for name, value in other.items()),
         )
     _check_modules(job, model, {name.removesuffix(".weight") for name in pairs})
-    scale = job.tuner.alpha / (math.sqrt(job.tuner.r) if job.tuner.rslora else job.tuner.r)
+    scale = LoraSpec(job.tuner.r, job.tuner.alpha, rslora=job.tuner.rslora).scale
     for pair in pairs.values():  # rank_pattern and alpha_pattern give modules their own
         rank = reader.shape(pair.a)[0]
         if rank != job.tuner.r or not math.isclose(pair.scale, scale):

@@ -19,6 +19,16 @@ LOSS_RTOL, TENSOR_RTOL = 1e-5, 1e-4
 STEPS = 4
 
 
+def backward(run: Run, step: int, model: torch.nn.Module) -> float:
+    """The mean loss over the label tokens of a global batch, and its gradients."""
+    rows = runs.global_batch(run, step)
+    tokens, labels = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+    logits = model(tokens).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    loss.backward()
+    return loss.item()
+
+
 def train_with_peft(run: Run, folder: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """An ordinary loop over the same global batches; the adapter starts from the values that the seed gives."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -36,15 +46,10 @@ def train_with_peft(run: Run, folder: Path) -> tuple[list[float], list[float], d
     optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, weight_decay=0.0)
     losses, norms = [], []
     for step in range(run.steps):
-        rows = runs.global_batch(run, step)
-        tokens, labels = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
-        logits = model(tokens).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(backward(run, step, model))
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
         optimizer.step()
-        losses.append(float(loss))
     return losses, norms, {key: value.detach() for key, value in get_peft_model_state_dict(model).items()}
 
 
@@ -91,15 +96,10 @@ def test_full_training_equals_transformers(pool: Pool, tiny_model: Callable[...,
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.0)
     losses = []
     for step in range(run.steps):
-        rows = runs.global_batch(run, step)
-        tokens, labels = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
-        logits = model(tokens).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(backward(run, step, model))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
     assert found[0][0] == pytest.approx(losses, rel=LOSS_RTOL)
     ours, theirs = weights([state for _, _, state in found]), dict(model.named_parameters())
     assert ours.keys() == theirs.keys()

@@ -45,6 +45,7 @@ def test_streams_and_events_do_nothing(seen: types.ModuleType) -> None:
     cuda.synchronize()
     cuda.empty_cache()
     cuda.nvtx.range_push("x")
+    assert not torch.cuda.is_initialized()
 
 
 def test_the_cuda_generator_has_no_state_and_the_cpu_one_is_left_alone(seen: types.ModuleType) -> None:
