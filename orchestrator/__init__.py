@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.commands import export, plan_job, resume, train
-    from orchestrator.loading import compose_job
+    from orchestrator.config.loading import compose_job
 
 __all__ = ["compose_job", "export", "plan_job", "resume", "train"]
 
@@ -24,4 +24,6 @@ def __getattr__(name: str) -> Any:
     """Load what :data:`__all__` names from the module that has it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("orchestrator.loading" if name == "compose_job" else "orchestrator.commands"), name)
+    return getattr(
+        import_module("orchestrator.config.loading" if name == "compose_job" else "orchestrator.commands"), name
+    )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint.adapter import adapter_config, lora_pairs
 from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader
+from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import JobConfig, TunerConfig
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.plan import Plan
 from parallel.engine import AdamSpec, Engine, EngineSpec

@@ -151,7 +151,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from orchestrator.commands import plan_job
-    from orchestrator.loading import compose_job
+    from orchestrator.config.loading import compose_job
 
     _show_plan(plan_job(compose_job(arguments.overrides)), arguments.json, {})
     return 0
@@ -181,7 +181,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from orchestrator import commands
 
     if arguments.dry_run:
-        from orchestrator.loading import compose_job
+        from orchestrator.config.loading import compose_job
 
         job = compose_job(arguments.overrides)
         planned = commands.plan_job(job)

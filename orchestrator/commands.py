@@ -16,10 +16,10 @@ from launch.launcher import render
 from launch.local import launch
 from launch.request import LaunchRequest, Rendered
 from launch.states import clear_states
-from orchestrator.building import read_job
+from orchestrator.config.building import read_job
+from orchestrator.config.job import ClusterConfig, JobConfig
+from orchestrator.config.loading import compose_job, override_job
 from orchestrator.errors import ConfigError, ExitCode
-from orchestrator.job import ClusterConfig, JobConfig
-from orchestrator.loading import compose_job, override_job
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, locked, write_run
 from parallel.specs import ClusterSpec, ModelSpec, SpecError

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from launch.stop import StopRequest
 from orchestrator.assemble import Room
 from orchestrator.checkpoint.save import Contents, SavePolicy, save
+from orchestrator.config.job import JobConfig
 from orchestrator.data import BatchShape, SampleOrder, TokenisedData, step_microbatches
 from orchestrator.errors import ExitCode, GaveUp
-from orchestrator.job import JobConfig
 from orchestrator.metrics import Metrics
 from orchestrator.planning.plan import Plan
 from orchestrator.schedule import learning_rate

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from launch.environment import wandb_is_offline
+from orchestrator.config.job import MetricsConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import MetricsConfig
 from orchestrator.progress import make_progress
 from orchestrator.runs import write_whole
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from launch.environment import hugging_face_cache, isotrain_cache
+from orchestrator.config.job import ModelConfig
 from orchestrator.errors import ConfigError, IsotrainError
-from orchestrator.job import ModelConfig
 from parallel.specs import ModelSpec, read_hf_config
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

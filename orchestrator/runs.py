@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.building import as_override, blocking_differences, job_to_yaml, quote_override, read_job
 from orchestrator.checkpoint.folder import list_steps, read_latest
+from orchestrator.config.building import as_override, blocking_differences, job_to_yaml, quote_override, read_job
+from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.job import JobConfig
 
 # What the tensors of a checkpoint are shaped by: no resume can change it.
 SHAPE_KEYS = ("tuner.name", "tuner.r", "tuner.targets")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.job import OptimizerConfig
+from orchestrator.config.job import OptimizerConfig
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:

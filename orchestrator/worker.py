@@ -15,11 +15,11 @@ import torch.distributed as dist
 from launch.environment import RankEnvironment, isotrain_cache, rank_environment, wanted_threads
 from launch.stop import StopRequest
 from orchestrator.assemble import load_adapter, open_engine, room
-from orchestrator.building import read_job
 from orchestrator.checkpoint.load import CheckpointReader, find_latest_good
+from orchestrator.config.building import read_job
+from orchestrator.config.job import JobConfig
 from orchestrator.data import TokenisedData, prepare
 from orchestrator.errors import ConfigError, DataError, ExitCode, IsotrainError
-from orchestrator.job import JobConfig
 from orchestrator.loop import Run, train
 from orchestrator.metrics import Metrics
 from orchestrator.models import model_spec, resolve_model

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.hf_reader import AdapterReader
+from orchestrator.config.job import TunerConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import TunerConfig
 
 PREFIX = "base_model.model."
 MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")

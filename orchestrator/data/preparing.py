@@ -13,11 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.config.job import DataConfig, ObjectiveConfig
 from orchestrator.data.conversations import FORMATS, BadRow, Messages, find_format, to_messages
 from orchestrator.data.sources import read_rows, resolve
 from orchestrator.data.store import FORMAT_VERSION, BrokenStore, DataSummary, SkippedRows, StoreWriter, TokenisedData
 from orchestrator.errors import ConfigError, DataError, ResourceError
-from orchestrator.job import DataConfig, ObjectiveConfig
 
 if TYPE_CHECKING:
     from orchestrator.objectives.sft import ChatTemplate, Rendered

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from orchestrator.job import JobConfig, TopologyConfig
+from orchestrator.config.job import JobConfig, TopologyConfig
 from orchestrator.planning.counts import Workload, head_cost_in_layers
 from orchestrator.planning.memory import GIB, StageMemory, estimate_memory
 from orchestrator.planning.timing import StepTime, estimate_time

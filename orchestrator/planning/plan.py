@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.job import JobConfig
 from orchestrator.planning.candidates import Candidate, Question, Rejected, judge, nearest_legal, open_topologies
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.timing import StepTime

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.job import JobConfig
+from orchestrator.config.job import JobConfig
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan
 from parallel.specs import ModelSpec

@@ -22,8 +22,8 @@ MAY_IMPORT = {"parallel": {"parallel"}, "launch": {"launch"}, "orchestrator": se
 ADAPTERS = {
     "megatron": ("parallel/provider.py", "parallel/fused", "parallel/engines/megatron"),
     "deepspeed": ("parallel/engines/deepspeed",),
-    "hydra": ("orchestrator/loading.py",),
-    "omegaconf": ("orchestrator/loading.py",),
+    "hydra": ("orchestrator/config/loading.py",),
+    "omegaconf": ("orchestrator/config/loading.py",),
     "peft": ("orchestrator/generate.py", "orchestrator/bench"),
     "transformers": (
         "orchestrator/generate.py",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.building import read_job
+from orchestrator.config.building import read_job
 from orchestrator.schedule import learning_rate
 from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Folder, Shell, close, is_one_screen

@@ -123,8 +123,8 @@ def base(tiny: TinyRun) -> Any:
 def loss_of_step(model: Any, tiny: TinyRun, step: int) -> float:
     """The mean loss over the label tokens of the rows of ``step``, one row at a time, without anything of ours but
     the order of samples and where labels are."""
+    from orchestrator.config.job import DataConfig, ObjectiveConfig
     from orchestrator.data import SampleOrder, prepare
-    from orchestrator.job import DataConfig, ObjectiveConfig
 
     data = prepare(DataConfig(path=str(tiny.data)), ObjectiveConfig(), tiny.model, 64, tiny.data.parent / "cache")
     total, count = 0.0, 0

@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.checkpoint.adapter import adapter_config
 from orchestrator.checkpoint.save import Contents, SavePolicy, save
-from orchestrator.job import TunerConfig
+from orchestrator.config.job import TunerConfig
 from parallel.shards import Box, Shard
 
 FOLDER = Path(__file__).parent / "checkpoint-v1"

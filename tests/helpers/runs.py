@@ -51,8 +51,8 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
 
 def lighthouse_rows(model: Path, count: int, tokens: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
     """The first rows of the shipped chat data as ``(tokens, labels)``, each cut or padded to ``tokens``."""
+    from orchestrator.config.job import DataConfig, ObjectiveConfig
     from orchestrator.data import prepare
-    from orchestrator.job import DataConfig, ObjectiveConfig
 
     with tempfile.TemporaryDirectory() as cache:
         data = prepare(DataConfig("builtin:lighthouse"), ObjectiveConfig(), model, 512, Path(cache))

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from orchestrator.assemble import check_adapter, lora_spec, room
 from orchestrator.checkpoint.adapter import adapter_config
+from orchestrator.config.job import JobConfig, ModelConfig, TunerConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import JobConfig, ModelConfig, TunerConfig
 from parallel.specs import ModelSpec
 from tests.helpers import runs
 

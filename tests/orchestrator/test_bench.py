@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator import bench, bench_case
-from orchestrator.bench_case import Case, Measured
-from orchestrator.bench_peer import real, unshifted
+from orchestrator.bench import __main__ as bench
+from orchestrator.bench import case as bench_case
+from orchestrator.bench.case import Case, Measured
+from orchestrator.bench.peer import real, unshifted
 from orchestrator.errors import ResourceError
 from parallel.engine import IGNORED_LABEL, MicroBatch
 
@@ -32,7 +33,7 @@ def test_the_other_side_gets_the_same_labels_and_no_padding() -> None:
 
 
 def test_peak_memory_is_what_was_touched() -> None:
-    program = "from orchestrator.bench_case import peak_bytes as p; a = p(); b = b'x' * (80 << 20); print(p() - a)"
+    program = "from orchestrator.bench.case import peak_bytes as p; a = p(); b = b'x' * (80 << 20); print(p() - a)"
     grown = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout)
     assert 75 << 20 < grown < 90 << 20
 
@@ -42,7 +43,7 @@ def test_a_process_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("ours", "fp32", "all", threads=1, model="/nowhere/model")
     with pytest.raises(ResourceError, match=r"process ours fp32 all ended with 1: .*/nowhere/model") as caught:
         bench.measured(case)
-    assert "python -m orchestrator.bench_case" in caught.value.hint
+    assert "python -m orchestrator.bench.case" in caught.value.hint
 
 
 def test_a_run_that_never_steps_is_an_error(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from orchestrator.checkpoint import export as export_module
 from orchestrator.checkpoint.adapter import adapter_config, lora_scale
 from orchestrator.checkpoint.export import MARKER, export_adapter, export_merged
 from orchestrator.checkpoint.save import Contents, save
+from orchestrator.config.job import TunerConfig
 from orchestrator.errors import ConfigError, DataError, ResourceError
-from orchestrator.job import TunerConfig
 from parallel.shards import Box, Shard
 
 TARGETS = {"q_proj": (16, 16), "v_proj": (8, 16), "down_proj": (16, 24)}

@@ -14,8 +14,8 @@ import pytest
 
 from launch.request import Rendered
 from orchestrator import commands
-from orchestrator.building import read_job
 from orchestrator.cli import COMMANDS, main
+from orchestrator.config.building import read_job
 from orchestrator.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ TINY = [
 RANK = """
 import sys
 from pathlib import Path
-from orchestrator.building import read_job
+from orchestrator.config.building import read_job
 from orchestrator.supervise import guarded, leave_process
 from orchestrator.errors import DataError
 run_dir = Path(sys.argv[1])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from orchestrator.commands import check_device
+from orchestrator.config.job import ClusterConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import ClusterConfig
 
 
 def test_a_cluster_of_gpus_that_this_machine_has_not_is_refused() -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.config.job import DataConfig, ObjectiveConfig
 from orchestrator.data import TokenisedData, prepare, preparing
 from orchestrator.data import store as store_module
 from orchestrator.data.store import LEARNED, META, OFFSETS, TOKENS, BrokenStore
 from orchestrator.errors import ConfigError, ResourceError
-from orchestrator.job import DataConfig, ObjectiveConfig
 from tests.orchestrator.tiny_tokenizer import MARKED, load, write_tokenizer
 
 ROWS = [{"prompt": f"hello {index}", "completion": "in " * (index + 1)} for index in range(5)]
@@ -59,7 +59,7 @@ def test_a_filled_cache_is_found_without_transformers_or_torch(places: tuple[Pat
     file, tokenizer, cache = places
     program = (
         "import sys; from pathlib import Path\n"
-        "from orchestrator.data import prepare\nfrom orchestrator.job import DataConfig, ObjectiveConfig\n"
+        "from orchestrator.data import prepare\nfrom orchestrator.config.job import DataConfig, ObjectiveConfig\n"
         f"data = prepare(DataConfig({str(file)!r}), ObjectiveConfig(), Path({str(tokenizer)!r}), 300, "
         f"Path({str(cache)!r}))\n"
         "print(data.rows, [name for name in ('transformers', 'torch', 'tokenizers', 'jinja2') if name in sys.modules])"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.config.job import DataConfig, ObjectiveConfig
 from orchestrator.data import prepare
 from orchestrator.data.conversations import find_format, to_messages
 from orchestrator.data.sources import read_rows, resolve
-from orchestrator.job import DataConfig, ObjectiveConfig
 from tests.orchestrator.tiny_tokenizer import write_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

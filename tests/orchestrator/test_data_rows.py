@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator.config.job import DataConfig, ObjectiveConfig
 from orchestrator.data import TokenisedData, prepare
 from orchestrator.data.conversations import BadRow, find_format, to_messages
 from orchestrator.data.sources import read_rows, resolve
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.job import DataConfig, ObjectiveConfig
 from tests.orchestrator.tiny_tokenizer import CHATML, load, write_tokenizer
 
 QUESTION, ANSWER = "Is it,\n“safe”?", 'Yes, "quite".'

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.building import (
+from orchestrator.config.building import (
     all_keys,
     as_override,
     build_job,
@@ -23,10 +23,10 @@ from orchestrator.building import (
     read_job,
     same_run,
 )
-from orchestrator.checking import CHOICES, RANGES
+from orchestrator.config.checking import CHOICES, RANGES
+from orchestrator.config.job import JobConfig
+from orchestrator.config.loading import compose_job, config_root, group_choices, override_job
 from orchestrator.errors import ConfigError
-from orchestrator.job import JobConfig
-from orchestrator.loading import compose_job, config_root, group_choices, override_job
 
 GROUPS = ["checkpoint", "cluster", "data", "engine", "experiment", "metrics", "model", "objective", "optimizer"]
 
@@ -138,7 +138,7 @@ def test_no_section_may_be_a_plain_value() -> None:
 
 
 def test_configs_that_are_not_installed_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("orchestrator.loading.__file__", str(tmp_path / "a" / "loading.py"))
+    monkeypatch.setattr("orchestrator.config.loading.__file__", str(tmp_path / "a" / "loading.py"))
     with pytest.raises(ConfigError, match="no configs were found") as raised:
         config_root()
     assert raised.value.hint == "pip install --force-reinstall isotrain"
@@ -239,7 +239,7 @@ def test_a_value_written_as_an_override_reads_back_as_itself(key: str, value: An
 
 def test_a_worker_reads_its_job_without_hydra_torch_or_transformers() -> None:
     code = (
-        "import sys; from orchestrator.loading import job_from_yaml; job_from_yaml('steps: 3');"
+        "import sys; from orchestrator.config.loading import job_from_yaml; job_from_yaml('steps: 3');"
         "print([name for name in ('hydra', 'omegaconf', 'torch', 'transformers', 'peft') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

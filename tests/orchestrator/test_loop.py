@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from launch.stop import StopRequest
 from orchestrator.assemble import Room
+from orchestrator.config.job import CheckpointConfig, JobConfig, OptimizerConfig
 from orchestrator.errors import ExitCode, GaveUp
-from orchestrator.job import CheckpointConfig, JobConfig, OptimizerConfig
 from orchestrator.loop import Run, train
 from parallel.engine import MicroBatch, StepResult
 from parallel.shards import Box, Shard

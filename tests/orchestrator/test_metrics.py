@@ -11,8 +11,8 @@ import pytest
 
 from launch.environment import wandb_is_offline
 from launch.output import Tee
+from orchestrator.config.job import MetricsConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import MetricsConfig
 from orchestrator.metrics import Metrics
 from orchestrator.progress import Remaining
 from orchestrator.supervise import last_logged_step

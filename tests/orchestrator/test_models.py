@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from orchestrator import models, smollm2
+from orchestrator.config.job import ModelConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import ModelConfig
 from orchestrator.models import cached_model_folder, main, model_spec, resolve_model
 from parallel.specs import SpecError
 

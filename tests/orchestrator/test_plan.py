@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.config.job import BatchConfig, JobConfig, MemoryConfig, TopologyConfig, TunerConfig
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.job import BatchConfig, JobConfig, MemoryConfig, TopologyConfig, TunerConfig
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan, make_plan
 from parallel.specs import ClusterSpec, ModelSpec

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from orchestrator.config.job import ClusterConfig, JobConfig, ModelConfig, TopologyConfig, TunerConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import ClusterConfig, JobConfig, ModelConfig, TopologyConfig, TunerConfig
 from orchestrator.planning.counts import Workload, stage_counts
 from orchestrator.planning.memory import estimate_memory
 from orchestrator.planning.plan import make_plan

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.building import job_to_yaml
+from orchestrator.config.building import job_to_yaml
+from orchestrator.config.job import JobConfig
+from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.job import JobConfig
-from orchestrator.loading import compose_job
 from orchestrator.runs import decide_resume, decide_train, latest_step, locked, write_run
 
 JOB = JobConfig(steps=10)

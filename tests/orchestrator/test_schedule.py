@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.job import OptimizerConfig
+from orchestrator.config.job import OptimizerConfig
 from orchestrator.schedule import learning_rate
 
 

@@ -62,7 +62,7 @@ def test_a_plan_is_made_from_an_empty_folder(unpacked: Path, tmp_path: Path) -> 
 
 
 def test_the_unpacked_wheel_uses_its_own_files(unpacked: Path, tmp_path: Path) -> None:
-    code = "from orchestrator.loading import config_root; print(config_root())"
+    code = "from orchestrator.config.loading import config_root; print(config_root())"
     environment = os.environ | {"PYTHONPATH": str(unpacked)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(unpacked / "orchestrator" / "configs"), done.stderr

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import JobConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.building import (
+from orchestrator.config.building import (
     all_keys,
     blocking_differences,
     build_job,
@@ -22,8 +22,8 @@ from orchestrator.building import (
     same_run,
     unknown_key,
 )
+from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import JobConfig
 
 __all__ = [
     "blocking_differences",
@@ -45,7 +45,7 @@ def config_root() -> Path:
     Raises:
         ConfigError: neither is there.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "job.yaml").is_file():
             return folder

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checking import check_values
+from orchestrator.config.checking import check_values
+from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
-from orchestrator.job import JobConfig
 
 # A job that differs only here is the same run: where it runs, how fast, and what is written down about it.
 FREE_KEYS = ("run_dir", "cluster.", "topology.", "engine.", "metrics.", "memory.", "checkpoint.", "model.download")

@@ -49,7 +49,7 @@ class Measured:
 
 def job_of(case: Case) -> Any:
     """The case as the job that ``isotrain train`` would run."""
-    from orchestrator.building import build_job
+    from orchestrator.config.building import build_job
 
     sequences, tokens = SHAPES[case.labels]
     return build_job(
@@ -115,7 +115,7 @@ def measure(case: Case) -> Measured:
     """Open one side, take its steps, and time those after the warm-up."""
     import torch
 
-    from orchestrator.bench_peer import open_theirs
+    from orchestrator.bench.peer import open_theirs
 
     began = time.perf_counter()
     torch.set_num_threads(case.threads)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import child_environment
-from orchestrator.bench_case import SHAPES, Case, Measured
+from orchestrator.bench.case import SHAPES, Case, Measured
 from orchestrator.errors import ResourceError
 
 SIDES = ("theirs", "ours")
@@ -85,13 +85,13 @@ def measured(case: Case) -> Measured:
         ResourceError: the process failed; the message ends with what it said last.
     """
     environment = child_environment({"OMP_NUM_THREADS": str(case.threads), "HF_HUB_OFFLINE": "1"})
-    program = [sys.executable, "-W", "ignore", "-m", "orchestrator.bench_case", json.dumps(asdict(case))]
+    program = [sys.executable, "-W", "ignore", "-m", "orchestrator.bench.case", json.dumps(asdict(case))]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=CASE_LIMIT_S, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise ResourceError(
             f"the benchmark's process {case.side} {case.precision} {case.labels} ended with {done.returncode}: {said}",
-            f"python -m orchestrator.bench_case '{json.dumps(asdict(case))}'",
+            f"python -m orchestrator.bench.case '{json.dumps(asdict(case))}'",
         )
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     return Measured(**{**answer, "losses": tuple(answer["losses"])})
