@@ -130,7 +130,9 @@ def silent_exit(rank: int, return_code: int | None, out_of_memory: bool) -> Rank
     if return_code is not None and return_code > 0:
         code = return_code if return_code in OWN_CODES else INTERNAL
         return _silent(rank, code, "Unsaid", f"rank {rank} {how}", hint)
-    return _silent(rank, PEER_LOST, "Killed", f"rank {rank} {how}", "run the same command again: it resumes")
+    return _silent(
+        rank, PEER_LOST, "Killed", f"rank {rank} {how}", "run the same command again: it goes on from what is saved"
+    )
 
 
 def _silent(rank: int, code: int, cause: str, message: str, hint: str) -> RankExit:

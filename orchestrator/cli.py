@@ -21,10 +21,15 @@ WIDTH_ELSEWHERE = 120  # columns of tables that go into a file or a pipe
 
 
 class _Parser(argparse.ArgumentParser):
-    """Usage errors are configuration errors: 64, with a hint."""
+    """Usage errors are configuration errors: 64, with an example as the hint."""
+
+    example = ""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, f"{self.prog} --help")
+        if message.startswith("unrecognized arguments: -"):
+            message += " (a job's values are KEY=VALUE, without dashes)"
+        message = message.removesuffix(", KEY=VALUE")  # optional, but argparse names it beside a missing argument
+        raise ConfigError(f"{self.prog}: {message}", self.example)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Command:
             epilog=f"example:\n  {self.example}\n\n{CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        parser.example = self.example
         self.add(parser)
         parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
         return parser
@@ -177,7 +183,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if rank_environment() is not None:
         from orchestrator.worker import main_by_hand
 
-        return main_by_hand(arguments.overrides)
+        return main_by_hand(arguments.overrides, arguments.json)
     from orchestrator import commands
 
     if arguments.dry_run:
@@ -185,8 +191,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
         job = compose_job(arguments.overrides)
         planned = commands.plan_job(job)
-        run_dir = Path(job.run_dir or "RUN_DIR").absolute()
-        _show_plan(planned, arguments.json, {"command": commands.rendered_launch(planned, run_dir).text})
+        _show_plan(
+            planned, arguments.json, {"command": commands.rendered_launch(planned, commands.run_folder(job)).text}
+        )
         return 0
     return _report(commands.train(arguments.overrides, _say), arguments.json)
 
@@ -210,9 +217,7 @@ def _report(finished: Any, as_json: bool) -> int:
     if hint:
         _say(f"hint: {hint}")
     if as_json:
-        summary = {"run_dir": str(finished.run_dir), "code": finished.code, "step": finished.step}
-        cause = {"cause": finished.cause.cause, "rank": finished.cause.rank} if finished.cause else {}
-        print(json.dumps(summary | {"message": finished.message, "hint": hint} | cause))
+        print(json.dumps(finished.summary()))
     return int(finished.code)
 
 

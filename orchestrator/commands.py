@@ -49,6 +49,13 @@ class Finished:
     message: str
     cause: RankExit | None = None
 
+    def summary(self) -> dict[str, object]:
+        """What ``--json`` prints; ``error`` is there when the code is not 0."""
+        values = {"run_dir": str(self.run_dir), "code": int(self.code), "step": self.step, "message": self.message}
+        error = {"error": self.message} if self.code else {}
+        cause = {"cause": self.cause.cause, "rank": self.cause.rank} if self.cause else {}
+        return values | {"hint": self.cause.hint if self.cause else ""} | error | cause
+
 
 def plan_job(job: JobConfig) -> Planned:
     """Plan a job; nothing is started and nothing is written.
@@ -92,8 +99,13 @@ def train(overrides: Sequence[str], say: Say = lambda text: None) -> Finished:
         ConfigError: the job cannot work, or the folder holds another run.
     """
     job = compose_job(overrides)
-    run_dir = (Path(job.run_dir).expanduser() if job.run_dir else default_run_dir(job.model.path)).absolute()
+    run_dir = run_folder(job)
     return _run(job, run_dir, decide_train(run_dir, job), say)
+
+
+def run_folder(job: JobConfig) -> Path:
+    """Where a job's run is kept: its ``run_dir``, or a new folder in ``runs/``."""
+    return Path(job.run_dir or default_run_dir(job.model.path)).absolute()
 
 
 def resume(run_dir: Path, overrides: Sequence[str] = (), say: Say = lambda text: None) -> Finished:
@@ -118,17 +130,22 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     make_folder(run_dir)
     say(decision.message)
     with locked(run_dir):
-        write_run(run_dir, dataclasses.replace(job, run_dir=job.run_dir or str(run_dir)), planned.plan.to_json())
+        write_run(run_dir, dataclasses.replace(job, run_dir=str(run_dir)), planned.plan.to_json())
         result = launch(rendered, run_dir, planned.plan.ranks_used, say)
+    return ended(run_dir, job.steps, result.code, result.cause)
+
+
+def ended(run_dir: Path, steps: int, code: int, cause: RankExit | None) -> Finished:
+    """How a run of ``steps`` ended, with the words for its user: the launch's exit code and its first cause."""
     step = latest_step(run_dir) or 0
-    if result.code == ExitCode.DONE:
-        return Finished(run_dir, 0, step, f"done: {step} of {job.steps} steps in {run_dir}")
-    if result.code == ExitCode.INTERRUPTED and result.cause is not None:
-        again = dataclasses.replace(result.cause, hint=f"isotrain resume {run_dir}")
-        return Finished(run_dir, result.code, step, f"interrupted; {step} of {job.steps} steps are saved", again)
-    if result.cause is None:
-        return Finished(run_dir, result.code, step, f"ended at once; the newest checkpoint holds {step} steps")
-    return Finished(run_dir, result.code, step, result.cause.message, result.cause)
+    if code == ExitCode.DONE:
+        return Finished(run_dir, 0, step, f"done: {step} of {steps} steps in {run_dir}")
+    if code == ExitCode.INTERRUPTED and cause is not None:
+        again = dataclasses.replace(cause, hint=f"isotrain resume {run_dir}")
+        return Finished(run_dir, code, step, f"interrupted; {step} of {steps} steps are saved", again)
+    if cause is None:
+        return Finished(run_dir, code, step, f"ended at once; the newest checkpoint holds {step} steps")
+    return Finished(run_dir, code, step, cause.message, cause)
 
 
 def check_device(cluster: ClusterConfig) -> None:
@@ -150,11 +167,11 @@ def check_device(cluster: ClusterConfig) -> None:
         )
 
 
-def prepare_by_hand(overrides: Sequence[str], world_size: int, stack: ExitStack) -> tuple[Path, str]:
+def prepare_by_hand(overrides: Sequence[str], nodes: int, ranks_per_node: int, stack: ExitStack) -> tuple[Path, str]:
     """What the first rank of a torchrun by hand does before training: decide, plan for the ranks there are, write.
 
     Args:
-        world_size: ranks that torchrun has started; ``cluster.nodes`` and ``gpus_per_node`` say the same, or more.
+        nodes, ranks_per_node: what torchrun has started; it counts instead of the job's ``cluster``.
         stack: holds the lock of the run folder from now on.
     Returns:
         The run folder, and ``start``, ``resume`` or ``finished``.
@@ -164,15 +181,16 @@ def prepare_by_hand(overrides: Sequence[str], world_size: int, stack: ExitStack)
     job = compose_job(overrides)
     if job.run_dir is None:
         raise ConfigError("torchrun by hand needs run_dir", "run_dir=runs/NAME")
-    run_dir = Path(job.run_dir).expanduser().absolute()
+    run_dir = run_folder(job)
     decision = decide_train(run_dir, job)
     if decision.kind != "finished":
         check_files(job, decision.kind)
-        started = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=1, gpus_per_node=world_size))
+        there = dataclasses.replace(job.cluster, nodes=nodes, gpus_per_node=ranks_per_node)
+        started = dataclasses.replace(job, cluster=there)
         try:
             planned = plan_job(started)
         except (ConfigError, SpecError) as error:
-            raise _too_few_started(job, world_size) or error from error
+            raise _too_few_started(job, nodes * ranks_per_node) or error from error
         make_folder(run_dir)
         stack.enter_context(locked(run_dir))
         write_run(run_dir, job, planned.plan.to_json())

@@ -14,7 +14,7 @@ from orchestrator.config.job import ModelConfig
 from orchestrator.errors import ConfigError, IsotrainError
 from parallel.specs import ModelSpec, read_hf_config
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")  # old ids have no organisation
 
 
 def cached_model_folder(hub_id: str) -> Path:
@@ -39,7 +39,7 @@ def resolve_model(path: str | None, download: bool = False) -> Path:
         ConfigError: no path was given, the folder is no model, or the id is in no cache; says what was searched.
     """
     if not path:
-        raise ConfigError("model.path is not set", "model.path=FOLDER")
+        raise ConfigError("model.path is not set", "model=smollm2_135m  or  model.path=FOLDER")
     folder = Path(path).expanduser()
     if folder.is_dir():
         if (folder / "config.json").is_file():

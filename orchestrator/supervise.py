@@ -74,9 +74,8 @@ def explain(error: BaseException) -> Explanation:
         return Explanation(ExitCode.RESOURCES, "NoSpace", _no_space(error), "free some space, or run_dir=ELSEWHERE")
     if _is_lost_peer(error):
         first = message.splitlines()[0]
-        return Explanation(
-            ExitCode.PEER_LOST, "PeerLost", f"another rank is gone: {first}", "run the same command again: it resumes"
-        )
+        hint = "run the same command again: it goes on from what is saved"
+        return Explanation(ExitCode.PEER_LOST, "PeerLost", f"another rank is gone: {first}", hint)
     return Explanation(ExitCode.INTERNAL, cause, f"{cause}: {message}".rstrip(": "), unexpected=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launch.environment import RankEnvironment, isotrain_cache, rank_environment, wanted_threads
+from launch.exits import first_cause, read_exits
 from launch.stop import StopRequest
 from orchestrator.assemble import load_adapter, open_engine, room
 from orchestrator.checkpoint.load import CheckpointReader, find_latest_good
@@ -64,14 +67,14 @@ def main(run_dir: Path, store: dist.Store | None = None) -> int:
             dist.destroy_process_group()
 
 
-def main_by_hand(overrides: Sequence[str]) -> int:
+def main_by_hand(overrides: Sequence[str], as_json: bool = False) -> int:
     """``torchrun ... -m orchestrator train KEY=VALUE ...``: the first rank composes and plans, the others are told.
 
     Returns:
         The exit code. An error before training ends all ranks alike: the first one raises it, the others just return
         its code, and each leaves it in ``exits/`` where the run folder is ours to write in.
     """
-    from orchestrator.commands import asked_run_dir, prepare_by_hand
+    from orchestrator.commands import asked_run_dir, ended, prepare_by_hand
     from orchestrator.runs import is_ours
     from orchestrator.supervise import explain, guarded, leave_process, leave_word
 
@@ -79,7 +82,7 @@ def main_by_hand(overrides: Sequence[str]) -> int:
     store = _open_store(me)
     _open_world(me, "cpu", me.world_size, dist.PrefixStore("prepare", store))
     with ExitStack() as stack:
-        (run_dir, decided), error = _share(me, lambda: prepare_by_hand(overrides, me.world_size, stack), (Path(), ""))
+        (run_dir, decided), error = _share(me, lambda: prepare_by_hand(overrides, *_started(me), stack), (Path(), ""))
         if error is not None:
             asked = asked_run_dir(overrides)
             (ours, _) = _share(me, lambda: asked is not None and is_ours(asked), False)
@@ -91,9 +94,22 @@ def main_by_hand(overrides: Sequence[str]) -> int:
             if me.rank == 0:
                 raise error
             return int(explain(error).code)
+        report = os.fdopen(os.dup(1), "w") if as_json and me.rank == 0 else None  # the log takes over 1 and 2
+        code = 0
         if decided != "finished":
-            leave_process(guarded(run_dir, me.rank, lambda: main(run_dir, store)))
-    return int(ExitCode.DONE)
+            code = guarded(run_dir, me.rank, lambda: main(run_dir, store))
+        if report is not None:
+            cause = first_cause(read_exits(run_dir)) if code else None
+            with report:
+                print(json.dumps(ended(run_dir, read_job(run_dir).steps, code, cause).summary()), file=report)
+        leave_process(code)
+    return code
+
+
+def _started(me: RankEnvironment) -> tuple[int, int]:
+    """Nodes and ranks per node, as torchrun has started them; nodes of different sizes count as one."""
+    nodes, rest = divmod(me.world_size, me.local_world_size)
+    return (1, me.world_size) if rest else (nodes, me.local_world_size)
 
 
 def _me() -> RankEnvironment:

@@ -172,7 +172,7 @@ def _copy_companions(base: Path, folder: Path, precision: str | None) -> None:
 @contextlib.contextmanager
 def _fresh_folder(out: Path, needed_bytes: int, sources: Sequence[Path], about: Mapping[str, Any]) -> Iterator[Path]:
     """A folder beside ``out`` that takes its name when the block ends well, and is removed when it does not."""
-    _check_out(out, sources)
+    _check_out(out, sources, str(about["to"]))
     out = out.absolute()
     token = secrets.token_hex(4)
     temporary, aside = (out.with_name(f".{out.name}.{what}-{token}") for what in ("tmp", "old"))
@@ -194,14 +194,17 @@ def _fresh_folder(out: Path, needed_bytes: int, sources: Sequence[Path], about: 
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_out(out: Path, sources: Sequence[Path]) -> None:
+def _check_out(out: Path, sources: Sequence[Path], to: str) -> None:
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise ConfigError(f"{out} lies in {source}, which is only read", "choose a folder outside of it")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file", "choose a folder that does not exist yet")
     found = {path.name for path in out.iterdir()} if out.exists() else set()
-    ours = {MARKER, *read_json(out / MARKER).get("files", ())} if MARKER in found else set()
+    earlier = read_json(out / MARKER) if MARKER in found else {}
+    if earlier.get("to", to) != to:
+        raise ConfigError(f"{out} holds an export --to {earlier['to']}", "choose a folder that does not exist yet")
+    ours = {MARKER, *earlier.get("files", ())} if earlier else set()
     if found - ours:
         raise ConfigError(
             f"{out} is not empty: {', '.join(sorted(found - ours)[:3])} did not come from an export",

@@ -6,7 +6,6 @@ Neither Hydra nor torch is needed here, so workers read ``job.yaml`` without the
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.checking import check_values
+from orchestrator.config.hints import unknown_key
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
 
@@ -49,7 +49,7 @@ def _build(kind: type, mapping: object, where: str) -> Any:
     for name, value in mapping.items():
         key = f"{where}.{name}" if where else str(name)
         if name not in known:
-            raise unknown_key(key)
+            raise unknown_key(key, list(all_keys()))
         values[name] = _convert(known[name], value, key)
     return kind(**values)
 
@@ -130,22 +130,6 @@ def all_keys() -> dict[str, Any]:
                 yield f"{where}{name}", expected
 
     return dict(walk(JobConfig, ""))
-
-
-def unknown_key(key: str) -> ConfigError:
-    """The error for a key that no job has; the hint is the nearest one, if any is near."""
-    keys = list(all_keys())
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not near:  # perhaps the section is missing or wrong: lr instead of optimizer.lr
-        last = key.rpartition(".")[2]
-        near = [known for known in keys if known.rpartition(".")[2] == last][:1]
-    if near:
-        return ConfigError(f"unknown key {key!r}; the nearest is {near[0]!r}", f"{near[0]}=VALUE")
-    section = key.partition(".")[0]
-    siblings = [known for known in keys if known.startswith(f"{section}.")] or [
-        known for known in keys if "." not in known
-    ]
-    return ConfigError(f"unknown key {key!r}; there are {', '.join(siblings)}", f"{siblings[0]}=VALUE")
 
 
 def job_to_yaml(job: JobConfig) -> str:

@@ -20,9 +20,10 @@ from orchestrator.config.building import (
     mapping_from_yaml,
     read_job,
     same_run,
-    unknown_key,
 )
+from orchestrator.config.hints import unknown_key
 from orchestrator.config.job import JobConfig
+from orchestrator.config.paths import with_absolute_paths
 from orchestrator.errors import ConfigError
 
 __all__ = [
@@ -64,12 +65,15 @@ def group_choices() -> dict[str, list[str]]:
 def compose_job(overrides: Sequence[str] = ()) -> JobConfig:
     """Compose ``configs/job.yaml`` with overrides in Hydra's grammar (``group=choice``, ``key.name=value``).
 
+    Files and folders in it are named from the root.
+
     Raises:
         ConfigError: the text is no override, a group has no such choice, a key is unknown, a value is of a wrong type.
     """
     parsed = _parse(overrides)
     _check_known(parsed)
-    return build_job(_compose([_forced(override) for override in parsed if not _is_nothing(override)]))
+    job = build_job(_compose([_forced(override) for override in parsed if not _is_nothing(override)]))
+    return with_absolute_paths(job)
 
 
 def override_job(job_yaml: str, overrides: Sequence[str]) -> JobConfig:
@@ -92,11 +96,9 @@ def override_job(job_yaml: str, overrides: Sequence[str]) -> JobConfig:
             )
         if key in group_choices():
             OmegaConf.update(config, key, _compose([override.input_line])[key], merge=False, force_add=True)
-        elif override.is_delete():
-            raise ConfigError(f"{override.input_line}: a run's key cannot be deleted", f"{key}=VALUE")
         else:
             OmegaConf.update(config, key, override.value(), merge=False, force_add=True)
-    return build_job(_plain(config))
+    return with_absolute_paths(build_job(_plain(config)))
 
 
 def _parse(overrides: Sequence[str]) -> list[Any]:
@@ -105,23 +107,37 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
 
     parser = OverridesParser.create()
     parsed = []
-    for text in overrides:
+    for place, text in enumerate(overrides):
         try:
             override = parser.parse_override(text)
         except HydraException as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"{text!r} is no override: {reason}", f"{_quoted(text)}   (quoted for the shell and for Hydra)"
+                f"{text!r} is no override: {reason}", _well_typed(text, overrides[place + 1 :])
             ) from error
         if override.is_sweep_override():
-            raise ConfigError(f"{text!r} asks for several runs at once", "{0}=[{2}]".format(*text.partition("=")))
+            raise ConfigError(f"{text!r} asks for several runs at once", _one_run(text))
         parsed.append(override)
     return parsed
 
 
-def _quoted(text: str) -> str:
+def _well_typed(text: str, rest: Sequence[str]) -> str:
+    """What was meant by a word that is no override: a list that the shell has cut at its spaces, or unquoted text."""
     key, equals, value = text.partition("=")
-    return f"'{key}=\"{value}\"'" if equals else f"{text}=VALUE"
+    if not equals:
+        return f"{text}=VALUE"
+    for count in range(1, len(rest) + 1):
+        whole = " ".join([value, *rest[:count]])
+        if whole.startswith("[") and whole.count("[") == whole.count("]"):
+            return f"'{key}={whole}'   (quoted for the shell)"
+    return f"'{key}=\"{value}\"'   (quoted for the shell and for Hydra)"
+
+
+def _one_run(text: str) -> str:
+    """The first of several values; all of them as one list where the key takes a list."""
+    key, _, value = text.partition("=")
+    takes_list = "list" in str(all_keys().get(key, ""))
+    return f"'{key}=[{value}]'" if takes_list else f"{key}={value.split(',')[0]}   (one run at a time)"
 
 
 def _check_known(parsed: Sequence[Any]) -> None:
@@ -130,13 +146,16 @@ def _check_known(parsed: Sequence[Any]) -> None:
     free = tuple(f"{key}." for key, expected in keys.items() if expected == dict[str, Any] | None)
     for override in parsed:
         key = override.key_or_group
+        if override.is_delete():
+            instead = f"{key}={choices[key][0]}" if choices.get(key) else f"{key}=VALUE"
+            raise ConfigError(f"{override.input_line}: nothing can be left out of a job", instead)
         if key in choices:
-            if not override.is_delete() and not isinstance(override.value(), Mapping):
+            if not isinstance(override.value(), Mapping):
                 _check_choice(key, override.value(), choices[key])
         elif key == "hydra" or key.startswith("hydra."):
             raise ConfigError(f"{override.input_line}: isotrain has no Hydra settings", "leave it out")
         elif key not in keys and not key.startswith(free):
-            raise unknown_key(key)
+            raise unknown_key(key, list(keys), tuple(choices), override.input_line.partition("=")[2] or "VALUE")
 
 
 def _check_choice(group: str, choice: object, choices: Sequence[str]) -> None:
@@ -160,7 +179,7 @@ def _forced(override: Any) -> str:
     """Values may set any key of the job, also one that a group's file leaves at its default (Hydra wants ``++``)."""
     line: str = override.input_line
     is_group = override.key_or_group in group_choices()
-    return line if is_group or override.is_delete() else f"++{line.lstrip('+')}"
+    return line if is_group else f"++{line.lstrip('+')}"
 
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
@@ -173,7 +192,8 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
             return _plain(compose(config_name="job", overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(
-            f"the configs do not compose: {str(error).splitlines()[0]}", "isotrain plan --help"
+            f"the configs do not compose: {str(error).splitlines()[0]}",
+            "GROUP=CHOICE and KEY=VALUE, as in: isotrain plan model=smollm2_135m steps=10",
         ) from error
 
 
@@ -185,7 +205,7 @@ def _plain(config: Any) -> dict[str, Any]:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(
-            f"a value cannot be resolved: {str(error).splitlines()[0]}", "isotrain plan --help"
+            f"a value cannot be resolved: {str(error).splitlines()[0]}", "write the value itself: KEY=VALUE"
         ) from error
     plain.pop("experiment", None)
     return {str(key): value for key, value in plain.items()}

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.paths import BUILTIN
 from orchestrator.data.conversations import BadRow
 from orchestrator.errors import ConfigError, DataError
 
-BUILTIN = "builtin:"
 BUILTIN_FOLDER = Path(__file__).resolve().parent.parent / "datasets"
 PARQUET_ROWS = 1024
 
@@ -44,7 +44,7 @@ def resolve(path: str | None) -> Path:
         raise ConfigError(f"data.path={path} is a folder, not a file", "name one file: " + ", ".join(READERS))
     if not file.exists():
         near = difflib.get_close_matches(file.name, _siblings(file), n=1)
-        hint = f"data.path={file.parent / near[0]}" if near else f"relative paths start at {Path.cwd()}"
+        hint = f"data.path={file.parent / near[0]}" if near else "data=lighthouse  (the example that is always there)"
         raise ConfigError(f"data.path={path}: there is no such file", hint)
     if file.suffix.lower() not in READERS:
         known = ", ".join(READERS)
@@ -90,7 +90,7 @@ def _read_jsonl(file: Path) -> Iterator[SourceRow]:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f"not UTF-8 text (byte {error.start + 1})")
     except json.JSONDecodeError as error:

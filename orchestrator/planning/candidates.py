@@ -151,14 +151,18 @@ def open_topologies(question: Question) -> Iterator[TopologyConfig]:
             room = cluster.ranks // (tp * pp * (asked.cp or 1))
             smallest = all(size == 1 for size, fixed in ((tp, asked.tp), (pp, asked.pp)) if fixed is None)
             if smallest or room >= (asked.dp or 1):  # the smallest is judged in any case, to have a reason
-                yield replace(asked, tp=tp, pp=pp, dp=asked.dp or _largest_dp(question, max(1, room)))
+                yield replace(asked, tp=tp, pp=pp, dp=asked.dp or _largest_dp(question, pp, max(1, room)))
 
 
-def _largest_dp(question: Question, room: int) -> int:
+def _largest_dp(question: Question, pp: int, room: int) -> int:
+    """Virtual chunks want micro-batches in rounds of pp: where a dp leaves such, it is one of those."""
     batch = question.job.batch
     if question.cluster.nodes > 1:
         return room
-    return max(size for size in divisors(batch.global_sequences // batch.micro_sequences) if size <= room)
+    micro_batches = batch.global_sequences // batch.micro_sequences
+    sizes = [size for size in divisors(micro_batches) if size <= room]
+    in_rounds = [size for size in sizes if micro_batches // size % pp == 0]
+    return max(in_rounds if in_rounds and (question.job.topology.vpp or 1) > 1 else sizes)
 
 
 def nearest_legal(question: Question) -> str:

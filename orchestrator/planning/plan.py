@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -95,6 +96,7 @@ def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
         ConfigError: nothing can run; the message says why, and the hint is a change that works.
     """
     _check_values(job, cluster)
+    _check_length(job, model)
     question = Question(
         job=job,
         model=model,
@@ -184,11 +186,23 @@ def _refusal(question: Question, rejected: list[Rejected]) -> ConfigError:
     hungry = [refused for refused in rejected if refused.needs_bytes]
     if not hungry:
         first = rejected[0]
-        return ConfigError(first.reason, nearest_legal(question) or first.hint)
+        hints = [nearest_legal(question) or first.hint, _more_ranks(question)]
+        return ConfigError(first.reason, "  or  ".join(hint for hint in hints if hint))
     smallest = min(hungry, key=lambda refused: refused.needs_bytes)
     hint = nearest_legal(question) or _memory_hint(question)
     message = f"no topology fits the memory; the smallest is {smallest.topology}: {smallest.reason}"
     return ConfigError(message, hint or f"cluster.memory_gib={-(-smallest.needs_bytes // GIB)}")
+
+
+def _more_ranks(question: Question) -> str:
+    """On one machine without a GPU ranks are processes: the change that starts as many as were asked for."""
+    asked, cluster = question.job.topology, question.cluster
+    wanted = math.prod(getattr(asked, axis) or 1 for axis in ("pp", "dp", "cp", "tp"))
+    if cluster.device != "cpu" or cluster.nodes > 1 or wanted <= cluster.ranks:
+        return ""
+    more = replace(question, cluster=replace(cluster, gpus_per_node=wanted))
+    works = any(isinstance(judge(more, sizes), Candidate) for sizes in open_topologies(more))
+    return f"cluster.gpus_per_node={wanted}" if works else ""
 
 
 def _memory_hint(question: Question) -> str:
@@ -213,6 +227,15 @@ def _adapted_linears(job: JobConfig, model: ModelSpec) -> frozenset[str]:
         return resolve_targets(job.tuner.targets, model)
     except TargetError as error:
         raise ConfigError(str(error), error.hint) from error
+
+
+def _check_length(job: JobConfig, model: ModelSpec) -> None:
+    tokens, positions = job.batch.sequence_tokens, model.max_positions
+    if tokens > positions:
+        raise ConfigError(
+            f"batch.sequence_tokens={tokens} is more than the model's {positions} positions (max_position_embeddings)",
+            f"batch.sequence_tokens={positions}",
+        )
 
 
 def _check_values(job: JobConfig, cluster: ClusterSpec) -> None:

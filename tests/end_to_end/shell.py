@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,20 @@ class Shell:
         """``torchrun --nproc-per-node RANKS -m orchestrator WORDS``."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
         return self.run([*torchrun, "--nproc-per-node", str(ranks), "-m", "orchestrator", *words], code)
+
+    def torchrun_nodes(self, nodes: int, ranks_per_node: int, *words: str, code: int = 0) -> list[Done]:
+        """One torchrun per node, all on this machine; their ends in the order of the nodes."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        meet = ["--nnodes", str(nodes), "--nproc-per-node", str(ranks_per_node), "--master-port", port]
+
+        def node(number: int) -> Done:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", *meet, "--node-rank", str(number)]
+            return self.run([*torchrun, "--master-addr", "127.0.0.1", "-m", "orchestrator", *words], code)
+
+        with ThreadPoolExecutor(nodes) as started:
+            return list(started.map(node, range(nodes)))
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """``isotrain WORDS`` in a process group of its own, as an interactive shell starts it."""

@@ -55,11 +55,24 @@ def test_by_hand_torchrun_does_the_same_also_with_an_idle_rank(
 ) -> None:
     run = Folder(tmp_path / "run")
     words = tiny_run_model.words(cluster="laptop", topology__tp=3, run_dir=run.path)
-    done = shell.torchrun(4, "train", *words)
+    done = shell.torchrun(4, "train", *words, "--json")
+    assert (done.json["code"], done.json["step"], done.json["run_dir"]) == (0, 6, str(run.path))
     assert close(uninterrupted.losses, run.losses) and sorted(run.losses) == [1, 2, 3, 4, 5, 6]
     assert {exit["code"] for exit in run.exits.values()} == {0} and len(run.exits) == 4
     assert "rank 3 is idle: the plan uses 3 of 4 ranks" in (run.path / "logs/rank-3.log").read_text()
     assert done.err.count("step 6/6") == 1
+
+
+def test_by_hand_on_two_nodes_every_rank_is_used_and_the_run_is_the_same(
+    shell: Shell, uninterrupted: Folder, tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    run = Folder(tmp_path / "run")
+    words = tiny_run_model.words(cluster="laptop", topology__pp=2, run_dir=run.path)
+    done = shell.torchrun_nodes(2, 1, "train", *words)
+    assert close(uninterrupted.losses, run.losses) and run.steps == uninterrupted.steps
+    assert [node.err.count("step 6/6") for node in done] == [1, 0]
+    refused = shell.torchrun_nodes(2, 1, "train", *tiny_run_model.words(topology__pp=1, topology__dp=1), code=1)
+    assert "on cluster.nodes=2 all must be used" in refused[0].err
 
 
 def test_by_hand_an_error_ends_all_ranks_alike_and_is_said_once(

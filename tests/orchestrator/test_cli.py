@@ -107,10 +107,10 @@ def test_every_command_helps_with_an_example_and_the_exit_codes(name: str, capsy
     ("words", "message", "hint"),
     [
         (["trian"], "there is no command 'trian'", "isotrain train"),
-        (["plan", "--nope"], "unrecognized arguments: --nope", "isotrain plan --help"),
-        (["export", "x"], "required", "isotrain export --help"),
-        (["export", "x", "y", "--to", "gguf"], "invalid choice: 'gguf'", "isotrain export --help"),
-        (["plan", "stepz=3"], "the nearest is 'steps'", "steps=VALUE"),
+        (["plan", "--nope"], "unrecognized arguments: --nope (a job's values are KEY=VALUE", "isotrain plan model="),
+        (["export", "x"], "required: --to", "isotrain export runs/first --to"),
+        (["export", "x", "y", "--to", "gguf"], "invalid choice: 'gguf'", "isotrain export runs/first --to"),
+        (["plan", "stepz=3"], "the nearest is 'steps'", "steps=3"),
         (["plan", "model=smollm2_135m", "topology.tp=2"], "9 attention heads", "topology.tp=3"),
         (["plan", "model.config={model_type: gpt9}"], "gpt9", "supported families"),
         (["train", "model=smollm2_135m", "data.path=/no/such.jsonl", "run_dir=r"], "/no/such.jsonl", ""),
@@ -121,6 +121,8 @@ def test_every_command_helps_with_an_example_and_the_exit_codes(name: str, capsy
         ),
         (["train", *TINY, "run_dir=/proc/nope"], "run_dir=/proc/nope cannot be made", "run_dir=ANOTHER"),
         (["resume", "/no/run"], "is no run folder", "isotrain train"),
+        (["resume"], "isotrain resume: the following arguments are required: DIR\n", "isotrain resume runs/first"),
+        (["plan"], "model.path is not set", "model=smollm2_135m"),
         (["generate", "/no/run", "--prompt", "x"], "there is no folder /no/run", "isotrain generate"),
     ],
 )
@@ -144,7 +146,7 @@ def test_no_command_at_all_shows_the_help_and_is_64(capsys: pytest.CaptureFixtur
 def test_json_of_an_error_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     code, value, err = run_json(capsys, "plan", "stepz=3")
     assert code == value["code"] == 64
-    assert value["hint"] == "steps=VALUE" and "stepz" in str(value["error"]) and "stepz" in err
+    assert value["hint"] == "steps=3" and "stepz" in str(value["error"]) and "stepz" in err
 
 
 def test_plan_prints_topology_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,12 +215,12 @@ def test_by_hand_the_plan_is_for_the_ranks_there_are(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [*TINY, "cluster=laptop", f"run_dir={run_dir}"]
     with pytest.raises(ConfigError, match="torchrun by hand needs run_dir"):
-        commands.prepare_by_hand(overrides[:-1], 2, ExitStack())
+        commands.prepare_by_hand(overrides[:-1], 1, 2, ExitStack())
     with pytest.raises(ConfigError, match="the job needs 4 ranks, but torchrun has started 2") as caught:
-        commands.prepare_by_hand([*overrides, "topology.dp=4"], 2, ExitStack())
+        commands.prepare_by_hand([*overrides, "topology.dp=4"], 1, 2, ExitStack())
     assert caught.value.hint == "torchrun --nproc-per-node 4 -m orchestrator train ..."
     assert not run_dir.exists()
-    assert commands.prepare_by_hand(overrides, 2, ExitStack()) == (run_dir, "start")
+    assert commands.prepare_by_hand(overrides, 1, 2, ExitStack()) == (run_dir, "start")
     assert json.loads((run_dir / "plan.json").read_text())["ranks_used"] == 2
     assert read_job(run_dir).cluster.gpus_per_node == 4
 

@@ -24,6 +24,7 @@ from orchestrator.config.building import (
     same_run,
 )
 from orchestrator.config.checking import CHOICES, RANGES
+from orchestrator.config.hints import ELSEWHERE, OTHER_VALUES
 from orchestrator.config.job import JobConfig
 from orchestrator.config.loading import compose_job, config_root, group_choices, override_job
 from orchestrator.errors import ConfigError
@@ -71,7 +72,7 @@ def test_a_recipe_sets_groups_and_values_and_overrides_still_win() -> None:
         ("++steps=7", "steps", 7),
         ("+steps=7", "steps", 7),
         ("topology.sp=true", "topology.sp", True),
-        ("run_dir=r-${seed}", "run_dir", "r-0"),
+        ("run_dir=/r-${seed}", "run_dir", "/r-0"),
         ("experiment=null", "steps", 100),
         ("tuner=full", "tuner.name", "full"),
         ("model.config={model_type: llama}", "model.config", {"model_type": "llama"}),
@@ -84,8 +85,13 @@ def test_overrides_follow_the_grammar_of_hydra(override: str, key: str, value: A
 @pytest.mark.parametrize(
     ("override", "message", "hint"),
     [
-        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; the nearest is 'optimizer.lr'", "optimizer.lr=VALUE"),
-        ("lr=1", "the nearest is 'optimizer.lr'", "optimizer.lr=VALUE"),
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; the nearest is 'optimizer.lr'", "optimizer.lr=1"),
+        ("lr=1", "the nearest is 'optimizer.lr'", "optimizer.lr=1"),
+        ("learning_rate=1e-4", "here it is 'optimizer.lr'", "optimizer.lr=1e-4"),
+        ("tuner.lora_rank=8", "here it is 'tuner.r'", "tuner.r=8"),
+        ("num_train_epochs=3", "here it is 'steps'", "steps=VALUE"),
+        ("clutser=laptop", "the nearest is 'cluster'", "cluster=laptop"),
+        ("~tuner", "nothing can be left out of a job", "tuner=full"),
         ("qqq.zzz=1", "unknown key 'qqq.zzz'; there are run_dir, steps", "run_dir=VALUE"),
         ("steps=x", "steps='x' should be a whole number", "for example steps=100"),
         ("steps=1.5", "steps=1.5 should be a whole number", "for example steps=100"),
@@ -101,12 +107,13 @@ def test_overrides_follow_the_grammar_of_hydra(override: str, key: str, value: A
         ("model=null", "model=null: there is no", "model="),
         ("experiment=dem", "choices: demo", "experiment=demo"),
         ("data=/x.jsonl", "there is no configs/data", "data=jsonl  or  data.path=/x.jsonl"),
-        ("steps=1,2", "asks for several runs at once", "steps=[1,2]"),
+        ("steps=1,2", "asks for several runs at once", "steps=1 "),
         ("steps", "'steps' is no override", "steps=VALUE"),
         ("tuner.targets=(a|b)", "is no override", "'tuner.targets=\"(a|b)\"'"),
+        ("metrics.sinks=jsonl,wandb", "asks for several runs at once", "'metrics.sinks=[jsonl,wandb]'"),
         ("hydra.run.dir=x", "isotrain has no Hydra settings", "leave it out"),
-        ("run_dir=${nope}", "a value cannot be resolved: Interpolation key 'nope' not found", "isotrain plan"),
-        ("cluster@x=one", "do not compose", "isotrain plan"),
+        ("run_dir=${nope}", "a value cannot be resolved: Interpolation key 'nope' not found", "write the value"),
+        ("cluster@x=one", "do not compose", "GROUP=CHOICE"),
         ("precision=fp16", "precision=fp16 is none of fp32, bf16", "precision=bf16"),
         ("metrics.sinks=[tensorbord]", "is none of jsonl, tensorboard, wandb", "metrics.sinks=[tensorboard]"),
         ("topology.tp=0", "topology.tp=0 should be at least 1", "topology.tp=1"),
@@ -123,6 +130,29 @@ def test_a_wrong_override_names_the_key_and_a_hint(override: str, message: str, 
     assert message in str(raised.value)
     assert raised.value.hint.startswith(hint)
     assert len(raised.value.render().splitlines()) < 20
+
+
+def test_a_list_that_the_shell_has_cut_is_put_together_in_the_hint() -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose_job(["tuner.targets=[q_proj,", "v_proj]", "steps=3"])
+    assert raised.value.hint.startswith("'tuner.targets=[q_proj, v_proj]'")
+
+
+def test_every_key_that_a_name_from_elsewhere_leads_to_exists() -> None:
+    assert set(ELSEWHERE) <= set(all_keys())
+    names = [name for known in ELSEWHERE.values() for name in known]
+    assert len(names) == len(set(names)) and set(names) >= OTHER_VALUES
+
+
+def test_paths_are_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    here = ["model.path=model", "data.path=chat.jsonl", "run_dir=runs/a", "tuner.path=adapter"]
+    job = compose_job(here)
+    paths = (job.model.path, job.data.path, job.run_dir, job.tuner.path)
+    assert paths == tuple(str(tmp_path / name) for name in ("model", "chat.jsonl", "runs/a", "adapter"))
+    elsewhere = override_job(job_to_yaml(job), ["data=lighthouse", "model.path=org/name"])
+    assert (elsewhere.data.path, elsewhere.model.path) == ("builtin:lighthouse", "org/name")
 
 
 @pytest.mark.parametrize("key", [*CHOICES, *RANGES])
@@ -192,7 +222,7 @@ def test_resume_overrides_lie_on_top_of_the_job_and_groups_replace_sections() ->
     ("override", "message"),
     [
         ("experiment=demo", "a recipe cannot be laid over a run"),
-        ("~steps", "a run's key cannot be deleted"),
+        ("~steps", "nothing can be left out"),
         ("stepz=1", "the nearest is 'steps'"),
         ("seed=${nope}", "cannot be resolved"),
         ("seed=-1", "seed=-1 should be at least 0"),
