@@ -45,8 +45,8 @@ format: setup  ## let ruff format and mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench-train: setup model  ## tokens/s and memory against transformers + peft; fills the table in README.md
-	@$(BIN)/python -m orchestrator.bench train --write README.md
+bench-train: setup model  ## tokens/s and memory against transformers + peft; fills the tables in README.md and docs/
+	@$(BIN)/python -m orchestrator.bench train --steps 4 --write README.md --write docs/benchmarks.md
 
 clean:  ## forget what was made here, but not runs/
 	@rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from launch.environment import child_environment
+from launch.environment import child_environment, rank_variables
 from orchestrator.bench.case import SHAPES, Case, Measured
 from orchestrator.errors import ResourceError
 
@@ -84,7 +84,9 @@ def measured(case: Case) -> Measured:
     Raises:
         ResourceError: the process failed; the message ends with what it said last.
     """
-    environment = child_environment({"OMP_NUM_THREADS": str(case.threads), "HF_HUB_OFFLINE": "1"})
+    threads = {"OMP_NUM_THREADS": str(case.threads), "HF_HUB_OFFLINE": "1"}
+    ours = rank_variables(1, case.threads) if case.side == "ours" else {}  # as the launcher starts a rank
+    environment = child_environment(ours | threads)
     program = [sys.executable, "-W", "ignore", "-m", "orchestrator.bench.case", json.dumps(asdict(case))]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=CASE_LIMIT_S, check=False)
     if done.returncode:
