@@ -52,6 +52,14 @@ def rank_environment(variables: Mapping[str, str] | None = None) -> RankEnvironm
     return RankEnvironment(rank, world_size, local_rank, local_world_size)
 
 
+def become_rank(rank: int, world_size: int) -> None:
+    """Make this process rank ``rank`` of ``world_size`` on one machine, computing with one thread."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 def _whole(variables: Mapping[str, str], name: str) -> int:
     try:
         return int(variables[name])

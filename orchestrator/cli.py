@@ -275,6 +275,24 @@ def _print_side_by_side(answers: Sequence[Any]) -> None:
     Console().print(table)
 
 
+def _add_certify(parser: argparse.ArgumentParser) -> None:
+    _add_overrides(parser)
+    parser.add_argument("--up-to", type=int, default=4, metavar="N", help="topologies of up to N processes (4)")
+    parser.add_argument("--tuner", action="append", default=[], metavar="NAME", help="this row only; several times")
+    parser.add_argument("--only", default="", metavar="TEXT", help="topologies with this in their name, such as tp2")
+    parser.add_argument("--out", type=Path, default=Path("certificate.json"), metavar="FILE", help="certificate.json")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the grid between a page's marks")
+
+
+def _certify(arguments: argparse.Namespace) -> int:
+    from orchestrator.certify.command import Request
+    from orchestrator.certify.report import certified
+    from orchestrator.config.loading import compose_job
+
+    request = Request(compose_job(arguments.overrides), arguments.up_to, tuple(arguments.tuner), arguments.only)
+    return certified(request, arguments.out, arguments.write, arguments.json)
+
+
 COMMANDS = {
     "plan": Command(
         "Show what would run and why: topology, batch split, memory. Starts nothing.",
@@ -293,6 +311,12 @@ COMMANDS = {
         "isotrain resume runs/first topology.tp=3 topology.pp=1",
         _add_resume,
         _resume,
+    ),
+    "certify": Command(
+        "Prove on a small copy of your model that every topology and tuner computes what one process does.",
+        "isotrain certify model=smollm2_135m --up-to 2 --tuner lora",
+        _add_certify,
+        _certify,
     ),
     "export": Command(
         "Write the newest checkpoint as a PEFT adapter or as a merged model.",

@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.device": ("cpu", "cuda"),
     "memory.recompute": ("none", "selective", "full"),
     "data.on_bad_row": ("error", "skip"),
-    "objective.train_on": ("assistant", "all"),
+    "objective.train_on": ("assistant", "last", "all"),
     "tuner.name": ("lora", "full"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "metrics.sinks": ("jsonl", "tensorboard", "wandb"),

@@ -80,7 +80,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """``name``: sft. ``train_on``: ``assistant`` tokens only, or ``all``."""
+    """``name``: sft. ``train_on``: ``assistant`` turns, the ``last`` of them, or ``all``."""
 
     name: str = "sft"
     train_on: str = "assistant"

@@ -30,7 +30,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-CHOICES = {"data.on_bad_row": ("error", "skip"), "objective.name": ("sft",), "objective.train_on": ("assistant", "all")}
+TRAIN_ON = ("assistant", "last", "all")
+CHOICES = {"data.on_bad_row": ("error", "skip"), "objective.name": ("sft",), "objective.train_on": TRAIN_ON}
 BATCH_ROWS = 512
 SKIP_HINT = "mend the row, or skip and count such rows with data.on_bad_row=skip"
 
@@ -238,7 +239,7 @@ def _rendered(request: _Request, template: ChatTemplate, tally: _Tally) -> Itera
             raise ConfigError(
                 f"{request.file}, {place}: the chat template in {request.tokenizer_folder} is ambiguous: it does not "
                 f"show what the assistant says ({error})",
-                "objective.train_on=all, or put {% generation %} ... {% endgeneration %} into the template",
+                "objective.train_on=last  or  objective.train_on=all, or mark the template with {% generation %}",
             ) from error
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from orchestrator.data.conversations import BadRow, Messages
 from orchestrator.errors import ConfigError
 
-TRAIN_ON = ("assistant", "all")
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FIXED_DATE = (
     '{%- macro strftime_now(format) -%}{{ "2024-07-26" if format == "%Y-%m-%d" else "26 Jul 2024" }}{%- endmacro +%}'
@@ -122,7 +121,10 @@ def chat_template(tokenizer: Any, folder: Path) -> ChatTemplate:
 
 
 def render(template: ChatTemplate, messages: Messages, train_on: str) -> Rendered:
-    """Render a conversation and find what is learned: ``all`` of it, or the ``assistant`` turns with their closing.
+    """Render a conversation and find what is learned.
+
+    ``all`` of it, the ``assistant`` turns with their closing, or the ``last`` of those: all that can be found where a
+    template writes earlier turns differently (without their thoughts).
 
     Without ``{% generation %}`` marks, an assistant turn is what the text gains from it: the conversation before it
     with an opened assistant turn must be the beginning of the conversation up to it, and that of the whole.
@@ -134,11 +136,21 @@ def render(template: ChatTemplate, messages: Messages, train_on: str) -> Rendere
     if train_on == "all":
         text = template.render(messages)
         return Rendered(text, ((0, len(text)),))
-    if template.is_marked:
-        return template.render_marked(messages)
-    text = template.render(messages)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if train_on == "last":
+        turns = turns[-1:]
+    if template.is_marked:
+        marked = template.render_marked(messages)
+        return marked if train_on == "assistant" else _since(marked, template.render(messages[: turns[0]]))
+    text = template.render(messages)
     return Rendered(text, tuple(_assistant_span(template, messages, turn, text) for turn in turns))
+
+
+def _since(rendered: Rendered, before: str) -> Rendered:
+    """Only what is learned after the text ``before``."""
+    if not rendered.text.startswith(before):
+        raise AmbiguousTemplate("what comes before the last turn is rendered differently with it")
+    return Rendered(rendered.text, tuple(span for span in rendered.learned if span[0] >= len(before)))
 
 
 def _assistant_span(template: ChatTemplate, messages: Messages, turn: int, text: str) -> tuple[int, int]:

@@ -27,6 +27,15 @@ REWRITES_EARLIER = (
 )
 OTHER_HEADER = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
 ALTERNATES = "{{ raise_exception('roles must alternate') }}"
+# As Qwen3's: only after the last question does an answer show its (here: empty) thoughts.
+QWEN3 = (
+    "{% set last = namespace(user=0) %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and loop.index0 > last.user %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CLOSED_BY_SPACES = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -73,9 +82,17 @@ def test_all_of_the_text_is_learned_on_demand() -> None:
     assert learned_text(REWRITES_EARLIER, chat("one", "A", "two", "B"), "all")
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED, QWEN3])
+def test_the_last_turn_alone_is_learned_on_demand(template: str) -> None:
+    closing = "B<|im_end|>" if template != QWEN3 else "<think>\n\n</think>\n\nB<|im_end|>"
+    assert learned_text(template, chat("one", "A", "two", "B"), "last") == [closing]
+    assert learned_text(template, chat("one", "B"), "last") == [closing]
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
+        (QWEN3, "differently when more turns follow"),
         (REWRITES_EARLIER, "differently when more turns follow|does not start where the prompt"),
         (OTHER_HEADER, "turn 2 does not start where the prompt for it ends"),
         (PROMPTLESS, "does nothing for add_generation_prompt"),

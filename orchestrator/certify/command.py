@@ -1,0 +1,223 @@
+"""``isotrain certify``: every cell is planned, trained in a pool of processes, and compared with one process."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.pool import Pool, RankError
+from orchestrator.certify.cell import LONGEST_ROW, train_cell, write_rows
+from orchestrator.certify.comparing import LOGITS_ATOL, Error, errors
+from orchestrator.certify.grid import Layout, layouts
+from orchestrator.certify.shrinking import VOCABULARY, shrunken
+from orchestrator.checkpoint.folder import step_name
+from orchestrator.commands import plan_job
+from orchestrator.config.building import as_override, job_to_yaml
+from orchestrator.config.job import JobConfig, TunerConfig
+from orchestrator.config.loading import group_choices, override_job
+from orchestrator.errors import ConfigError
+from orchestrator.models import resolve_model
+from orchestrator.runs import write_run
+from parallel.specs import ModelSpec, SpecError, read_hf_config
+
+Tick = Callable[[int, int, str], None]
+Train = Callable[..., Any]
+STEPS, SEED, BATCH = 3, 5, 12  # rows per step: dp may be 1, 2, 3, 4, 6, 12
+CELL_LIMIT_S = 180.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One tuner on one topology. ``verdict``: ``green``, ``red`` or ``refused`` (by the plan; ``reason`` says why)."""
+
+    tuner: str
+    layout: Layout
+    verdict: str
+    errors: tuple[Error, ...] = ()
+    reason: str = ""
+
+    @property
+    def worst(self) -> Error | None:
+        """The error that is nearest to its limit, or furthest beyond it."""
+        return max(self.errors, key=lambda error: error.share, default=None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to certify: the user's job, up to how many processes, which tuners, and a piece of the columns' names."""
+
+    job: JobConfig
+    ranks: int = 4
+    tuners: tuple[str, ...] = ()
+    only: str = ""
+
+
+def small_config(job: JobConfig, ranks: int) -> dict[str, Any]:
+    """The small model's ``config.json`` for a job's model; the model's weights are not needed.
+
+    Raises:
+        ConfigError, SpecError: the job names no model that we know.
+    """
+    given = job.model.config
+    return shrunken(given if given is not None else read_hf_config(resolve_model(job.model.path)), ranks)
+
+
+def tuner_rows(asked: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """The rows of the grid by name, with the overrides of each: every tuner there is, and LoRA with dropout.
+
+    Raises:
+        ConfigError: a name that is none.
+    """
+    rows: dict[str, tuple[str, ...]] = {name: (f"tuner={name}",) for name in group_choices()["tuner"]}
+    rows["lora+dropout"] = ("tuner=lora", "tuner.dropout=0.2")
+    for name in asked:
+        if name not in rows:
+            raise ConfigError(f"--tuner {name} is none of {', '.join(rows)}", "--tuner lora")
+    return {name: words for name, words in rows.items() if name in asked or not asked}
+
+
+def certify(
+    request: Request, tick: Tick = lambda done, of, name: None, pool: Pool | None = None, train: Train = train_cell
+) -> list[Cell]:
+    """Train and compare every cell; cells of a row are compared with the row's own run in one process.
+
+    Args:
+        tick: told before each cell how many are done, how many there are, and the next one's name.
+        pool: processes to use and to leave alive; None: own ones.
+        train: what each rank runs; a test plants its fault here.
+    Raises:
+        ConfigError, SpecError: the job names no model that we know, or nothing is left of the columns.
+    """
+    config = small_config(request.job, request.ranks)
+    columns = [one for one in layouts(request.ranks, ModelSpec.from_hf(config).is_moe) if request.only in one.name]
+    columns = [one for one in columns if one.ranks > 1]
+    if not columns:
+        raise ConfigError(f"--only {request.only} leaves no topology of up to {request.ranks} processes", "--up-to 4")
+    with tempfile.TemporaryDirectory(prefix="isotrain-certify-") as name:
+        workers = pool or Pool(request.ranks, Path(name) / "ranks.log")
+        try:
+            bench = _Bench.prepared(Path(name), request, config, workers, train)
+            return list(_cells(bench, columns, tick))
+        finally:
+            if pool is None:
+                workers.leave()
+
+
+def _cells(bench: _Bench, columns: list[Layout], tick: Tick) -> Iterator[Cell]:
+    rows = tuner_rows(bench.request.tuners)
+    done, total = 0, len(rows) * (len(columns) + 1)
+    for tuner, words in rows.items():
+        tick(done, total, f"{tuner} in one process")
+        reference = bench.reference(tuner, words)
+        yield reference
+        done += 1
+        for layout in columns:
+            tick(done, total, f"{tuner} on {layout.name}")
+            done += 1
+            if reference.verdict == "green":
+                yield bench.cell(tuner, words, layout)
+            else:
+                yield Cell(tuner, layout, "refused", reason=reference.reason or "one process is red itself")
+    tick(total, total, "")
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """The small model, its rows, and the pool that trains cells on them."""
+
+    folder: Path
+    request: Request
+    pool: Pool
+    train: Train
+    probe: list[list[int]]
+
+    @classmethod
+    def prepared(cls, folder: Path, request: Request, config: dict[str, Any], pool: Pool, train: Train) -> _Bench:
+        from orchestrator.certify.outside import make_model
+
+        make_model(config, folder / "model", SEED)
+        write_rows(folder / "rows", VOCABULARY, SEED)
+        probe = np.random.Generator(np.random.PCG64(SEED)).integers(0, VOCABULARY, (2, LONGEST_ROW)).tolist()
+        return cls(folder, request, pool, train, probe)
+
+    def reference(self, tuner: str, words: Sequence[str]) -> Cell:
+        """The row's run in one process; green when transformers or peft say the same of what it saved."""
+        layout = Layout("one", (), 1)
+        run, refused = self._planned(tuner, words, layout)
+        if refused:
+            return refused
+        try:
+            ours = self.pool.run(1, self.train, str(run), str(self.folder / "rows"), self.probe, timeout_s=CELL_LIMIT_S)
+        except RankError as error:
+            return Cell(tuner, layout, "red", reason=str(error))
+        return self._judged(tuner, layout, (self._outside(run, ours[0]),))
+
+    def cell(self, tuner: str, words: Sequence[str], layout: Layout) -> Cell:
+        """One cell, compared with the row's reference."""
+        run, refused = self._planned(tuner, words, layout)
+        if refused:
+            return refused
+        try:
+            self.pool.run(layout.ranks, self.train, str(run), str(self.folder / "rows"), timeout_s=CELL_LIMIT_S)
+        except RankError as error:
+            return Cell(tuner, layout, "red", reason=str(error))
+        one = self._run_dir(tuner, "one")
+        found = (*errors(one, run, STEPS), self._outside(run, self._said(one)))
+        shutil.rmtree(run)
+        return self._judged(tuner, layout, found)
+
+    def _judged(self, tuner: str, layout: Layout, found: tuple[Error, ...]) -> Cell:
+        good = all(error.value <= error.limit for error in found)
+        return Cell(tuner, layout, "green" if good else "red", found)
+
+    def _planned(self, tuner: str, words: Sequence[str], layout: Layout) -> tuple[Path, Cell | None]:
+        """A run folder with job.yaml and plan.json; or the cell that says why there is no plan."""
+        run = self._run_dir(tuner, layout.name)
+        try:
+            job = self._job([*words, *layout.words], layout.ranks)
+            write_run(run, replace(job, run_dir=str(run)), plan_job(job).plan.to_json())
+        except (ConfigError, SpecError) as error:
+            return run, Cell(tuner, layout, "refused", reason=str(error))
+        return run, None
+
+    def _job(self, words: Sequence[str], ranks: int) -> JobConfig:
+        """The user's job with the small model, on this many processes; what decides the numbers is the same in all."""
+        asked = self.request.job.tuner
+        fixed = [
+            *(
+                "cluster=one",
+                f"cluster.gpus_per_node={ranks}",
+                "cluster.memory_gib=64",
+                "topology=auto",
+                "optimizer=adamw",
+            ),
+            *(f"model.path={self.folder / 'model'}", "model.weights=load", "model.config=null", "tuner.path=null"),
+            *("precision=fp32", "memory.recompute=none", f"steps={STEPS}", f"seed={SEED}"),
+            *(f"batch.global_sequences={BATCH}", "batch.micro_sequences=1", f"batch.sequence_tokens={LONGEST_ROW}"),
+            *("optimizer.lr=1e-3", "optimizer.schedule=constant", "metrics=jsonl", "metrics.progress=false"),
+            *("checkpoint.every_steps=1", "checkpoint.keep=0", "tuner.r=4", "tuner.alpha=8"),
+        ]
+        if asked.targets != TunerConfig().targets:
+            fixed.append(f"tuner.targets={as_override(asked.targets)}")
+        tuner = [word for word in words if word.startswith("tuner=")]
+        rest = [word for word in words if not word.startswith("tuner=")]
+        return override_job(job_to_yaml(self.request.job), [*tuner, *fixed, *rest])
+
+    def _run_dir(self, tuner: str, name: str) -> Path:
+        return self.folder / tuner / name
+
+    def _said(self, run: Path) -> Any:
+        """What transformers or peft say of the run's last checkpoint."""
+        from orchestrator.certify.outside import logits
+
+        return logits(self.folder / "model", run / "checkpoints" / step_name(STEPS), self.probe)
+
+    def _outside(self, run: Path, expected: Any) -> Error:
+        gap = float(np.abs(self._said(run) - expected).max())
+        return Error("logits", "of the export in transformers and peft", gap, LOGITS_ATOL)

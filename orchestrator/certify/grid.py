@@ -1,0 +1,72 @@
+"""The cells of a certificate: every tuner on every topology up to a number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from parallel.capabilities import BUILT
+from parallel.topology import Topology, TopologyError
+
+REFERENCE = "one"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A column: ``name`` as the grid shows it, and the overrides that ask for it."""
+
+    name: str
+    words: tuple[str, ...]
+    ranks: int
+
+
+def layouts(ranks: int, moe: bool) -> list[Layout]:
+    """Every topology of 2 to ``ranks`` processes, and its variants; what a model forbids is found by planning.
+
+    Variants: sequence parallelism with tp, virtual chunks with pp, the distributed optimizer with dp or cp, full
+    recompute on the first of each kind.
+
+    Example:
+        >>> [layout.name for layout in layouts(2, moe=False) if "dp2" in layout.name]
+        ['dp2', 'dp2+distributed', 'dp2+recompute']
+    """
+    found = [Layout(REFERENCE, (), 1)]
+    for topology in _topologies(ranks, moe):
+        found += _variants(topology, moe)
+    return found
+
+
+def _topologies(ranks: int, moe: bool) -> Iterator[Topology]:
+    """By number of processes, then by name."""
+    axes = [axis for axis in ("tp", "pp", "dp", "cp") if axis in BUILT.axes]
+    experts = [axis for axis in ("ep", "etp") if axis in BUILT.axes and moe]
+    sizes = range(1, ranks + 1)
+    found = []
+    for dense in product(sizes, repeat=len(axes)):
+        for expert in product(sizes, repeat=len(experts)):
+            asked = dict(zip([*axes, *experts], [*dense, *expert], strict=True))
+            try:
+                topology = Topology(**asked)
+            except TopologyError:
+                continue
+            if 1 < topology.world_size <= ranks:
+                found.append(topology)
+    return iter(sorted(found, key=lambda topology: (topology.world_size, -topology.tp, -topology.pp, -topology.dp)))
+
+
+def _variants(topology: Topology, moe: bool) -> Iterator[Layout]:
+    sizes = {axis: getattr(topology, axis) for axis in ("tp", "pp", "dp", "cp", "ep", "etp")}
+    name = "·".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
+    words = tuple(f"topology.{axis}={size}" for axis, size in sizes.items())
+    variants: list[tuple[str, Sequence[str]]] = [] if moe and topology.tp > 1 else [("", ["topology.sp=false"])]
+    if topology.tp > 1:
+        variants.append(("+sp", ["topology.sp=true"]))
+    if topology.pp > 1:
+        variants.append(("+vpp2", ["topology.vpp=2", f"topology.sp={str(moe and topology.tp > 1).lower()}"]))
+    if topology.dp * topology.cp > 1:
+        variants.append(("+distributed", ["optimizer.distributed=true"]))
+    if sum(size > 1 for size in sizes.values()) == 1 and topology.world_size == 2:
+        variants.append(("+recompute", ["memory.recompute=full"]))
+    for suffix, more in variants:
+        yield Layout(name + suffix, (*words, *more), topology.world_size)

@@ -1,0 +1,83 @@
+"""A model of the same architecture that trains in seconds: the ratios that topologies depend on are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from parallel.specs import ModelSpec
+
+HEAD_DIM, VOCABULARY, POSITIONS, FEWEST_LAYERS = 8, 101, 256, 5
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # beyond the small vocabulary
+
+
+def shrunken(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """A small ``config.json`` whose heads, groups, experts and MLP are cut by exactly the same sizes up to ``ranks``.
+
+    Queries per key/value group, tied embeddings, norms, biases and rotary base stay as they are. There is a layer more
+    than ranks (fewer where the model has fewer), so that stages are uneven too.
+
+    Args:
+        config: the model's ``config.json``.
+        ranks: the largest size of an axis that shall be tried.
+    Raises:
+        SpecError: the config describes no model that we know.
+    Example:
+        >>> from orchestrator.config.loading import compose_job
+        >>> small = shrunken(compose_job(["model=llama3_8b"]).model.config, ranks=4)
+        >>> [small[key] for key in ("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size")]
+        [32, 8, 5, 256]
+    """
+    model = ModelSpec.from_hf(config)
+    kv_heads = _several(model.kv_heads, ranks)
+    heads = kv_heads * (model.heads // model.kv_heads)
+    small = {key: value for key, value in config.items() if key not in TOKEN_KEYS}
+    small |= {
+        "num_hidden_layers": min(model.layers, max(ranks + 1, FEWEST_LAYERS)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": HEAD_DIM,
+        "hidden_size": heads * HEAD_DIM if model.hidden == model.heads * model.head_dim else 48,
+        "intermediate_size": _same_cuts(model.ffn, ranks) * _coprime(ranks),
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": POSITIONS,
+    }
+    if model.is_moe:
+        experts = _several(model.experts, ranks)
+        small |= {
+            "num_experts": experts,
+            "num_experts_per_tok": min(model.experts_per_token, max(1, experts // 2)),
+            "moe_intermediate_size": _same_cuts(model.expert_ffn, ranks) * _coprime(ranks),
+        }
+    return small
+
+
+def _several(size: int, ranks: int) -> int:
+    """A small size that is divided by the same numbers up to ``ranks``, with several on a rank where ``size`` has.
+
+    Example:
+        >>> [_several(size, 4) for size in (8, 9, 28, 4, 128)]
+        [8, 9, 8, 4, 8]
+    """
+    every = math.lcm(*range(1, ranks + 1))
+    least = math.gcd(size, every)
+    if size == least:
+        return size
+    return next(least * factor for factor in range(2, size) if math.gcd(least * factor, every) == least)
+
+
+def _same_cuts(size: int, ranks: int) -> int:
+    """The smallest size that is divided by the same numbers up to ``ranks``.
+
+    Example:
+        >>> [_same_cuts(size, 4) for size in (8, 9, 28, 7)]
+        [4, 3, 4, 1]
+    """
+    return math.gcd(size, math.lcm(*range(1, ranks + 1)))
+
+
+def _coprime(ranks: int) -> int:
+    """A factor of at least 7 that lets no further number up to ``ranks`` divide."""
+    cuts = range(2, ranks + 1)
+    return next(number for number in range(7, 8 + 2 * ranks) if all(math.gcd(number, cut) == 1 for cut in cuts))

@@ -1,0 +1,120 @@
+"""Faults to plant in the ranks of a certificate: each is one that a well-known tool has had, or nearly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.certify.cell import train_cell
+
+Row = tuple[int, int, int]
+
+
+def fused_adapter_cut_plainly(*cell: Any) -> Any:
+    """Fault 1: B of gate|up is saved as if its fused rows lay one rank under the other."""
+    from parallel import names
+
+    right = names.adapter_pieces
+
+    def plainly(linear: Any, part: tuple[str, str], *rest: Any) -> Any:
+        a, b = right(linear, part, *rest)
+        tp, rank = rest[-2:]
+        if part[0] not in ("gate", "up") or tp == 1:
+            return a, b
+        gate, up = (right(linear, one, *rest)[1].name for one in linear.parts)
+        rows = b.box.size[0]
+        place = 2 * rank * rows + (rows if part[0] == "up" else 0)  # among the 2 * tp * rows of gate, then up
+        name, start = (gate, place) if place < tp * rows else (up, place - tp * rows)
+        return a, replace(b, name=name, box=replace(b.box, offset=(start, 0)))
+
+    with patch.object(names, "adapter_pieces", plainly):
+        return train_cell(*cell)
+
+
+def adapters_of_each_rank(*cell: Any) -> Any:
+    """Fault 8: what an adapter starts from depends on the global rank."""
+    from parallel import lora
+
+    right = lora.kaiming_uniform
+    with patch.object(lora, "kaiming_uniform", lambda shape, seed, *key: right(shape, seed + dist.get_rank(), *key)):
+        return train_cell(*cell)
+
+
+def loss_scaled_by_replicas(*cell: Any) -> Any:
+    """Fault 9's kin: gradients are averaged over replicas as if each had the same count of labels."""
+    from parallel.engines.megatron import MegatronEngine
+
+    right = MegatronEngine._loss
+
+    def scaled(self: Any, batch: Any, hidden: torch.Tensor) -> Any:
+        total, tokens, log = right(self, batch, hidden)
+        return total * self._groups.size("dp_cp"), tokens, log
+
+    with patch.object(MegatronEngine, "_loss", scaled):
+        return train_cell(*cell)
+
+
+def recompute_cuts_the_graph(*cell: Any) -> Any:
+    """The trap: a frozen embedding under full recompute, and nobody looks whether there are gradients."""
+    from parallel.engines import megatron, megatron_model
+
+    with (
+        patch.object(megatron_model, "_let_hidden_states_require_grad", lambda chunk: None),
+        patch.object(megatron._GradientWatch, "finish", lambda self: [handle.remove() for handle in self._handles]),
+    ):
+        return train_cell(*cell)
+
+
+def lost_all_reduce(*cell: Any) -> Any:
+    """The replicated half of a column-parallel adapter keeps its own rank's share of the gradient."""
+    from parallel.engines import megatron_model
+
+    right = megatron_model.regions
+    with patch.object(megatron_model, "regions", lambda groups: replace(right(groups), copy=lambda value: value)):
+        return train_cell(*cell)
+
+
+def dropped_sequence_reduction(*cell: Any) -> Any:
+    """Under sequence parallelism the replicated half sees its own rank's tokens only, and nobody sums."""
+    from parallel import lora
+
+    right = lora.LoraPart.__init__
+
+    def unmarked(self: Any, *args: Any, **kwargs: Any) -> None:
+        right(self, *args, **kwargs)
+        for half in (self.A, self.B):
+            half.sequence_parallel = False
+
+    with patch.object(lora.LoraPart, "__init__", unmarked):
+        return train_cell(*cell)
+
+
+def groups_cut_wrongly(*cell: Any) -> Any:
+    """The fused q|k|v is cut as q, then k, then v, and not by key/value group."""
+    from parallel import names
+
+    right = names.local_rows
+
+    def in_order(role: str, spec: Any, tp: int, rank: int) -> Iterator[Row]:
+        if role not in ("q", "k", "v") or tp == 1:
+            yield from right(role, spec, tp, rank)
+            return
+        queries, value = (names.shape(each, spec)[0] // tp for each in ("q", "k"))
+        start = {"q": 0, "k": queries, "v": queries + value}[role]
+        count = names.shape(role, spec)[0] // tp
+        yield rank * count, start, count
+
+    with patch.object(names, "local_rows", in_order):
+        return train_cell(*cell)
+
+
+def rank_that_fails(*cell: Any) -> Any:
+    """No wrong number, but none at all."""
+    if dist.get_rank() == 1:
+        raise RuntimeError("the second rank has had enough")
+    return train_cell(*cell)

@@ -1,0 +1,124 @@
+"""What certify shrinks, lists, compares and shows, without training anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.certify.command import Cell, Request, certify, tuner_rows
+from orchestrator.certify.comparing import Error, errors
+from orchestrator.certify.grid import Layout, layouts
+from orchestrator.certify.report import MARK, certificate, certified, counts, markdown, render, write_certificate
+from orchestrator.certify.shrinking import shrunken
+from orchestrator.checkpoint.save import Contents, save
+from orchestrator.config.loading import compose_job
+from orchestrator.errors import ConfigError
+from parallel.capabilities import legal_tensor_sizes
+from parallel.shards import Box, Shard
+from parallel.specs import ModelSpec
+from tests.helpers.runs import config
+
+GREEN = Cell("lora", Layout("dp2", (), 2), "green", (Error("loss", "step 1", 2e-7, 1e-5),))
+RED = Cell("lora", Layout("tp2", (), 2), "red", (Error("weight", "q_proj", 2e-3, 1e-4),))
+FAILED = Cell("full", Layout("tp2", (), 2), "red", reason="rank 1:\nBoom: no")
+REFUSED = Cell("full", Layout("dp2", (), 2), "refused", reason="3 heads | tp=2")
+
+
+@given(
+    kv=st.integers(1, 40), group=st.integers(1, 8), ffn=st.integers(1, 400).map(lambda size: 8 * size),
+    layers=st.integers(1, 90), ranks=st.integers(2, 8),
+)  # fmt: skip
+def test_a_small_model_is_cut_by_the_same_sizes(kv: int, group: int, ffn: int, layers: int, ranks: int) -> None:
+    changes = {"num_key_value_heads": kv, "num_attention_heads": kv * group, "intermediate_size": ffn}
+    large = ModelSpec.from_hf(config("llama", num_hidden_layers=layers, **changes))
+    small = ModelSpec.from_hf(shrunken(config("llama", num_hidden_layers=layers, **changes), ranks))
+
+    def cuts(model: ModelSpec) -> list[int]:
+        return [size for size in legal_tensor_sizes(model) if size <= ranks]
+
+    assert cuts(small) == cuts(large) and small.heads // small.kv_heads == group
+    assert small.layers == min(layers, max(ranks + 1, 5)) and small.hidden <= max(large.hidden, 8 * small.heads)
+
+
+def test_a_small_mixture_of_experts_keeps_its_cuts() -> None:
+    given = compose_job(["model=qwen3_30b_a3b"]).model.config
+    small = ModelSpec.from_hf(shrunken(given or {}, 4))
+    assert (small.experts, small.experts_per_token, small.expert_ffn % 4, small.qk_norm) == (8, 4, 0, True)
+
+
+def test_columns_are_every_topology_once() -> None:
+    names = [layout.name for layout in layouts(4, moe=False)]
+    assert len(names) == len(set(names)) and names[0] == "one"
+    assert {"tp2", "tp4+sp", "tp2·pp2+vpp2", "pp2·dp2+distributed", "dp3"} <= set(names)
+    assert not any("ep" in name for name in names)
+    assert all(layout.ranks <= 4 for layout in layouts(4, moe=True))
+
+
+def test_rows_are_every_tuner_and_dropout() -> None:
+    assert {"lora", "full", "lora+dropout"} <= set(tuner_rows())
+    assert list(tuner_rows(["full"])) == ["full"]
+    with pytest.raises(ConfigError, match="--tuner qora is none of"):
+        tuner_rows(["qora"])
+    with pytest.raises(ConfigError, match="--only zz leaves no topology"):
+        certify(Request(compose_job(["model=smollm2_135m"]), only="zz"))
+
+
+def a_run(folder: Path, change: float = 0.0, steps: int = 2, loss: float = 2.0, name: str = "w") -> Path:
+    """A run folder with metrics and a checkpoint after each step."""
+    lines = [json.dumps({"step": step + 1, "loss": loss, "grad_norm": 1.0}) for step in range(steps)]
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    for step in range(1, steps + 1):
+        value = torch.full((2, 2), 1.0 + change * (step == steps))
+        box = Box.whole((2, 2))
+        shards = [Shard(name, kind, (2, 2), box, value) for kind in ("weight", "exp_avg", "exp_avg_sq")]
+        contents = Contents("model", {"step": step}, {"config.json": b"{}"}, {})
+        save(folder / "checkpoints", step, iter(shards), contents)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("other", "what", "value"),
+    [
+        ({"change": 0.01}, "weight", 0.01),
+        ({"loss": 2.002}, "loss", 1e-3),
+        ({"loss": float("nan")}, "loss", float("nan")),
+        ({"name": "v"}, "weight", float("inf")),
+    ],
+)
+def test_errors_are_found_where_they_are(tmp_path: Path, other: dict[str, float], what: str, value: float) -> None:
+    one = a_run(tmp_path / "one")
+    assert all(error.value == 0 for error in errors(one, a_run(tmp_path / "same"), 2))
+    found = {error.what: error for error in errors(one, a_run(tmp_path / "other", **other), 2)}  # type: ignore[arg-type]
+    assert found[what].value == pytest.approx(value, nan_ok=True) and found[what].share > 1
+
+
+def test_a_grid_is_shown_whole_and_a_certificate_is_json(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    cells = [GREEN, RED, REFUSED, FAILED]
+    console = Console(width=60, record=True, file=(tmp_path / "shown").open("w"))
+    console.print(render(cells, 60))
+    text = console.export_text()
+    assert "2e-07" in text and "weight 2e-03" in text.replace("\n", " ") and "failed" in text
+    assert "1 green, 2 red, 1 refused" in text and "Boom: no" in text
+    page = markdown(cells)
+    assert "| tp2 | **red** weight 2e-03 | **red** failed |" in page and "| dp2 | 2e-07 | - |" in page
+    broken = Cell("lora", Layout("pp2", (), 2), "red", (Error("loss", "step 1", float("nan"), 1e-5),))
+    write_certificate(tmp_path / "certificate.json", certificate([*cells, broken], {"model_type": "llama"}, 2, 1.0))
+    value = json.loads((tmp_path / "certificate.json").read_text())
+    assert value["counts"] == counts([*cells, broken]) and value["cells"][-1]["errors"][0]["value"] is None
+    assert value["tolerances"] == {"loss": 1e-5, "tensor": 1e-4, "logits": 1e-4}
+
+
+def test_a_page_without_marks_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    with pytest.raises(ConfigError, match="has no two marks"):
+        certified(Request(compose_job(["model=smollm2_135m"])), tmp_path / "c.json", page, as_json=False)
+    assert MARK.format(name="llama") == "<!-- certified llama -->"
