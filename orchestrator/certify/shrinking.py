@@ -64,7 +64,7 @@ def _several(size: int, ranks: int) -> int:
     least = math.gcd(size, every)
     if size == least:
         return size
-    return next(least * factor for factor in range(2, size) if math.gcd(least * factor, every) == least)
+    return next(least * factor for factor in range(2, size // least + 1) if math.gcd(least * factor, every) == least)
 
 
 def _same_cuts(size: int, ranks: int) -> int:
