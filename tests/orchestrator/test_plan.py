@@ -81,7 +81,8 @@ def test_what_is_asked_is_kept_and_the_rest_is_derived(
     dp=st.sampled_from([None, 1, 2, 3, 8, 16]),
     sp=st.sampled_from([None, True, False]),
     vpp=st.sampled_from([None, 1, 2]),
-    cp=st.sampled_from([None, 1, 2]),
+    cp=st.sampled_from([None, 1, 2, 3]),
+    cp_comm=st.sampled_from([None, "ring", "ulysses"]),
     shape=st.sampled_from([(1, 1), (1, 4), (1, 8), (2, 4), (2, 3)]),
     rows=st.sampled_from([1, 6, 8, 12, 64]),
     micro=st.sampled_from([1, 2, 4]),
@@ -94,13 +95,14 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
     sp: bool | None,
     vpp: int | None,
     cp: int | None,
+    cp_comm: str | None,
     shape: tuple[int, int],
     rows: int,
     micro: int,
 ) -> None:
     """And the plan keeps every asked size and the global batch, uses all ranks of several nodes, and fits."""
     job = JobConfig(
-        topology=TopologyConfig(tp=tp, pp=pp, dp=dp, sp=sp, vpp=vpp, cp=cp),
+        topology=TopologyConfig(tp=tp, pp=pp, dp=dp, sp=sp, vpp=vpp, cp=cp, cp_comm=cp_comm),
         batch=BatchConfig(global_sequences=rows, micro_sequences=micro),
     )
     cluster = ClusterSpec("any", *shape, memory_gib=8.0)
@@ -118,6 +120,7 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
     for axis in ("tp", "pp", "dp", "cp"):
         assert getattr(job.topology, axis) in (None, getattr(plan.topology, axis))
     assert job.topology.sp in (None, plan.sp)
+    assert job.topology.cp_comm in (None, plan.cp_comm)
     assert plan.global_sequences == rows == plan.topology.dp * plan.micro_batches * plan.micro_sequences
     assert plan.ranks_idle == 0 or cluster.nodes == 1
     assert max(stage.total for stage in plan.memory) <= cluster.memory_gib * GIB
@@ -155,7 +158,21 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
             "topology uses 8 of 16 ranks (pp=1 dp=4 cp=1 tp=2), but on cluster.nodes=2 all must be used",
             "topology.dp=8",
         ),
-        (asking(cp=2), SMOLLM2, LAPTOP, "topology.cp=2 is not built yet: only cp=1 runs", "topology.cp=1"),
+        (
+            asking(cp=2, cp_comm="ulysses"),
+            SMOLLM2,
+            LAPTOP,
+            "topology.cp_comm=ulysses deals out attention heads, but topology.cp=2 does not divide the 9 of a rank "
+            "(9 heads / topology.tp=1)",
+            "topology.cp_comm=ring",
+        ),
+        (
+            asking(cp=3),
+            SMOLLM2,
+            ClusterSpec("two", 1, 2),
+            "topology needs 3 ranks (pp=1 dp=1 cp=3 tp=1) but cluster has 2",
+            "topology.cp=1",
+        ),
         (
             asking(ep=3),
             SMOLLM2,
