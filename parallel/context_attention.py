@@ -2,7 +2,8 @@
 
 *Ring* (Liu et al. 2023, arXiv:2310.01889): keys and values travel round the ranks while each computes its queries
 against those that it holds, and merges the shares by their log-sum-exp. In the backward pass they travel once more,
-and their gradients with them, back to where they belong. No rank ever holds more than two ranks' keys and values.
+and their gradients with them, back to where they belong. Beside its own a rank never holds more than the keys and
+values of two others: those that it computes with and those that arrive.
 
 *Ulysses* (Jacobs et al. 2023, arXiv:2309.14509): an all-to-all trades tokens for heads, so that each rank computes some
 heads over whole rows, and another trades back. Key/value heads that the ranks do not divide are sent more than once.

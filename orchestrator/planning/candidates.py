@@ -102,7 +102,7 @@ def world_refusals(topology: Topology, cluster: ClusterSpec) -> list[Refusal]:
 
 
 def length_multiple(proposal: Proposal) -> int:
-    """Rows are padded to a multiple of this: cp cuts them in two parts per rank, and tp both under sequence parallelism.
+    """Rows are padded to a multiple of this: cp cuts them in two parts per rank, and sequence parallelism both by tp.
 
     Example:
         >>> length_multiple(Proposal(Topology(tp=4, cp=2))), length_multiple(Proposal(Topology(tp=4, cp=2), sp=True))

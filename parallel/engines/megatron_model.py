@@ -190,7 +190,7 @@ def _build_chunk(spec: EngineSpec, groups: Groups, config: TransformerConfig, vi
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return HiddenGPTModel(
         config=config,
-        transformer_layer_spec=block_spec(model, len(chunk_layers(spec, groups, virtual)), device),
+        transformer_layer_spec=block_spec(model, len(chunk_layers(spec, groups, virtual)), config, device),
         vocab_size=names.padded_vocab(model.vocab, topology.tp),
         max_sequence_length=model.max_positions,
         pre_process=stage == 0 and virtual == 0,

@@ -86,11 +86,11 @@ def test_some_targets_only(pool: Pool, targets: str | tuple[str, ...]) -> None:
     assert_same(pool, Run(targets=targets), Run(targets=targets, topology=Topology(tp=2, pp=2)))
 
 
-SMOLLM2_TOPOLOGIES = {"tp3": Topology(tp=3), "pp2": Topology(pp=2), "dp2": Topology(dp=2), "cp2": Topology(cp=2)}
+SMOLLM2_TOPOLOGIES = {"tp3": Topology(tp=3), "pp2": Topology(pp=2), "dp2": Topology(dp=2)}
 
 
 def test_ten_steps_of_smollm2(pool: Pool, smollm2: Path) -> None:
-    """The real model on real rows: 10 steps on TP=3, PP=2, DP=2 and CP=2 equal one process.
+    """The real model on real rows: 10 steps on TP=3, PP=2 and DP=2 equal one process.
 
     Adam divides a gradient by its own size, so where one of the 5 million gradients is smaller than fp32's rounding,
     its first update is rounding noise divided by ``eps``. eps=1e-6 and a warm-up keep that below the tolerance.

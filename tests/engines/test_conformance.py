@@ -19,7 +19,7 @@ ELSEWHERE = {
     "pp2-dp2": {"topology": Topology(pp=2, dp=2)},
     "dp2-distributed": {"topology": Topology(dp=2), "distributed": True},
     "cp2": {"topology": Topology(cp=2)},
-    "cp2-tp2-ulysses": {"topology": Topology(cp=2, tp=2), "cp_comm": "ulysses"},
+    "cp2-pp2-ulysses": {"topology": Topology(cp=2, pp=2), "cp_comm": "ulysses"},
     "cp2-dp2-distributed": {"topology": Topology(cp=2, dp=2), "distributed": True},
     "tp2-dp2-distributed": {"topology": Topology(tp=2, dp=2), "distributed": True},
 }
@@ -36,7 +36,7 @@ def state_of(pool: Pool, run: Run) -> dict[tuple[str, str], Any]:
     ("before", "after"),
     [
         *[("one", "tp2"), ("pp2-dp2", "one"), ("tp2", "dp2-distributed"), ("tp2-dp2-distributed", "pp2-dp2")],
-        *[("cp2", "one"), ("cp2-dp2-distributed", "cp2-tp2-ulysses"), ("one", "cp2-dp2-distributed")],
+        *[("cp2", "one"), ("cp2-dp2-distributed", "cp2-pp2-ulysses"), ("one", "cp2-dp2-distributed")],
     ],
 )
 def test_state_loads_on_any_topology_and_the_run_goes_on(pool: Pool, full: bool, before: str, after: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config.job import BatchConfig, JobConfig, MemoryConfig, TopologyConfig, TunerConfig
+from orchestrator.config.job import BatchConfig, JobConfig, MemoryConfig, OptimizerConfig, TopologyConfig, TunerConfig
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan, make_plan
@@ -311,3 +312,32 @@ def test_a_plan_is_pure_and_repeatable() -> None:
     before = asdict(job)
     assert make_plan(job, SMOLLM2, LAPTOP) == make_plan(job, SMOLLM2, LAPTOP)
     assert asdict(job) == before
+
+
+def test_rows_that_fit_no_rank_are_hinted_to_be_cut() -> None:
+    """Long rows on two ranks, everything else saved already: only topology.cp helps."""
+    job = JobConfig(
+        batch=BatchConfig(sequence_tokens=32768, global_sequences=2),
+        memory=MemoryConfig(recompute="full"),
+        optimizer=OptimizerConfig(distributed=True),
+    )
+    two = ClusterSpec("two", 1, 2, memory_gib=14)
+    with pytest.raises(ConfigError, match="no topology fits the memory") as caught:
+        make_plan(job, SMOLLM2, two)
+    assert caught.value.hint == "topology.cp=2"
+    job, _ = typed(job, two, caught.value.hint)
+    plan = make_plan(job, SMOLLM2, two)
+    assert (plan.topology, plan.cp_comm) == (Topology(cp=2), "ring")
+
+
+def test_the_plan_says_how_rows_are_cut() -> None:
+    plan = make_plan(asking(cp=2), SMOLLM2, LAPTOP)
+    assert "cp=2 by ring: each rank holds 2 of a row's 4 chunks, an early and a late one" in plan.reasons
+    assert plan.length_multiple == 4 and plan.topology == Topology(cp=2, dp=2)
+    assert make_plan(asking(cp=3, cp_comm="ulysses"), SMOLLM2, LAPTOP).cp_comm == "ulysses"
+
+
+def test_a_plan_of_before_there_was_a_choice_is_read_as_a_ring() -> None:
+    old = json.loads(make_plan(asking(dp=2), SMOLLM2, LAPTOP).to_json())
+    del old["cp_comm"], old["step_time"]["context_s"]
+    assert Plan.from_json(json.dumps(old)).cp_comm == "ring"
