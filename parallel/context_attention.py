@@ -108,7 +108,7 @@ class _RingAttention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Any, scale: float
     ) -> torch.Tensor:
         ring, kernel, chunk = _Ring(group), kernel_for(query), query.shape[2] // 2
-        here = torch.stack([key, value])
+        here = torch.stack([key, value]).contiguous()
         out = lse = torch.empty(0)
         for source, last in ring.sources():
             arrived = None if last else ring.pass_on(here, _KEYS_TAG)
@@ -129,7 +129,7 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         ring, kernel, chunk = _Ring(ctx.group), kernel_for(query), query.shape[2] // 2
-        here = torch.stack([key, value])
+        here = torch.stack([key, value]).contiguous()
         grad_query = torch.zeros_like(query, dtype=lse.dtype)
         gradients_here: Callable[[], torch.Tensor] = partial(torch.zeros_like, here, dtype=lse.dtype)
         for source, last in ring.sources():

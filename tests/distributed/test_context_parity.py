@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from parallel.engine import IGNORED_LABEL
 from parallel.topology import Topology
 from tests.distributed.test_parity import assert_same
+from tests.helpers import runs
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
@@ -53,3 +55,12 @@ def test_families_on_cut_rows_equal_one_process(pool: Pool, family: str, name: s
 def test_full_tuning_of_experts_on_cut_rows(pool: Pool) -> None:
     run = Run(family="qwen3_moe", full=True)
     assert_same(pool, run, run.on(topology=Topology(cp=2)))
+
+
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+def test_padding_that_the_cut_asks_for_changes_nothing(pool: Pool, kind: str) -> None:
+    """Rows of 21 tokens in one process, and padded to 24 on two ranks: what pads comes last, so nothing sees it."""
+    drawn = [(tokens.tolist(), labels.tolist()) for tokens, labels, _ in runs.global_batch(LORA.on(tokens=21), 0)]
+    padded = tuple(((*tokens, 0, 0, 0), (*labels, *[IGNORED_LABEL] * 3)) for tokens, labels in drawn)
+    whole = LORA.on(tokens=21, rows=tuple((tuple(tokens), tuple(labels)) for tokens, labels in drawn))
+    assert_same(pool, whole, LORA.on(rows=padded, topology=Topology(cp=2), cp_comm=kind))
