@@ -67,6 +67,7 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
         recompute=plan.recompute,
         seed=job.seed,
         sequence_tokens=-(-plan.sequence_tokens // plan.length_multiple) * plan.length_multiple,
+        cp_comm=plan.cp_comm,
     )
 
 

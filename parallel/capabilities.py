@@ -18,7 +18,7 @@ from parallel.topology import Topology
 class Capabilities:
     """What may be asked for. ``axes``: those that may be larger than 1."""
 
-    axes: tuple[str, ...] = ("tp", "pp", "dp", "vpp")
+    axes: tuple[str, ...] = ("tp", "pp", "dp", "vpp", "cp")
     sp: bool = True
     families: tuple[str, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
     tuners: tuple[str, ...] = ("lora", "full")
@@ -43,6 +43,7 @@ class Proposal:
     engine: str = "megatron"
     recompute: str = "none"
     precision: str = "fp32"
+    cp_comm: str = "ring"
 
     @property
     def chunks(self) -> int:
@@ -84,7 +85,7 @@ def model_refusals(model: ModelSpec, proposal: Proposal, built: Capabilities = B
         >>> model_refusals(heads, Proposal(Topology(tp=2)))[0].message
         'model has 3 key/value heads, which topology.tp=2 does not divide'
     """
-    rules = (_not_built, _axes_not_built, _tensor_cuts, _expert_cuts, _layers, _sequence_parallel)
+    rules = (_not_built, _axes_not_built, _tensor_cuts, _expert_cuts, _layers, _sequence_parallel, _context_parallel)
     return [refusal for rule in rules for refusal in rule(model, proposal, built)]
 
 
@@ -196,6 +197,17 @@ def _sequence_parallel(model: ModelSpec, proposal: Proposal, _: Capabilities) ->
     if model.is_moe and tp > 1 and proposal.tuner == "full":
         # experts replicated over tp see different tokens there, and nothing sums their gradients yet
         yield Refusal(f"tuner=full with experts is not built for topology.tp={tp}: only tp=1 runs", "topology.tp=1")
+
+
+def _context_parallel(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
+    """The ring cuts tokens only; ulysses deals out heads too (key/value heads too few for that are sent twice)."""
+    tp, cp = proposal.topology.tp, proposal.topology.cp
+    if proposal.cp_comm == "ulysses" and model.heads % tp == 0 and model.heads // tp % cp:
+        yield Refusal(
+            f"topology.cp_comm=ulysses deals out attention heads, but topology.cp={cp} does not divide the "
+            f"{model.heads // tp} of a rank ({model.heads} heads / topology.tp={tp})",
+            "topology.cp_comm=ring",
+        )
 
 
 def batch_refusals(proposal: Proposal) -> list[Refusal]:

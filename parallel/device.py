@@ -19,6 +19,7 @@ import torch
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like", "rand")
 STAND_INS = (
     "torch.<factory>(device='cuda'): built on the CPU, for the factories in FACTORIES",
+    "torch.<factory>(pin_memory=True): not pinned, for the same factories",
     "torch.cuda.current_device: the CPU device",
     "torch.cuda streams and events: objects that do nothing",
     "torch.cuda.synchronize, empty_cache, nvtx: nothing",
@@ -47,6 +48,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def build(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") is not None:
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return build

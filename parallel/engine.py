@@ -53,6 +53,7 @@ class EngineSpec:
     Args:
         stages: layer indices of each pipeline chunk, ``stages[virtual * pp + stage]``.
         lora: None means full fine-tuning.
+        cp_comm: how context-parallel ranks see each other's tokens (``parallel.context_attention.KINDS``).
         sequence_tokens: the longest row of the run.
     """
 
@@ -66,6 +67,7 @@ class EngineSpec:
     recompute: str = "none"
     seed: int = 0
     sequence_tokens: int = 512
+    cp_comm: str = "ring"
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,10 @@ class Engine(Protocol):
     """A sharded model with its adapters and optimizer on this rank."""
 
     def train_step(self, microbatches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
-        """Run one optimizer step over this data-parallel rank's micro-batches (all pp, tp ranks get the same ones)."""
+        """Run one optimizer step over this data-parallel rank's micro-batches.
+
+        All pp, cp and tp ranks get the same whole rows; context parallelism cuts them here.
+        """
         ...
 
     def evaluate(self, microbatches: Sequence[MicroBatch]) -> StepResult:

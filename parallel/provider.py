@@ -83,7 +83,13 @@ class IsotrainSpecProvider(BackendSpecProvider):
 
 
 class TransformerEngineSpecProvider(IsotrainSpecProvider):
-    """Ours, with transformer-engine's attention and norm: the fast path where it is installed."""
+    """Ours, with transformer-engine's attention and norm: the fast path where it is installed.
+
+    ``own_attention``: keep ours, where transformer-engine's would refuse.
+    """
+
+    def __init__(self, own_attention: bool = False) -> None:
+        self._own_attention = own_attention
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -91,21 +97,29 @@ class TransformerEngineSpecProvider(IsotrainSpecProvider):
         return TENorm
 
     def core_attention(self) -> type:
+        if self._own_attention:
+            return SdpaAttention
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
 
 
-def provider(device: str) -> IsotrainSpecProvider:
-    """The best provider for a device on this host."""
+def provider(config: Any, device: str) -> IsotrainSpecProvider:
+    """The best provider for a model's ``TransformerConfig`` and a device on this host.
+
+    transformer-engine's all-to-all wants key/value heads that the context-parallel ranks divide; ours sends them twice.
+    """
     if device == "cuda" and find_spec("transformer_engine") is not None:
-        return TransformerEngineSpecProvider()
+        groups = config.num_query_groups // config.tensor_model_parallel_size
+        return TransformerEngineSpecProvider(
+            own_attention=config.cp_comm_type == "a2a" and groups % config.context_parallel_size != 0
+        )
     return IsotrainSpecProvider()
 
 
-def block_spec(spec: ModelSpec, layers: int, device: str) -> TransformerBlockSubmodules:
+def block_spec(spec: ModelSpec, layers: int, config: Any, device: str) -> TransformerBlockSubmodules:
     """The transformer block of one pipeline chunk with this many layers."""
-    backend = provider(device)
+    backend = provider(config, device)
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(spec, backend) for _ in range(layers)], layer_norm=backend.layer_norm()
     )

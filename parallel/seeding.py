@@ -6,6 +6,8 @@ import hashlib
 
 import torch
 
+from parallel.sequence import SequenceCut
+
 _MASK = (1 << 63) - 1
 
 
@@ -48,8 +50,10 @@ class DropoutClock:
     pipeline schedule has moved on to another one.
     """
 
-    def __init__(self, seed: int, width_tokens: int) -> None:
+    def __init__(self, seed: int, width_tokens: int, cut: SequenceCut | None = None) -> None:
+        """``width_tokens``: of the longest whole row; ``cut``: which of a row's tokens are computed here."""
         self._seed = seed
+        self._cut = cut or SequenceCut()
         self._width = width_tokens
         self._samples: dict[int, tuple[int, ...]] = {}
 
@@ -65,13 +69,16 @@ class DropoutClock:
     def mask(self, module: str, tokens: int, features: int, keep: float) -> torch.Tensor:
         """Which elements stay, for the micro-batch in hand.
 
+        Args:
+            tokens: of each row on this context-parallel rank.
         Returns:
             bool ``[tokens, samples, features]``; a sample's mask depends on the seed, the sample, the module's name
             and nothing else (padding and neighbours do not change it).
         """
         samples = self._samples[torch.initial_seed()]
+        whole = tokens * self._cut.size
         rows = [
-            torch.rand(self._width, features, generator=generator(self._seed, "dropout", module, sample))[:tokens]
+            torch.rand(self._width, features, generator=generator(self._seed, "dropout", module, sample))[:whole]
             for sample in samples
         ]
-        return torch.stack(rows, dim=1) < keep
+        return self._cut.take(torch.stack(rows, dim=1), 0) < keep

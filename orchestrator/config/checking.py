@@ -14,6 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
     "model.weights": ("load", "random"),
     "cluster.device": ("cpu", "cuda"),
+    "topology.cp_comm": ("ring", "ulysses"),
     "memory.recompute": ("none", "selective", "full"),
     "data.on_bad_row": ("error", "skip"),
     "objective.train_on": ("assistant", "last", "all"),

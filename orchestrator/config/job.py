@@ -32,7 +32,10 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class TopologyConfig:
-    """Sizes of the axes; None means: the plan derives it."""
+    """Sizes of the axes; None means: the plan derives it.
+
+    ``cp_comm``: how ranks that share a row see each other's tokens, ``ring`` (also when None) or ``ulysses``.
+    """
 
     tp: int | None = None
     pp: int | None = None
@@ -42,6 +45,7 @@ class TopologyConfig:
     etp: int | None = None
     dp: int | None = None
     sp: bool | None = None
+    cp_comm: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from orchestrator.config.job import JobConfig, TopologyConfig
 from orchestrator.planning.counts import Workload, head_cost_in_layers
@@ -72,6 +73,7 @@ def judge(question: Question, asked: TopologyConfig) -> Candidate | Rejected:
         engine=job.engine.name,
         recompute=job.memory.recompute,
         precision=question.precision,
+        cp_comm=asked.cp_comm or "ring",
     )
     found = model_refusals(question.model, proposal)
     found += world_refusals(topology, question.cluster)
@@ -100,14 +102,14 @@ def world_refusals(topology: Topology, cluster: ClusterSpec) -> list[Refusal]:
 
 
 def length_multiple(proposal: Proposal) -> int:
-    """Rows are padded to a multiple of this: tp cuts them under sequence parallelism, cp in two parts per rank.
+    """Rows are padded to a multiple of this: cp cuts them in two parts per rank, and sequence parallelism both by tp.
 
     Example:
-        >>> length_multiple(Proposal(Topology(tp=3, cp=2), sp=True))
-        12
+        >>> length_multiple(Proposal(Topology(tp=4, cp=2))), length_multiple(Proposal(Topology(tp=4, cp=2), sp=True))
+        (4, 8)
     """
-    topology = proposal.topology
-    return math.lcm(topology.tp if proposal.sp else 1, 2 * topology.cp if topology.cp > 1 else 1)
+    tp, cp = proposal.topology.tp if proposal.sp else 1, proposal.topology.cp
+    return cp * math.lcm(2, tp) if cp > 1 else tp
 
 
 def _weigh(question: Question, proposal: Proposal) -> Candidate | Rejected:
@@ -174,7 +176,7 @@ def nearest_legal(question: Question) -> str:
     best: tuple[tuple[int, float, int], str] | None = None
     for sizes in _all_topologies(question):
         changes = _changes(asked, sizes)
-        far = sum(abs(math.log2(new / old)) for _, old, new in changes if new)
+        far = sum(abs(math.log2(new / old)) for _, old, new in changes if isinstance(new, int) and new)
         priority = max((("dp", "pp", "tp").index(key) for key, _, _ in changes if key in ("dp", "pp", "tp")), default=0)
         cost = (len(changes), round(far, 9), priority)
         if changes and (best is None or cost < best[0]) and isinstance(judge(question, sizes), Candidate):
@@ -182,14 +184,14 @@ def nearest_legal(question: Question) -> str:
     return best[1] if best else ""
 
 
-def _changes(asked: TopologyConfig, sizes: TopologyConfig) -> list[tuple[str, int, int | None]]:
+def _changes(asked: TopologyConfig, sizes: TopologyConfig) -> list[tuple[str, Any, Any]]:
     """What the user fixed that is otherwise in ``sizes``: key, asked value, other value."""
-    keys = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "sp")
+    keys = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "sp", "cp_comm")
     every = [(key, getattr(asked, key), getattr(sizes, key)) for key in keys]
     return [(key, old, new) for key, old, new in every if old is not None and old != new]
 
 
-def _typed(value: int | None) -> str:
+def _typed(value: int | str | None) -> str:
     """A value as Hydra's override grammar spells it."""
     return "null" if value is None else str(value).lower()
 
@@ -199,8 +201,10 @@ def _all_topologies(question: Question) -> Iterator[TopologyConfig]:
     asked, ranks, nodes = question.job.topology, question.cluster.ranks, question.cluster.nodes
     sizes = divisors(ranks) if nodes > 1 else list(range(1, ranks + 1))
     switches = [{getattr(asked, axis) or 1, 1} for axis in ("cp", "ep", "etp")]
-    for sp, vpp, cp, ep, etp in product({asked.sp, False if asked.sp else asked.sp}, {asked.vpp, None}, *switches):
-        base = TopologyConfig(vpp=vpp, cp=cp, ep=ep, etp=etp, sp=bool(sp))
+    kinds = {asked.cp_comm, "ring" if asked.cp_comm else None}
+    settings = product({asked.sp, False if asked.sp else asked.sp}, {asked.vpp, None}, kinds, *switches)
+    for sp, vpp, kind, cp, ep, etp in settings:
+        base = TopologyConfig(vpp=vpp, cp=cp, ep=ep, etp=etp, sp=bool(sp), cp_comm=kind)
         for tp, pp in product(sizes, sizes):
             room = ranks // (tp * pp * (cp or 1))
             for dp in range(1, room + 1) if nodes == 1 else [room] * min(1, room):

@@ -61,12 +61,13 @@ def _stage_memory(work: Workload, stage: int) -> StageMemory:
 
 
 def _optimizer_bytes(work: Workload, trainable: int) -> int:
-    """Adam's two fp32 moments, and fp32 master weights below fp32; cut over dp by a distributed optimizer.
+    """Adam's two fp32 moments, and fp32 master weights below fp32; cut over dp x cp by a distributed optimizer.
 
     Rajbhandari et al. 2020 (ZeRO), section 3.1: K = 12 bytes per parameter with master weights, 8 without.
     """
     per_parameter = 8 if work.proposal.precision == "fp32" else 12
-    replicas = work.proposal.topology.dp if work.distributed_optimizer else 1
+    topology = work.proposal.topology
+    replicas = topology.dp * topology.cp if work.distributed_optimizer else 1
     return -(-trainable * per_parameter // replicas)
 
 

@@ -33,6 +33,7 @@ class Plan:
         memory: estimated bytes on each rank of every stage, by owner.
         reasons: why this plan, in words.
         rejected: all other topologies with the reason against each.
+        cp_comm: how context-parallel ranks see each other's tokens, ring or ulysses.
     """
 
     topology: Topology
@@ -54,6 +55,7 @@ class Plan:
     step_time: StepTime
     reasons: tuple[str, ...]
     rejected: tuple[Rejected, ...]
+    cp_comm: str = "ring"
 
     def to_json(self) -> str:
         """The text of plan.json."""
@@ -144,6 +146,7 @@ def _plan(question: Question, best: Candidate, legal: list[Candidate], rejected:
         step_time=best.time,
         reasons=tuple(_reasons(question, best, legal)),
         rejected=tuple(rejected),
+        cp_comm=proposal.cp_comm,
     )
 
 
@@ -172,6 +175,11 @@ def _reasons(question: Question, best: Candidate, legal: list[Candidate]) -> lis
     if not is_even(best.stages):
         counts = " + ".join(str(len(chunk)) for chunk in best.stages)
         reasons.append(f"{question.model.layers} layers as {counts}: the output head counts as work of the last stage")
+    if topology.cp > 1:
+        reasons.append(
+            f"cp={topology.cp} by {best.proposal.cp_comm}: each rank holds 2 of a row's {2 * topology.cp} chunks, an "
+            "early and a late one"
+        )
     if best.length_multiple > 1:
         reasons.append(
             f"rows are padded to a multiple of {best.length_multiple} tokens (sequence or context parallelism)"
@@ -213,6 +221,9 @@ def _memory_hint(question: Question) -> str:
         "optimizer.distributed=true": replace(job, optimizer=replace(job.optimizer, distributed=True)),
         "memory.recompute=full": replace(job, memory=replace(job.memory, recompute="full")),
     }
+    if job.topology.cp is None:
+        more = range(2, question.cluster.ranks + 1)
+        savings |= {f"topology.cp={cp}": replace(job, topology=replace(job.topology, cp=cp)) for cp in more}
     for typed, thriftier in savings.items():
         other = replace(question, job=thriftier)
         if any(isinstance(judge(other, sizes), Candidate) for sizes in open_topologies(other)):
@@ -251,7 +262,7 @@ def _check_values(job: JobConfig, cluster: ClusterSpec) -> None:
         "batch.sequence_tokens": job.batch.sequence_tokens,
         "tuner.r": job.tuner.r,
     }
-    sizes |= {f"topology.{key}": value for key, value in asdict(job.topology).items() if key != "sp"}
+    sizes |= {f"topology.{key}": value for key, value in asdict(job.topology).items() if key not in ("sp", "cp_comm")}
     for key, value in sizes.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value} is no positive whole number", f"{key}=1")

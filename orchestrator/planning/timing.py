@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from orchestrator.planning.counts import Workload, stage_counts
@@ -37,6 +38,7 @@ class StepTime:
     tensor_s: float
     pipeline_s: float
     data_s: float
+    context_s: float = 0.0
 
     @property
     def total_s(self) -> float:
@@ -54,15 +56,19 @@ def estimate_time(work: Workload, cluster: ClusterSpec) -> StepTime:
     compute = max(_micro_batch_compute_s(work, machine, stage) for stage in range(topology.pp))
     layers = max(stage_counts(work, stage).layers for stage in range(topology.pp))
     tensor = layers * _tensor_s(work, machine, _link(machine, topology.tp, cluster))
+    context = layers * _context_s(work, machine, _link(machine, topology.tp * topology.cp, cluster))
     passes = proposal.micro_batches
     bubble = (topology.pp - 1) / (proposal.vpp or 1)
     trainable = max(stage_counts(work, stage).trainable for stage in range(topology.pp))
     return StepTime(
         compute_s=passes * compute,
-        bubble_s=bubble * (compute + tensor),
+        bubble_s=bubble * (compute + tensor + context),
         tensor_s=passes * tensor,
         pipeline_s=(passes + bubble) * _pipeline_s(work, machine, cluster),
-        data_s=_all_reduce_s(4 * trainable, topology.dp, _link(machine, topology.stage_ranks, cluster), machine),
+        data_s=_all_reduce_s(
+            4 * trainable, topology.dp * topology.cp, _link(machine, topology.stage_ranks, cluster), machine
+        ),
+        context_s=passes * context,
     )
 
 
@@ -86,6 +92,27 @@ def _tensor_s(work: Workload, machine: Machine, link: float) -> float:
     """Two all-reduces of one micro-batch's hidden states forward and two backward, in one layer."""
     size = work.micro_tokens // work.proposal.topology.cp * work.model.hidden * work.value_bytes
     return 4 * _all_reduce_s(size, work.proposal.topology.tp, link, machine)
+
+
+def _context_s(work: Workload, machine: Machine, link: float) -> float:
+    """What context-parallel ranks tell each other in one layer, for one micro-batch forward and backward.
+
+    Ring: keys and values make ``cp - 1`` hops forward and as many backward, their fp32 gradients ``cp``. Ulysses:
+    queries, keys, values and outputs are traded by an all-to-all each, forward and backward; of what a rank has,
+    ``(cp - 1) / cp`` leaves it, and key/value heads too few to deal out are sent more than once.
+    """
+    model, proposal, topology = work.model, work.proposal, work.proposal.topology
+    cp, recompute = topology.cp, work.proposal.recompute != "none"
+    if cp == 1:
+        return 0.0
+    tokens, groups = work.micro_tokens / cp, model.kv_heads // topology.tp
+    if proposal.cp_comm == "ulysses":
+        dealt = 2 * model.heads // topology.tp + 2 * math.lcm(groups, cp)
+        share = tokens * dealt * model.head_dim * work.value_bytes * (cp - 1) / cp
+        return (2 + recompute) * (share / link + 2 * (cp - 1) * machine.latency_s)
+    hop = tokens * 2 * groups * model.head_dim
+    hops = (2 + recompute) * (cp - 1)
+    return hops * (hop * work.value_bytes / link + machine.latency_s) + cp * (hop * 4 / link + machine.latency_s)
 
 
 def _pipeline_s(work: Workload, machine: Machine, cluster: ClusterSpec) -> float:

@@ -26,6 +26,7 @@ from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
 from parallel.loss import VocabShard, summed_loss
 from parallel.seeding import DropoutClock
+from parallel.sequence import SequenceCut, in_order
 from parallel.shards import Piece, Shard
 
 # A learning rate is given at every step; megatron-core only wants one to be there.
@@ -50,7 +51,8 @@ class MegatronEngine:
     def __init__(self, spec: EngineSpec, groups: Groups, base: TensorReader | None) -> None:
         keep_freed_memory()
         self._spec, self._groups = spec, groups
-        self._clock = DropoutClock(spec.seed, spec.sequence_tokens)
+        self._cut = SequenceCut(groups.topology.cp, groups.coordinate("cp"))
+        self._clock = DropoutClock(spec.seed, spec.sequence_tokens, self._cut)
         self._chunks = models.build_chunks(spec, groups, self._clock)
         models.fill_base(spec, groups, self._chunks, base)
         self._pgs = models.process_groups(groups)
@@ -104,10 +106,8 @@ class MegatronEngine:
             if self._spec.sp:
                 hidden = mappings.gather_from_sequence_parallel_region(hidden, group=self._groups.by_name["tp"])
             local = (hidden @ self._head().t()).float()
-            size = self._groups.size("tp")
-            shares = [torch.empty_like(local) for _ in range(size)]
-            dist.all_gather(shares, local, group=self._groups.by_name["tp"])
-            found.append(torch.cat(shares, dim=-1)[..., : self._spec.model.vocab].transpose(0, 1))
+            rows = in_order(self._gathered(torch.cat(self._gathered(local, "tp").unbind(0), dim=-1), "cp"))
+            found.append(rows[..., : self._spec.model.vocab].transpose(0, 1))
             return hidden.new_zeros(()), torch.tensor(0, dtype=torch.int), hidden.new_zeros(2)
 
         for chunk in self._wrapped:
@@ -200,7 +200,8 @@ class MegatronEngine:
             number, batch = next(batches)
             self._clock.announce(number, batch.sample_ids)
             positions = torch.arange(batch.tokens.shape[1], device=self._device).expand_as(batch.tokens)
-            hidden = chunk(batch.tokens.to(self._device), positions, None)
+            here = self._cut.take(batch.tokens.to(self._device), 1)
+            hidden = chunk(here, self._cut.take(positions, 1), None)
             return hidden, lambda output: chosen(batch, output)
 
         self._clock.begin_step()
@@ -225,10 +226,16 @@ class MegatronEngine:
             hidden = mappings.gather_from_sequence_parallel_region(hidden, group=group)
         elif self._groups.size("tp") > 1:
             hidden = mappings.copy_to_tensor_model_parallel_region(hidden, group=group)
-        labels = batch.labels.to(self._device).t()
+        labels = self._cut.take(batch.labels.to(self._device), 1).t()
         total, count = summed_loss(hidden, self._head(), labels, self._vocab_shard())
         tokens = torch.tensor(count, dtype=torch.int, device=self._device)
         return total, tokens, torch.stack([total.detach().double(), tokens.double()])
+
+    def _gathered(self, local: torch.Tensor, axis: str) -> torch.Tensor:
+        """The equally shaped tensors of all ranks along an axis, stacked."""
+        shares = [torch.empty_like(local) for _ in range(self._groups.size(axis))]
+        dist.all_gather(shares, local.contiguous(), group=self._groups.by_name[axis])
+        return torch.stack(shares)
 
     def _head(self) -> torch.Tensor:
         return self._chunks[-1].head_weight()

@@ -26,6 +26,7 @@ from parallel.shards import Piece
 from parallel.specs import ModelSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMMUNICATION = {"ring": "p2p", "ulysses": "a2a"}
 INITIAL_STD = 0.02
 
 
@@ -90,6 +91,7 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         pipeline_model_parallel_size=topology.pp,
         virtual_pipeline_model_parallel_size=spec.vpp,
         context_parallel_size=topology.cp,
+        cp_comm_type=COMMUNICATION[spec.cp_comm],
         expert_model_parallel_size=topology.ep,
         expert_tensor_parallel_size=topology.etp,
         sequence_parallel=spec.sp,
@@ -188,7 +190,7 @@ def _build_chunk(spec: EngineSpec, groups: Groups, config: TransformerConfig, vi
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return HiddenGPTModel(
         config=config,
-        transformer_layer_spec=block_spec(model, len(chunk_layers(spec, groups, virtual)), device),
+        transformer_layer_spec=block_spec(model, len(chunk_layers(spec, groups, virtual)), config, device),
         vocab_size=names.padded_vocab(model.vocab, topology.tp),
         max_sequence_length=model.max_positions,
         pre_process=stage == 0 and virtual == 0,

@@ -22,6 +22,8 @@ TOPOLOGIES = {
     "pp2": Topology(pp=2),
     "pp3": Topology(pp=3),
     "tp2-pp2": Topology(tp=2, pp=2),
+    "cp2": Topology(cp=2),
+    "cp2-tp2-sp": Topology(cp=2, tp=2),
     "tp2-sp": Topology(tp=2),
     "tp3-sp": Topology(tp=3),
     "tp2-sp-etp2": Topology(tp=2, etp=2),
@@ -40,7 +42,7 @@ def assert_same_logits(pool: Pool, folder: Path, run: runs.Run, tokens: list[lis
     found = [
         each for each in pool.run(run.topology.world_size, runs.logits, run, str(folder), tokens) if each is not None
     ]
-    assert len(found) == run.topology.tp
+    assert len(found) == run.topology.tp * run.topology.cp
     expected = oracle(folder, tokens)
     for logits in found:
         assert logits.shape == expected.shape
@@ -51,7 +53,7 @@ def assert_same_logits(pool: Pool, folder: Path, run: runs.Run, tokens: list[lis
     ("family", "name"),
     [
         *((family, name) for family in ("llama", "qwen2") for name in ("one", "tp3", "pp3")),
-        *(("qwen3", name) for name in ("one", "tp2", "pp3", "tp2-pp2")),
+        *(("qwen3", name) for name in ("one", "tp2", "pp3", "tp2-pp2", "cp2-tp2-sp")),
         *(("qwen3_moe", name) for name in ("one", "pp2", "tp2-sp", "tp2-sp-etp2", "tp3-sp")),
     ],
 )
@@ -74,7 +76,7 @@ def test_padded_vocabulary_and_untied_head(pool: Pool, tiny_model: Callable[...,
     assert_same_logits(pool, tiny_model("llama", **changes), run, [[5, 9, 3, 99]])
 
 
-@pytest.mark.parametrize("name", ["one", "tp3", "pp2", "pp3"])
+@pytest.mark.parametrize("name", ["one", "tp3", "pp2", "pp3", "cp2"])
 def test_smollm2(pool: Pool, smollm2: Path, name: str) -> None:
     config = read_hf_config(smollm2)
     assert ModelSpec.from_hf(config).vocab == 49152

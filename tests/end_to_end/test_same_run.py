@@ -16,6 +16,7 @@ from tests.end_to_end.shell import Folder, Shell, close, distance, tensors
 ADAPTER = Path("adapter/adapter_model.safetensors")
 ELSEWHERE = {
     "tp3": ["topology.tp=3", "topology.pp=1"],
+    "cp2-dp2": ["topology.cp=2", "topology.pp=1"],
     "one-process": ["cluster=one", "topology.pp=1"],
 }
 

@@ -18,6 +18,9 @@ ELSEWHERE = {
     "tp2": {"topology": Topology(tp=2)},
     "pp2-dp2": {"topology": Topology(pp=2, dp=2)},
     "dp2-distributed": {"topology": Topology(dp=2), "distributed": True},
+    "cp2": {"topology": Topology(cp=2)},
+    "cp2-pp2-ulysses": {"topology": Topology(cp=2, pp=2), "cp_comm": "ulysses"},
+    "cp2-dp2-distributed": {"topology": Topology(cp=2, dp=2), "distributed": True},
     "tp2-dp2-distributed": {"topology": Topology(tp=2, dp=2), "distributed": True},
 }
 STEPS, COMPLETED = 5, 2
@@ -31,7 +34,10 @@ def state_of(pool: Pool, run: Run) -> dict[tuple[str, str], Any]:
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("one", "tp2"), ("pp2-dp2", "one"), ("tp2", "dp2-distributed"), ("tp2-dp2-distributed", "pp2-dp2")],
+    [
+        *[("one", "tp2"), ("pp2-dp2", "one"), ("tp2", "dp2-distributed"), ("tp2-dp2-distributed", "pp2-dp2")],
+        *[("cp2", "one"), ("cp2-dp2-distributed", "cp2-pp2-ulysses"), ("one", "cp2-dp2-distributed")],
+    ],
 )
 def test_state_loads_on_any_topology_and_the_run_goes_on(pool: Pool, full: bool, before: str, after: str) -> None:
     """Weights, moments and Adam's count: losses equal the uninterrupted run's to 1e-5 relative."""
@@ -69,7 +75,7 @@ def test_a_16_bit_base_with_adapters_in_fp32(pool: Pool) -> None:
     assert {kind for _, kind, *_ in half[2]} == {"weight", "exp_avg", "exp_avg_sq"}
 
 
-@pytest.mark.parametrize("name", ["one", "tp2", "pp2-dp2"])
+@pytest.mark.parametrize("name", ["one", "tp2", "pp2-dp2", "cp2"])
 def test_evaluate_is_the_training_loss_and_changes_nothing(pool: Pool, name: str) -> None:
     run = Run(**ELSEWHERE[name])
     for before, trained, after in pool.run(
@@ -82,7 +88,7 @@ def test_evaluate_is_the_training_loss_and_changes_nothing(pool: Pool, name: str
 def test_the_same_seed_gives_the_same_adapter_on_every_topology(pool: Pool) -> None:
     """Bit for bit, before any step."""
     reference = runs.merge([pool.run(1, runs.train, Run(steps=0))[0][2]])
-    for name in ("tp2", "pp2-dp2"):
+    for name in ("tp2", "pp2-dp2", "cp2-dp2-distributed"):
         run = Run(steps=0, **ELSEWHERE[name])
         found = runs.merge([state for _, _, state in pool.run(run.topology.world_size, runs.train, run)])
         assert found.keys() == reference.keys()

@@ -87,6 +87,7 @@ class Run:
     sp: bool = False
     vpp: int | None = None
     stages: tuple[tuple[int, ...], ...] | None = None
+    cp_comm: str = "ring"
     distributed: bool = False
     recompute: str = "none"
     precision: str = "fp32"
@@ -137,6 +138,7 @@ def engine_spec(run: Run) -> EngineSpec:
         recompute=run.recompute,
         seed=run.seed,
         sequence_tokens=run.tokens,
+        cp_comm=run.cp_comm,
     )
 
 

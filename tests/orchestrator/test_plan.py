@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config.job import BatchConfig, JobConfig, MemoryConfig, TopologyConfig, TunerConfig
+from orchestrator.config.job import BatchConfig, JobConfig, MemoryConfig, OptimizerConfig, TopologyConfig, TunerConfig
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan, make_plan
@@ -81,7 +82,8 @@ def test_what_is_asked_is_kept_and_the_rest_is_derived(
     dp=st.sampled_from([None, 1, 2, 3, 8, 16]),
     sp=st.sampled_from([None, True, False]),
     vpp=st.sampled_from([None, 1, 2]),
-    cp=st.sampled_from([None, 1, 2]),
+    cp=st.sampled_from([None, 1, 2, 3]),
+    cp_comm=st.sampled_from([None, "ring", "ulysses"]),
     shape=st.sampled_from([(1, 1), (1, 4), (1, 8), (2, 4), (2, 3)]),
     rows=st.sampled_from([1, 6, 8, 12, 64]),
     micro=st.sampled_from([1, 2, 4]),
@@ -94,13 +96,14 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
     sp: bool | None,
     vpp: int | None,
     cp: int | None,
+    cp_comm: str | None,
     shape: tuple[int, int],
     rows: int,
     micro: int,
 ) -> None:
     """And the plan keeps every asked size and the global batch, uses all ranks of several nodes, and fits."""
     job = JobConfig(
-        topology=TopologyConfig(tp=tp, pp=pp, dp=dp, sp=sp, vpp=vpp, cp=cp),
+        topology=TopologyConfig(tp=tp, pp=pp, dp=dp, sp=sp, vpp=vpp, cp=cp, cp_comm=cp_comm),
         batch=BatchConfig(global_sequences=rows, micro_sequences=micro),
     )
     cluster = ClusterSpec("any", *shape, memory_gib=8.0)
@@ -122,6 +125,7 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
     for axis in ("tp", "pp", "dp", "cp"):
         assert getattr(job.topology, axis) in (None, getattr(plan.topology, axis))
     assert job.topology.sp in (None, plan.sp)
+    assert job.topology.cp_comm in (None, plan.cp_comm)
     assert plan.global_sequences == rows == plan.topology.dp * plan.micro_batches * plan.micro_sequences
     assert plan.ranks_idle == 0 or cluster.nodes == 1
     assert max(stage.total for stage in plan.memory) <= cluster.memory_gib * GIB
@@ -159,7 +163,21 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
             "topology uses 8 of 16 ranks (pp=1 dp=4 cp=1 tp=2), but on cluster.nodes=2 all must be used",
             "topology.dp=8",
         ),
-        (asking(cp=2), SMOLLM2, LAPTOP, "topology.cp=2 is not built yet: only cp=1 runs", "topology.cp=1"),
+        (
+            asking(cp=2, cp_comm="ulysses"),
+            SMOLLM2,
+            LAPTOP,
+            "topology.cp_comm=ulysses deals out attention heads, but topology.cp=2 does not divide the 9 of a rank "
+            "(9 heads / topology.tp=1)",
+            "topology.cp_comm=ring",
+        ),
+        (
+            asking(cp=3),
+            SMOLLM2,
+            ClusterSpec("two", 1, 2),
+            "topology needs 3 ranks (pp=1 dp=1 cp=3 tp=1) but cluster has 2",
+            "topology.cp=1",
+        ),
         (
             asking(ep=3),
             SMOLLM2,
@@ -298,3 +316,32 @@ def test_a_plan_is_pure_and_repeatable() -> None:
     before = asdict(job)
     assert make_plan(job, SMOLLM2, LAPTOP) == make_plan(job, SMOLLM2, LAPTOP)
     assert asdict(job) == before
+
+
+def test_rows_that_fit_no_rank_are_hinted_to_be_cut() -> None:
+    """Long rows on two ranks, everything else saved already: only topology.cp helps."""
+    job = JobConfig(
+        batch=BatchConfig(sequence_tokens=32768, global_sequences=2),
+        memory=MemoryConfig(recompute="full"),
+        optimizer=OptimizerConfig(distributed=True),
+    )
+    two = ClusterSpec("two", 1, 2, memory_gib=14)
+    with pytest.raises(ConfigError, match="no topology fits the memory") as caught:
+        make_plan(job, SMOLLM2, two)
+    assert caught.value.hint == "topology.cp=2"
+    job, _ = typed(job, two, caught.value.hint)
+    plan = make_plan(job, SMOLLM2, two)
+    assert (plan.topology, plan.cp_comm) == (Topology(cp=2), "ring")
+
+
+def test_the_plan_says_how_rows_are_cut() -> None:
+    plan = make_plan(asking(cp=2), SMOLLM2, LAPTOP)
+    assert "cp=2 by ring: each rank holds 2 of a row's 4 chunks, an early and a late one" in plan.reasons
+    assert plan.length_multiple == 4 and plan.topology == Topology(cp=2, dp=2)
+    assert make_plan(asking(cp=3, cp_comm="ulysses"), SMOLLM2, LAPTOP).cp_comm == "ulysses"
+
+
+def test_a_plan_of_before_there_was_a_choice_is_read_as_a_ring() -> None:
+    old = json.loads(make_plan(asking(dp=2), SMOLLM2, LAPTOP).to_json())
+    del old["cp_comm"], old["step_time"]["context_s"]
+    assert Plan.from_json(json.dumps(old)).cp_comm == "ring"

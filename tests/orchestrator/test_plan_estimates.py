@@ -35,6 +35,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def work_of(model: ModelSpec, topology: Topology, **changes: Any) -> Workload:
     proposal = {"global_sequences": 8, "sp": False, "tuner": "lora", "precision": "fp32", "recompute": "none"}
+    proposal |= {"cp_comm": "ring"}
     proposal |= {key: changes.pop(key) for key in list(changes) if key in proposal}
     values: dict[str, Any] = {
         "model": model,
@@ -143,6 +144,37 @@ def test_each_saving_saves(model: ModelSpec) -> None:
     assert total(Topology(tp=2), recompute="full") < plain
     assert total(Topology(tp=2), precision="bf16") < plain
     assert total(Topology(dp=4), distributed_optimizer=True) < total(Topology(dp=4))
+
+
+def test_cutting_rows_cuts_what_grows_with_them() -> None:
+    (whole,) = estimate_memory(work_of(QWEN3, Topology(), distributed_optimizer=True))
+    (cut,) = estimate_memory(work_of(QWEN3, Topology(cp=4), distributed_optimizer=True))
+    assert (4 * cut.activations, 4 * cut.logits, 4 * cut.optimizer) == pytest.approx(
+        (whole.activations, whole.logits, whole.optimizer), rel=1e-3
+    )
+    assert (cut.weights, cut.gradients) == (whole.weights, whole.gradients)
+
+
+def test_ranks_that_share_rows_talk_and_more_so_across_nodes() -> None:
+    near, far = ClusterSpec("near", 1, 4), ClusterSpec("far", 2, 2)
+    alone = estimate_time(work_of(QWEN3, Topology(dp=4)), near)
+    assert alone.context_s == 0
+    for kind in ("ring", "ulysses"):
+        work = work_of(QWEN3, Topology(cp=4), cp_comm=kind)
+        here, there = estimate_time(work, near), estimate_time(work, far)
+        assert 0 < here.context_s < there.context_s
+        assert here.compute_s == pytest.approx(estimate_time(work_of(QWEN3, Topology()), near).compute_s / 4)
+        # as many ranks share the gradients of what is trained as with dp=4
+        assert here.data_s == alone.data_s
+        again = estimate_time(work_of(QWEN3, Topology(cp=4), cp_comm=kind, recompute="full"), near)
+        assert again.context_s > here.context_s
+
+
+def test_a_hop_of_the_ring_by_hand() -> None:
+    """Two ranks, 64 of 128 tokens each: a hop forward, one backward, and two of the fp32 gradients."""
+    time = estimate_time(work_of(QWEN3, Topology(cp=2), global_sequences=1), LAPTOP)
+    bytes_per_hop = 64 * 2 * QWEN3.kv_heads * QWEN3.head_dim * 4
+    assert time.context_s == pytest.approx(QWEN3.layers * 4 * (bytes_per_hop / 5e8 + 1.5e-3))
 
 
 def test_time_prefers_dp_to_pp_to_tp_on_one_cpu_host() -> None:

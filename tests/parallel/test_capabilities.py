@@ -29,7 +29,7 @@ def with_hint(proposal: Proposal, hint: str) -> Proposal:
         key, value = assignment.split("=")
         group, _, name = key.rpartition(".")
         parsed = {"null": None, "false": False}.get(value, int(value) if value.isdigit() else value)
-        if group == "topology" and name not in ("sp", "vpp"):
+        if group == "topology" and name not in ("sp", "vpp", "cp_comm"):
             proposal = replace(proposal, topology=replace(proposal.topology, **{name: parsed}))
         else:
             proposal = replace(proposal, **{name: parsed})
@@ -127,7 +127,11 @@ def test_what_does_not_divide_is_refused_with_numbers(
 @pytest.mark.parametrize(
     ("proposal", "message", "hint"),
     [
-        (Proposal(Topology(cp=2)), "topology.cp=2 is not built yet: only cp=1 runs", "topology.cp=1"),
+        (
+            Proposal(Topology(cp=2), cp_comm="ulysses"),
+            "topology.cp_comm=ulysses deals out attention heads, but topology.cp=2 does not divide the 9 of a rank",
+            "topology.cp_comm=ring",
+        ),
         (
             Proposal(Topology(), engine="deepspeed"),
             "engine=deepspeed is not built; there is megatron",
@@ -151,6 +155,21 @@ def test_a_family_or_sequence_parallelism_that_is_not_built_is_said() -> None:
     assert (found.message, found.hint) == ("topology.sp=true is not built yet", "topology.sp=false")
     (found,) = refusals(replace(SMOLLM2, family="qwen3"), Proposal(Topology()), without)
     assert found.message == "model family qwen3 is not built; there is llama"
+
+
+@pytest.mark.parametrize("cp", [2, 3, 4, 8])
+def test_the_ring_takes_any_heads_and_ulysses_those_that_it_can_deal_out(cp: int) -> None:
+    """Key/value heads fewer than cp are no reason: the ring never cuts them, ulysses sends them more than once."""
+    for tp, heads, groups in ((1, 9, 3), (1, 24, 3), (2, 24, 2), (3, 24, 6)):
+        model = replace(SMOLLM2, heads=heads, kv_heads=groups)
+        assert refusals(model, Proposal(Topology(tp=tp, cp=cp))) == []
+        found = refusals(model, Proposal(Topology(tp=tp, cp=cp), cp_comm="ulysses"))
+        assert [refusal.hint for refusal in found] == (["topology.cp_comm=ring"] if heads // tp % cp else [])
+
+
+def test_an_axis_that_is_not_built_is_said() -> None:
+    (found,) = refusals(SMOLLM2, Proposal(Topology(cp=2)), replace(BUILT, axes=("tp", "pp", "dp")))
+    assert (found.message, found.hint) == ("topology.cp=2 is not built yet: only cp=1 runs", "topology.cp=1")
 
 
 def test_virtual_chunks_that_are_not_built_are_said() -> None:

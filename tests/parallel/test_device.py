@@ -33,6 +33,12 @@ def test_factories_build_on_the_cpu(seen: types.ModuleType, name: str) -> None:
     assert made.shape == (2,)
 
 
+def test_factories_pin_no_memory(seen: types.ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="pin"):
+        torch.tensor([1.0], pin_memory=True)
+    assert not seen.torch.tensor([1.0], pin_memory=True).is_pinned()
+
+
 def test_the_current_device_is_the_cpu(seen: types.ModuleType) -> None:
     assert torch.zeros(1, device=seen.torch.cuda.current_device()).device.type == "cpu"
 
@@ -79,4 +85,4 @@ def test_torch_itself_is_untouched(seen: types.ModuleType) -> None:
 
 
 def test_every_stand_in_is_listed() -> None:
-    assert len(device.STAND_INS) == 7
+    assert len(device.STAND_INS) == 8
