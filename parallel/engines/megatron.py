@@ -22,6 +22,7 @@ from parallel.device import cuda_type_names, current_device
 from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
 from parallel.engines import megatron_model as models
 from parallel.engines import megatron_state as states
+from parallel.engines.megatron_experts import count_experts_once
 from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
 from parallel.loss import VocabShard, summed_loss
@@ -186,7 +187,11 @@ class MegatronEngine:
         )
         with cuda_type_names(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return get_megatron_optimizer(config, self._wrapped, use_gloo_process_groups=False, pg_collection=self._pgs)
+            built = get_megatron_optimizer(
+                config, self._wrapped, use_gloo_process_groups=False, pg_collection=self._pgs
+            )
+        count_experts_once(built, self._groups)
+        return built
 
     def _run_schedule(
         self, microbatches: Sequence[MicroBatch], forward_only: bool, loss: LossFunction | None = None
