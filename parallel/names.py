@@ -227,9 +227,9 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
     """Which logical linears an adapter sits on, by PEFT's rules for ``target_modules``.
 
     A list (or one plain name) matches a module by its last path components; a string is a regular expression that must
-    match the whole module path; ``all-linear`` means every linear layer but the output layer: with experts the router
-    and all experts too. Of a layer's experts all are adapted or none, and gate and up together, because PEFT joins
-    them into one tensor.
+    match the whole module path; ``all-linear`` means every linear layer but the output layer. With experts PEFT trains
+    one joint adapter of gate and up by it, whose B is dense over both; here each has its own, so it is refused. Of a
+    layer's experts all are adapted or none, and gate and up together, because PEFT holds them as one tensor.
 
     Returns:
         Full module paths such as ``model.layers.0.self_attn.q_proj`` or ``model.layers.0.mlp.experts.3.up_proj``.
@@ -237,6 +237,12 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
         TargetError: a name matches nothing, and the message lists near names; or part of a layer's experts.
     """
     modules = target_modules(spec)
+    if targets == "all-linear" and spec.is_moe:
+        raise TargetError(
+            "tuner.targets=all-linear trains one dense adapter over gate and up of an expert in PEFT, which is not "
+            "built; each has an adapter of its own when they are named",
+            "tuner.targets=[q_proj,k_proj,v_proj,o_proj,gate,gate_proj,up_proj,down_proj]",
+        )
     if targets == "all-linear":
         return frozenset(modules)
     leaves = sorted({module.rsplit(".", 1)[1] for module in modules})

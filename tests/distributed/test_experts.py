@@ -2,34 +2,130 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import torch
 
 from parallel.topology import Topology
-from tests.distributed.test_parity import assert_same
+from tests.distributed.test_parity import LOSS_RTOL, TENSOR_RTOL
+from tests.helpers import runs
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj")
 TOPOLOGIES = {
     "ep2": {"topology": Topology(dp=2, ep=2)},
     "ep4": {"topology": Topology(dp=4, ep=4)},
     "ep2-dp4": {"topology": Topology(dp=4, ep=2)},
-    "etp2-dp2": {"topology": Topology(dp=2, etp=2)},
+    "etp2": {"topology": Topology(dp=2, etp=2)},
     "tp2-etp1": {"topology": Topology(tp=2), "sp": True},
     "tp2-etp2": {"topology": Topology(tp=2, etp=2), "sp": True},
     "tp2-ep2": {"topology": Topology(tp=2, ep=2), "sp": True},
-    "tp2-dp2-ep2": {"topology": Topology(tp=2, dp=2, ep=2), "sp": True},
-    "tp2-dp2-ep2-etp2": {"topology": Topology(tp=2, dp=2, ep=2, etp=2), "sp": True},
-    "pp2-dp2-ep2": {"topology": Topology(pp=2, dp=2, ep=2)},
-    "dp4-ep2-distributed": {"topology": Topology(dp=4, ep=2), "distributed": True},
-    "tp2-dp2-etp2-distributed": {"topology": Topology(tp=2, dp=2, etp=2), "sp": True, "distributed": True},
+    "ep2-tp2-dp2": {"topology": Topology(tp=2, dp=2, ep=2), "sp": True},
+    "ep2-etp2": {"topology": Topology(tp=2, dp=2, ep=2, etp=2), "sp": True},
+    "ep2-pp2": {"topology": Topology(pp=2, dp=2, ep=2)},
+    "ep2-dp4-distributed": {"topology": Topology(dp=4, ep=2), "distributed": True},
+    "etp2-tp2-dp2-distributed": {"topology": Topology(tp=2, dp=2, etp=2), "sp": True, "distributed": True},
 }
+RUNS = {
+    "attention": Run(family="qwen3_moe", targets=("q_proj", "k_proj", "v_proj", "o_proj")),
+    "experts": Run(family="qwen3_moe", targets=EXPERTS),
+    "full": Run(family="qwen3_moe", full=True),
+}
+Outcome = tuple[list[float], list[float], dict[tuple[str, str], torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def one_process(pool: Pool) -> Callable[[Run], Outcome]:
+    """What a run is on one process: losses, gradient norms, state. Each run is done once."""
+    known: dict[Run, Outcome] = {}
+
+    def outcome(run: Run) -> Outcome:
+        if run not in known:
+            losses, norms, state = pool.run(1, runs.train, run)[0]
+            known[run] = losses, norms, runs.merge([state])
+        return known[run]
+
+    return outcome
+
+
+def distance(found: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor]) -> float:
+    """The largest relative Frobenius distance of a tensor; a tensor that is zero must be zero."""
+    assert found.keys() == expected.keys()
+    worst = 0.0
+    for key, value in expected.items():
+        size, apart = torch.linalg.vector_norm(value), torch.linalg.vector_norm(found[key] - value)
+        assert size > 0 or apart == 0, key
+        worst = max(worst, float(apart / size) if size > 0 else 0.0)
+    return worst
+
+
+def assert_same(pool: Pool, expected: Outcome, there: Run) -> None:
+    found = pool.run(there.topology.world_size, runs.train, there)
+    for losses, norms, _ in found:
+        assert losses == pytest.approx(expected[0], rel=LOSS_RTOL)
+        assert norms == pytest.approx(expected[1], rel=1e-4)
+    assert distance(runs.merge([state for _, _, state in found]), expected[2]) <= TENSOR_RTOL
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
-@pytest.mark.parametrize("what", ["attention", "experts", "full"])
-def test_a_run_equals_one_process(pool: Pool, what: str, name: str) -> None:
-    changes = {"attention": {"targets": ATTENTION}, "experts": {"targets": EXPERTS}, "full": {"full": True}}[what]
-    run = Run(family="qwen3_moe", **changes)
-    assert_same(pool, run, run.on(**TOPOLOGIES[name]))
+@pytest.mark.parametrize("what", ["experts", "full"])
+def test_a_run_equals_one_process(pool: Pool, one_process: Callable[[Run], Outcome], what: str, name: str) -> None:
+    assert_same(pool, one_process(RUNS[what]), RUNS[what].on(**TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("name", ["ep2", "etp2", "ep2-etp2", "ep2-pp2"])
+def test_adapters_on_attention_equal_one_process(pool: Pool, one_process: Callable[[Run], Outcome], name: str) -> None:
+    assert_same(pool, one_process(RUNS["attention"]), RUNS["attention"].on(**TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_of_experts_changes_nothing(
+    pool: Pool, one_process: Callable[[Run], Outcome], recompute: str
+) -> None:
+    assert_same(pool, one_process(RUNS["experts"]), RUNS["experts"].on(recompute=recompute, **TOPOLOGIES["ep2-pp2"]))
+
+
+@pytest.mark.parametrize("name", ["ep2", "ep4", "ep2-etp2"])
+def test_fault_4_one_adapter_per_logical_expert_whatever_ep_is(pool: Pool, name: str) -> None:
+    """The same names, shapes and, bit for bit, the same values: the seed's, not the expert-parallel rank's."""
+    start = RUNS["experts"].on(steps=0)
+    alone = runs.merge([pool.run(1, runs.train, start)[0][2]])
+    weights = {key for key, kind in alone if kind == "weight" and ".experts." in key}
+    assert len(weights) == 4 * 4 * 3 * 2  # layers, experts, gate up down, A B
+    there = start.on(**TOPOLOGIES[name])
+    found = runs.merge([state for _, _, state in pool.run(there.topology.world_size, runs.train, there)])
+    assert found.keys() == alone.keys()
+    assert all(torch.equal(found[key], value) for key, value in alone.items())
+    first = [
+        value for (key, kind), value in alone.items() if kind == "weight" and key.endswith("gate_proj.lora_A.weight")
+    ]
+    assert not any(torch.equal(first[0], other) for other in first[1:])
+
+
+def train_with_fault(run: Run, fault: str) -> list[tuple[Any, ...]]:
+    """Train with a fault planted in this rank's engine; its pieces."""
+    engine, groups = runs.open_engine(run)
+    parameters = [parameter for chunk in engine._chunks for parameter in chunk.parameters()]
+    if fault == "etp shares are not summed":
+        for parameter in parameters:
+            parameter.sum_over_expert_tp = False
+    for step in range(run.steps):
+        engine.train_step(runs.microbatches(run, step, groups.coordinate("dp")), run.rate(step))
+    state = runs.pieces(engine)
+    groups.close()
+    return state
+
+
+@pytest.mark.parametrize("name", ["etp2", "tp2-etp2", "ep2-etp2"])
+def test_fault_5_adapters_on_experts_under_etp_are_right(
+    pool: Pool, one_process: Callable[[Run], Outcome], name: str
+) -> None:
+    """They equal one process; and were the shares of etp ranks not summed, replicas would drift apart."""
+    there = RUNS["experts"].on(**TOPOLOGIES[name])
+    assert_same(pool, one_process(RUNS["experts"]), there)
+    spoilt = pool.run(there.topology.world_size, train_with_fault, there, "etp shares are not summed")
+    with pytest.raises(AssertionError, match=r"replicas of .*experts.* differ"):
+        runs.merge(spoilt)
