@@ -54,6 +54,7 @@ class EngineSpec:
         stages: layer indices of each pipeline chunk, ``stages[virtual * pp + stage]``.
         lora: None means full fine-tuning.
         sequence_tokens: the longest row of the run.
+        balancing_loss: coefficient of the routers' balancing loss (``parallel.balancing``); 0 for none.
     """
 
     model: ModelSpec
@@ -66,6 +67,7 @@ class EngineSpec:
     recompute: str = "none"
     seed: int = 0
     sequence_tokens: int = 512
+    balancing_loss: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext) -> None
     for linear in names.linears(context.model, context.experts.ep, context.experts.ep_rank):
         if not any(prefix + path in context.lora.targets for _, path in linear.parts):
             continue
+        assert not (context.lora.dropout and (linear.expert or linear.cut == "whole")), "the plan refuses dropout there"
         if linear.cut == "whole":
             router: Any = layer.get_submodule(linear.path)
             router.adapter = LoraRouter(context.part(linear, linear.parts[0], index), context.lora.scale)

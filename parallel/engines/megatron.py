@@ -18,11 +18,12 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import mappings
 
 from parallel import names
+from parallel.balancing import BalancingClock
 from parallel.device import cuda_type_names, current_device
 from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
 from parallel.engines import megatron_model as models
 from parallel.engines import megatron_state as states
-from parallel.engines.megatron_experts import count_experts_once
+from parallel.engines.megatron_experts import balance_routers, count_experts_once
 from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
 from parallel.loss import VocabShard, summed_loss
@@ -52,7 +53,9 @@ class MegatronEngine:
         keep_freed_memory()
         self._spec, self._groups = spec, groups
         self._clock = DropoutClock(spec.seed, spec.sequence_tokens)
+        self._balancing = BalancingClock()
         self._chunks = models.build_chunks(spec, groups, self._clock)
+        balance_routers(self._chunks, spec, groups, self._balancing)
         models.fill_base(spec, groups, self._chunks, base)
         self._pgs = models.process_groups(groups)
         self._device = current_device()
@@ -204,6 +207,7 @@ class MegatronEngine:
         def forward_step(batches: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module) -> tuple[Any, Any]:
             number, batch = next(batches)
             self._clock.announce(number, batch.sample_ids)
+            self._balancing.announce(number, batch.labels)
             positions = torch.arange(batch.tokens.shape[1], device=self._device).expand_as(batch.tokens)
             hidden = chunk(batch.tokens.to(self._device), positions, None)
             return hidden, lambda output: chosen(batch, output)

@@ -1,8 +1,8 @@
-"""What experts need beyond megatron-core's own steps: gradients of halves that etp ranks share, and their norm."""
+"""What experts need beyond megatron-core's own steps: gradients of halves that etp ranks share, their norm, balance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
+from parallel.balancing import Balance, BalancingClock
+from parallel.engine import EngineSpec
 from parallel.groups import Groups
+from parallel.provider_experts import Router
 
 
 def finalize_with_experts(groups: Groups) -> Callable[..., None]:
@@ -25,7 +28,7 @@ def finalize_with_experts(groups: Groups) -> Callable[..., None]:
     def finalize(model: list[torch.nn.Module], *arguments: Any, **options: Any) -> None:
         finalize_model_grads(model, *arguments, **options)
         gradients = [
-            parameter.main_grad
+            parameter.main_grad  # type: ignore[attr-defined]
             for chunk in model
             for parameter in chunk.parameters()
             if parameter.requires_grad and getattr(parameter, "sum_over_expert_tp", False)
@@ -37,6 +40,19 @@ def finalize_with_experts(groups: Groups) -> Callable[..., None]:
                 gradient.copy_(total.view_as(gradient))
 
     return finalize
+
+
+def balance_routers(chunks: Sequence[torch.nn.Module], spec: EngineSpec, groups: Groups, clock: BalancingClock) -> None:
+    """Give every router its balancing loss, where the run has one."""
+    if not spec.balancing_loss:
+        return
+    assert groups.topology.cp == 1, "the plan refuses a balancing loss with context parallelism"
+    parts, rank = (groups.topology.tp, groups.coordinate("tp")) if spec.sp else (1, 0)
+    balance = Balance(spec.balancing_loss, clock, parts, rank, groups.by_name["tp"])
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, Router):
+                module.balance = balance
 
 
 def count_experts_once(optimizer: MegatronOptimizer, groups: Groups) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +131,108 @@ def test_fault_5_adapters_on_experts_under_etp_are_right(
     spoilt = pool.run(there.topology.world_size, train_with_fault, there, "etp shares are not summed")
     with pytest.raises(AssertionError, match=r"replicas of .*experts.* differ"):
         runs.merge(spoilt)
+
+
+@pytest.mark.parametrize("what", ["experts", "full"])
+@pytest.mark.parametrize("name", ["one", "tp2-ep2"])
+def test_an_expert_without_tokens_has_a_gradient_of_zero(
+    pool: Pool, one_process: Callable[[Run], Outcome], what: str, name: str
+) -> None:
+    """Two tokens reach four of sixteen experts at most: the others' gradients are zero, not missing, in step 1."""
+    run = RUNS[what].on(global_sequences=1, micro_sequences=1, tokens=2, steps=2, changes=(("num_experts", 16),))
+    expected = one_process(run)
+    silent = [
+        key
+        for (key, kind), value in expected[2].items()
+        if kind == "exp_avg" and ".experts." in key and "lora_A" not in key and not value.any()
+    ]
+    assert len(silent) >= 4 * 3 * 4  # layers, gate up down, experts (two steps reach eight)
+    if name != "one":
+        assert_same(pool, expected, run.on(**TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("name", ["one", "ep2"])
+def test_a_tensor_of_an_expert_that_takes_no_part_is_missed(pool: Pool, name: str) -> None:
+    run = RUNS["experts"].on(**({} if name == "one" else TOPOLOGIES[name]))
+    for message in pool.run(run.topology.world_size, unused_expert_tensor, run):
+        assert message == (
+            "1 trainable tensors got no gradient in the first step, first "
+            "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.parts.up.unused"
+        )
+
+
+def unused_expert_tensor(run: Run) -> str:
+    """Train a step with a parameter in an expert that takes no part in it; the error's words."""
+    from parallel.engines.megatron import NoGradientError
+
+    engine, groups = runs.open_engine(run)
+    part = engine._chunks[0].get_submodule("decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.parts.up")
+    part.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    try:
+        engine.train_step(runs.microbatches(run, 0, groups.coordinate("dp")), 1e-3)
+    except NoGradientError as error:
+        return str(error)
+    finally:
+        groups.close()
+    return ""
+
+
+def train_and_save(run: Run, folder: str) -> None:
+    """Train, and save a checkpoint into ``folder``."""
+    from orchestrator.checkpoint.save import Contents, save
+
+    engine, groups = runs.open_engine(run)
+    for step in range(run.steps):
+        engine.train_step(runs.microbatches(run, step, groups.coordinate("dp")), run.rate(step))
+    save(Path(folder), run.steps, engine.shards(), Contents("model" if run.full else "adapter", {}))
+    groups.close()
+
+
+def go_on_from(run: Run, folder: str) -> tuple[list[float], list[tuple[Any, ...]]]:
+    """Load the checkpoint in ``folder`` and train to the end of the run; losses and pieces."""
+    from orchestrator.checkpoint.load import open_checkpoint
+
+    engine, groups = runs.open_engine(run)
+    checkpoint = open_checkpoint(Path(folder))
+    engine.load(checkpoint, moments=True)
+    engine.set_optimizer_steps(checkpoint.step)
+    losses = [
+        engine.train_step(runs.microbatches(run, step, groups.coordinate("dp")), run.rate(step)).loss
+        for step in range(checkpoint.step, run.steps)
+    ]
+    state = runs.pieces(engine)
+    groups.close()
+    return losses, state
+
+
+@pytest.mark.parametrize(
+    ("what", "before", "after"),
+    [
+        ("experts", "ep2", "etp2"),
+        ("experts", "ep2-etp2", "ep2-dp4-distributed"),
+        ("experts", "etp2-tp2-dp2-distributed", "ep4"),
+        ("full", "ep2-pp2", "tp2-etp1"),
+        ("full", "ep2-dp4-distributed", "ep2-etp2"),
+    ],
+)
+def test_a_checkpoint_goes_on_under_another_cut_of_experts(
+    pool: Pool, one_process: Callable[[Run], Outcome], tmp_path: Path, what: str, before: str, after: str
+) -> None:
+    """Weights, moments and Adam's count of experts: equal to the run that was never stopped."""
+    losses, _, whole = one_process(RUNS[what])
+    first, there = RUNS[what].on(steps=2, **TOPOLOGIES[before]), RUNS[what].on(**TOPOLOGIES[after])
+    pool.run(first.topology.world_size, train_and_save, first, str(tmp_path))
+    found = pool.run(there.topology.world_size, go_on_from, there, str(tmp_path))
+    assert found[0][0] == pytest.approx(losses[2:], rel=LOSS_RTOL)
+    assert distance(runs.merge([state for _, state in found]), whole) <= TENSOR_RTOL
+
+
+def test_a_checkpoint_of_experts_is_the_same_bytes_from_every_cut(pool: Pool, tmp_path: Path) -> None:
+    digests = set()
+    for number, name in enumerate(["ep2", "ep2-etp2", "ep2-pp2", "ep2-dp4-distributed"]):
+        run = RUNS["experts"].on(steps=0, **TOPOLOGIES[name])
+        pool.run(run.topology.world_size, train_and_save, run, str(tmp_path / str(number)))
+        files = sorted((tmp_path / str(number)).rglob("*.safetensors"))
+        assert len(files) == 2  # weights, moments
+        digests.add(tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
+    assert len(digests) == 1
