@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint.adapter import adapter_config, lora_pairs
+from orchestrator.checkpoint.experts import loadable_config
 from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader
 from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.errors import ConfigError
@@ -47,6 +48,12 @@ def lora_spec(tuner: TunerConfig, model: ModelSpec) -> LoraSpec | None:
     return LoraSpec(tuner.r, tuner.alpha, tuner.dropout, tuner.rslora, resolve_targets(tuner.targets, model))
 
 
+def balancing_loss(job: JobConfig, model: ModelSpec) -> float:
+    """The coefficient of the routers' balancing loss: the job's or, where it has none, the model's."""
+    asked = job.experts.balancing_loss
+    return model.router_aux_loss if asked is None else asked
+
+
 def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
     """What the engine needs of a job and its plan."""
     optimizer = job.optimizer
@@ -66,6 +73,7 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
         precision=plan.precision,
         recompute=plan.recompute,
         seed=job.seed,
+        balancing_loss=balancing_loss(job, model),
         sequence_tokens=-(-plan.sequence_tokens // plan.length_multiple) * plan.length_multiple,
         cp_comm=plan.cp_comm,
     )
@@ -92,6 +100,8 @@ def room(job: JobConfig, model: ModelSpec) -> Room:
         if leaves == "all-linear" or (isinstance(leaves, str) and not _is_expression(leaves, model)):
             leaves = sorted({target.rsplit(".", 1)[1] for target in resolve_targets(leaves, model)})
         config = adapter_config(job.tuner, leaves, job.model.path or "")
+        if model.is_moe:
+            config = loadable_config(config, resolve_targets(job.tuner.targets, model))
         return Room("adapter", {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()})
     if job.model.weights == "random" and job.model.config is not None:
         return Room("model", {"config.json": (json.dumps(job.model.config, indent=2) + "\n").encode()})

@@ -18,7 +18,7 @@ from parallel.topology import Topology
 class Capabilities:
     """What may be asked for. ``axes``: those that may be larger than 1."""
 
-    axes: tuple[str, ...] = ("tp", "pp", "dp", "vpp", "cp")
+    axes: tuple[str, ...] = ("tp", "pp", "dp", "cp", "ep", "etp", "vpp")
     sp: bool = True
     families: tuple[str, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
     tuners: tuple[str, ...] = ("lora", "full")
@@ -169,6 +169,11 @@ def _expert_cuts(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Itera
         yield Refusal(
             f"model has {model.experts} experts, which topology.ep={ep} does not divide", f"topology.ep={legal}"
         )
+    if model.experts_per_token == 1 and model.normalise_expert_weights:
+        yield Refusal(
+            "one expert per token with normalised weights is not built: every weight would be 1, and no router learns",
+            "model=qwen3_30b_a3b",
+        )
     if model.expert_ffn % etp:
         legal = nearest(etp, divisors(model.expert_ffn))
         yield Refusal(
@@ -194,9 +199,6 @@ def _sequence_parallel(model: ModelSpec, proposal: Proposal, _: Capabilities) ->
     if model.is_moe and tp > 1 and not proposal.sp:
         # otherwise every tp rank would send all tokens to the experts, tp times each
         yield Refusal(f"experts with topology.tp={tp} need topology.sp=true", "topology.sp=true")
-    if model.is_moe and tp > 1 and proposal.tuner == "full":
-        # experts replicated over tp see different tokens there, and nothing sums their gradients yet
-        yield Refusal(f"tuner=full with experts is not built for topology.tp={tp}: only tp=1 runs", "topology.tp=1")
 
 
 def _context_parallel(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # torch functions that megatron-core calls with device="cuda" or device=torch.cuda.current_device()
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like", "rand")
@@ -26,6 +27,8 @@ STAND_INS = (
     "the CUDA generator: its state is empty and seeding it does nothing (the CPU's generator is always kept beside it)",
     "Tensor.cuda(): the tensor itself",
     "Tensor.type(): 'torch.cuda.*' names, only while an optimizer is built or steps",
+    "torch.distributed.all_gather of tensors of unequal length, which NCCL does and gloo refuses: padded, then trimmed",
+    "moe_utils.maybe_move_tensor_to_cpu(as_numpy=True): an array also of a tensor that is on the CPU already",
 )
 _CPU = torch.device("cpu")
 
@@ -72,12 +75,42 @@ class _CpuCuda(ModuleType):
         return getattr(torch.cuda, name)
 
 
+def gather_unequal(tensors: list[torch.Tensor], tensor: torch.Tensor, group: Any = None) -> None:
+    """``dist.all_gather`` into ``tensors``, which may differ in their first dimension; for gloo, which refuses that.
+
+    The plain definition: ``tensors[r]`` becomes rank ``r``'s ``tensor``. Every rank knows all lengths, so each one is
+    padded to the longest, gathered, and trimmed.
+    """
+    longest = max(each.shape[0] for each in tensors)
+    if all(each.shape[0] == longest for each in tensors):
+        dist.all_gather(tensors, tensor.contiguous(), group=group)
+        return
+    padded = tensor.new_zeros(longest, *tensor.shape[1:])
+    padded[: tensor.shape[0]] = tensor
+    whole = [torch.empty_like(padded) for _ in tensors]
+    dist.all_gather(whole, padded, group=group)
+    for target, source in zip(tensors, whole, strict=True):
+        target.copy_(source[: target.shape[0]])
+
+
+class _GlooDistributed(ModuleType):
+    """What megatron-core sees as ``torch.distributed``."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.distributed")
+        self.all_gather = gather_unequal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+
 class _CpuTorch(ModuleType):
     """What megatron-core sees as ``torch``."""
 
     def __init__(self) -> None:
         super().__init__("torch")
         self.cuda = _CpuCuda()
+        self.distributed = _GlooDistributed()
         for name in FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
 
@@ -123,8 +156,22 @@ def stand_in_for_cuda() -> list[str]:
     if random is not None:  # activation recompute saves and restores CUDA's generator beside the CPU's
         random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)  # type: ignore[attr-defined]
         random._set_cuda_rng_state = lambda *_, **__: None  # type: ignore[attr-defined]
+    _stand_in_for_expert_tools()
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     return touched
+
+
+def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """megatron-core's ``maybe_move_tensor_to_cpu`` for tensors that are there: what is no tensor stays what it is."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _stand_in_for_expert_tools() -> None:
+    """The split sizes of all-to-alls must be numbers, also of tensors that need no move."""
+    for name in ("moe_utils", "token_dispatcher"):
+        user = sys.modules.get(f"megatron.core.transformer.moe.{name}")
+        if user is not None:
+            user.maybe_move_tensor_to_cpu = to_cpu  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

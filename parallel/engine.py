@@ -55,6 +55,7 @@ class EngineSpec:
         lora: None means full fine-tuning.
         cp_comm: how context-parallel ranks see each other's tokens (``parallel.context_attention.KINDS``).
         sequence_tokens: the longest row of the run.
+        balancing_loss: coefficient of the routers' balancing loss (``parallel.balancing``); 0 for none.
     """
 
     model: ModelSpec
@@ -68,6 +69,7 @@ class EngineSpec:
     seed: int = 0
     sequence_tokens: int = 512
     cp_comm: str = "ring"
+    balancing_loss: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class _LoraLinear(torch.autograd.Function):
         low = rows @ down.t()
         out.addmm_(low, up.t())
         ctx.save_for_backward(hidden, weight, down, up, low)
-        return out.view(*hidden.shape[:-1], -1)
+        return out.view(*hidden.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable

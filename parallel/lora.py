@@ -9,6 +9,12 @@ A wrapped linear may be fused (q|k|v, gate|up); each logical part has its own A 
 
 With sequence parallelism the replicated half sees only its rank's tokens, so its gradient is summed over the group
 after the backward pass (``sequence_parallel`` on the parameter asks megatron-core for that).
+
+An expert's linears are cut over etp, and there is one adapter per *logical* expert, on the expert-parallel rank that
+holds it. The token dispatcher already brings an expert's tokens to all its etp ranks, and sums their outputs on the
+way forth and their gradients on the way back. So nothing is reduced here: ``B A x`` is linear in either cut half, and
+the replicated half gets this rank's share of its gradient (``sum_over_expert_tp`` on the parameter asks the engine to
+add up the shares). A reduction here as well would count the tokens' gradient etp times, with no error.
 """
 
 from __future__ import annotations
@@ -44,6 +50,16 @@ class Regions:
 
 
 @dataclass(frozen=True)
+class ExpertPlace:
+    """Which experts a rank holds (``ep_rank`` of ``ep``), and which cut of them (``etp_rank`` of ``etp``)."""
+
+    ep: int = 1
+    ep_rank: int = 0
+    etp: int = 1
+    etp_rank: int = 0
+
+
+@dataclass(frozen=True)
 class LoraContext:
     """What every adapter of a model shares on one rank."""
 
@@ -55,29 +71,44 @@ class LoraContext:
     regions: Regions
     sequence_parallel: bool
     clock: DropoutClock
+    experts: ExpertPlace = ExpertPlace()
+
+    def part(self, linear: names.Linear, part: tuple[str, str], layer: int) -> LoraPart:
+        """The adapter of one logical linear on this rank."""
+        cut = (self.experts.etp, self.experts.etp_rank) if linear.expert else (self.tp, self.tp_rank)
+        pieces = names.adapter_pieces(linear, part, self.model, layer, self.lora.r, *cut)
+        return LoraPart(*pieces, self.seed, linear, self.sequence_parallel)
 
 
 class LoraPart(torch.nn.Module):
     """The two halves of one logical linear's adapter on this rank, in fp32, and where they lie in the whole."""
 
-    def __init__(self, piece_a: Piece, piece_b: Piece, seed: int, cut: str, sequence_parallel: bool) -> None:
+    def __init__(
+        self, piece_a: Piece, piece_b: Piece, seed: int, linear: names.Linear, sequence_parallel: bool
+    ) -> None:
         super().__init__()
         whole = kaiming_uniform(piece_a.shape, seed, "lora_A", piece_a.name)  # type: ignore[arg-type]
         self.A = torch.nn.Parameter(whole[piece_a.box.slices].contiguous())
         self.B = torch.nn.Parameter(torch.zeros(piece_b.box.size))
         self.pieces = (piece_a, piece_b)
         self.module_name = piece_a.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        sharded, replicated = (self.A, self.B) if cut == "row" else (self.B, self.A)
-        sharded.tensor_model_parallel = True  # type: ignore[attr-defined]
-        sharded.partition_dim = 1 if cut == "row" else 0  # type: ignore[attr-defined]
-        replicated.tensor_model_parallel = False  # type: ignore[attr-defined]
-        replicated.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+        _mark(self.A, linear, linear.cut == "row", sequence_parallel)
+        _mark(self.B, linear, linear.cut == "column", sequence_parallel)
+
+
+def _mark(half: torch.nn.Parameter, linear: names.Linear, is_cut: bool, sequence_parallel: bool) -> None:
+    """Say over which ranks a half's gradient is summed, and whether other ranks hold the same half."""
+    half.tensor_model_parallel = is_cut  # type: ignore[attr-defined]
+    half.allreduce = not linear.expert  # type: ignore[attr-defined]
+    half.sequence_parallel = sequence_parallel and not is_cut and not linear.expert  # type: ignore[attr-defined]
+    half.sum_over_expert_tp = linear.expert and not is_cut  # type: ignore[attr-defined]
 
 
 class LoraLinear(torch.nn.Module):
     """A frozen megatron-core linear with adapters on some of its logical parts.
 
-    Takes and returns what the wrapped linear does: ``[s, b, in] -> ([s, b, out], bias)``.
+    Takes and returns what the wrapped linear does: ``[s, b, in] -> ([s, b, out], bias)``, of an expert
+    ``[tokens, in] -> ([tokens, out], bias)``.
     """
 
     def __init__(self, base: torch.nn.Module, layer: int, linear: names.Linear, context: LoraContext) -> None:
@@ -88,11 +119,10 @@ class LoraLinear(torch.nn.Module):
         self.parts = torch.nn.ModuleDict()
         for role, path in linear.parts:
             if names.layer_prefix(layer) + path in context.lora.targets:
-                pieces = names.adapter_pieces(
-                    linear, (role, path), context.model, layer, context.lora.r, context.tp, context.tp_rank
-                )
-                self.parts[role] = LoraPart(*pieces, context.seed, linear.cut, context.sequence_parallel)
-        cut = context.tp if linear.cut == "column" else 1
+                self.parts[role] = context.part(linear, (role, path), layer)
+        ranks = context.experts.etp if linear.expert else context.tp
+        self.reduces = ranks > 1 and not linear.expert  # the token dispatcher does it for experts
+        cut = ranks if linear.cut == "column" else 1
         self.widths = {role: names.shape(role, context.model)[0] // cut for role, _ in linear.parts}
         self.order: torch.Tensor | None
         self.register_buffer("order", self._fused_order(), persistent=False)
@@ -108,7 +138,7 @@ class LoraLinear(torch.nn.Module):
     def _can_fuse(self) -> bool:
         """Whether nothing lies between the matrix products: no collective, no dropout."""
         dropping = self.context.lora.dropout and self.training
-        return self.context.tp == 1 and not self.linear.expert and not dropping
+        return not self.reduces and not dropping
 
     def _fused(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same in one pass: all parts' A one under the other, their B in the rows of the fused output."""
@@ -168,18 +198,37 @@ class LoraLinear(torch.nn.Module):
     def _reduce(self, low: torch.Tensor) -> torch.Tensor:
         """Make ``A x`` whole where the cut left it partial, forth (row) or back (column)."""
         context = self.context
-        if context.tp == 1:
+        if not self.reduces:
             return low
         if self.linear.cut == "row":
             return (context.regions.scatter if context.sequence_parallel else context.regions.reduce)(low)
         return (context.regions.gather if context.sequence_parallel else context.regions.copy)(low)
 
 
+class LoraRouter(torch.nn.Module):
+    """The adapter of a router, which every tensor-parallel rank holds whole: ``[..., hidden] -> [..., experts]``."""
+
+    def __init__(self, part: LoraPart, scale: float) -> None:
+        super().__init__()
+        self.part = part
+        self.scale = scale
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What is added to the router's logits, fp32."""
+        low = torch.nn.functional.linear(hidden.float(), self.part.A)
+        return torch.nn.functional.linear(low, self.part.B * self.scale)
+
+
 def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext) -> None:
     """Put adapters on the targeted linears of one built layer (``index`` is global, from 0)."""
-    for linear in names.linears(context.model):
-        prefix = names.layer_prefix(index)
+    prefix = names.layer_prefix(index)
+    for linear in names.linears(context.model, context.experts.ep, context.experts.ep_rank):
         if not any(prefix + path in context.lora.targets for _, path in linear.parts):
+            continue
+        assert not (context.lora.dropout and (linear.expert or linear.cut == "whole")), "the plan refuses dropout there"
+        if linear.cut == "whole":
+            router: Any = layer.get_submodule(linear.path)
+            router.adapter = LoraRouter(context.part(linear, linear.parts[0], index), context.lora.scale)
             continue
         parent_path, _, attribute = linear.path.rpartition(".")
         parent = layer.get_submodule(parent_path)

@@ -29,7 +29,7 @@ class Linear:
 
     Args:
         path: its module path inside a megatron-core layer.
-        cut: ``column`` (output rows are cut over tp) or ``row`` (input columns are).
+        cut: ``column`` (output rows are cut over tp), ``row`` (input columns are) or ``whole`` (every tp rank has all).
         parts: logical linears fused in it, as ``(role, Hugging Face path inside the layer)``.
         expert: it belongs to one expert: cut over etp (not tp), and held by one ep rank.
     """
@@ -69,6 +69,7 @@ _MLP = (
     Linear("mlp.linear_fc2", "row", (("down", "mlp.down_proj"),)),
 )
 _EXPERTS = (
+    Linear("mlp.router", "whole", (("router", "mlp.gate"),)),
     Linear(
         "mlp.experts.local_experts.{expert}.linear_fc1",
         "column",
@@ -82,7 +83,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(_NORMS, _ATTENTION + _MLP),
     "qwen2": Family(_NORMS, _ATTENTION + _MLP),
     "qwen3": Family(_NORMS + _QK_NORMS, _ATTENTION + _MLP),
-    "qwen3_moe": Family((*_NORMS, *_QK_NORMS, ("mlp.router.weight", "mlp.gate.weight")), _ATTENTION + _EXPERTS),
+    "qwen3_moe": Family(_NORMS + _QK_NORMS, _ATTENTION + _EXPERTS),
 }
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -122,6 +123,7 @@ def shape(role: str, spec: ModelSpec) -> tuple[int, int]:
         "gate": (ffn, spec.hidden),
         "up": (ffn, spec.hidden),
         "down": (spec.hidden, ffn),
+        "router": (spec.experts, spec.hidden),
     }[role]
 
 
@@ -149,6 +151,9 @@ def weight_pieces(linear: Linear, spec: ModelSpec, layer: int, tp: int, rank: in
     """The logical pieces of a local weight ``[out, in]`` on tensor-parallel rank ``rank`` of ``tp``."""
     for role, path in linear.parts:
         name, whole = f"{layer_prefix(layer)}{path}.weight", shape(role, spec)
+        if linear.cut == "whole":
+            yield whole_piece(name, whole)
+            continue
         if linear.cut == "row":
             size = (whole[0], whole[1] // tp)
             yield Piece(name, whole, Box((0, rank * size[1]), size), Box((0, 0), size))
@@ -195,7 +200,7 @@ def adapter_pieces(
     """The logical pieces of one part's local LoRA halves A ``[r, in]`` and B ``[out, r]``, under PEFT's names.
 
     Column-parallel: A is whole on every rank, B has this rank's rows. Row-parallel: A has this rank's columns, B is
-    whole. The rows of B are contiguous here, also where the base is fused.
+    whole. A linear that is not cut has both whole. The rows of B are contiguous here, also where the base is fused.
     """
     role, path = part
     out, width = shape(role, spec)
@@ -205,6 +210,8 @@ def adapter_pieces(
         local = width // tp
         piece_a = Piece(name_a, (r, width), Box((0, rank * local), (r, local)), Box.whole((r, local)))
         return piece_a, whole_piece(name_b, (out, r))
+    if linear.cut == "whole":
+        return whole_piece(name_a, (r, width)), whole_piece(name_b, (out, r))
     local = out // tp
     piece_b = Piece(name_b, (out, r), Box((rank * local, 0), (local, r)), Box.whole((local, r)))
     return whole_piece(name_a, (r, width)), piece_b
@@ -212,38 +219,35 @@ def adapter_pieces(
 
 def target_modules(spec: ModelSpec) -> list[str]:
     """Every logical linear that can carry an adapter, as a full module path, in layer order."""
-    return [
-        layer_prefix(layer) + path
-        for layer in range(spec.layers)
-        for linear in FAMILIES[spec.family].linears
-        for _, path in linear.parts
-        if not linear.expert
-    ]
+    every = [path for linear in linears(spec) for _, path in linear.parts]
+    return [layer_prefix(layer) + path for layer in range(spec.layers) for path in every]
 
 
 def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]:
     """Which logical linears an adapter sits on, by PEFT's rules for ``target_modules``.
 
     A list (or one plain name) matches a module by its last path components; a string is a regular expression that must
-    match the whole module path; ``all-linear`` means every linear layer but the output layer. With experts PEFT means
-    the router and all experts by it too; these cannot be adapted here yet, so it is refused.
+    match the whole module path; ``all-linear`` means every linear layer but the output layer. With experts PEFT trains
+    one joint adapter of gate and up by it, whose B is dense over both; here each has its own, so it is refused. Of a
+    layer's experts all are adapted or none, and gate and up together, because PEFT holds them as one tensor.
 
     Returns:
-        Full module paths such as ``model.layers.0.self_attn.q_proj``.
+        Full module paths such as ``model.layers.0.self_attn.q_proj`` or ``model.layers.0.mlp.experts.3.up_proj``.
     Raises:
-        TargetError: a name matches nothing; the message lists near names.
+        TargetError: a name matches nothing, and the message lists near names; or part of a layer's experts.
     """
     modules = target_modules(spec)
     if targets == "all-linear" and spec.is_moe:
         raise TargetError(
-            "tuner.targets=all-linear takes in the router and the experts, which cannot carry adapters yet",
-            "tuner.targets=[q_proj,k_proj,v_proj,o_proj]",
+            "tuner.targets=all-linear trains one dense adapter over gate and up of an expert in PEFT, which is not "
+            "built; each has an adapter of its own when they are named",
+            "tuner.targets=[q_proj,k_proj,v_proj,o_proj,gate,gate_proj,up_proj,down_proj]",
         )
     if targets == "all-linear":
         return frozenset(modules)
     leaves = sorted({module.rsplit(".", 1)[1] for module in modules})
     if isinstance(targets, str) and targets not in leaves:
-        return _by_expression(targets, modules, leaves)
+        return _whole_experts(_by_expression(targets, modules, leaves), spec)
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         found = {module for module in modules if module == target or module.endswith("." + target)}
@@ -256,7 +260,24 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
         chosen |= found
     if not chosen:
         raise TargetError("tuner.targets is empty", "tuner.targets=all-linear")
-    return frozenset(chosen)
+    return _whole_experts(frozenset(chosen), spec)
+
+
+def _whole_experts(chosen: frozenset[str], spec: ModelSpec) -> frozenset[str]:
+    """Refuse targets that take some experts of a layer and leave others, or gate without up."""
+    experts = [linear for linear in linears(spec) if linear.expert]
+    for cut in ("column", "row"):  # gate with up, and down
+        paths = [path for linear in experts if linear.cut == cut for _, path in linear.parts]
+        leaves = sorted({path.rsplit(".", 1)[1] for path in paths})
+        for layer in range(spec.layers):
+            found = [path for path in paths if layer_prefix(layer) + path in chosen]
+            if found and len(found) < len(paths):
+                raise TargetError(
+                    f"tuner.targets takes {len(found)} of the {len(paths)} experts' {' and '.join(leaves)} in layer "
+                    f"{layer}, first {found[0]}; PEFT holds these as one tensor: all or none",
+                    f"tuner.targets=[{','.join(leaves)}]",
+                )
+    return chosen
 
 
 def _by_expression(expression: str, modules: list[str], leaves: list[str]) -> frozenset[str]:

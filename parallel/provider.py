@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from parallel.attention import SdpaAttention
 from parallel.fused import rms_norm, swiglu
 from parallel.fused_attention import CpuSelfAttention
+from parallel.provider_experts import Router
 from parallel.specs import ModelSpec
 
 
@@ -151,9 +152,11 @@ def _layer_spec(spec: ModelSpec, backend: IsotrainSpecProvider) -> ModuleSpec:
 
 def _mlp_spec(spec: ModelSpec, backend: IsotrainSpecProvider) -> ModuleSpec:
     if spec.is_moe:
-        return get_moe_module_spec_for_backend(
+        experts = get_moe_module_spec_for_backend(
             backend=backend, num_experts=spec.experts, moe_grouped_gemm=False, moe_use_legacy_grouped_gemm=False
         )
+        experts.submodules.router = Router
+        return experts
     return ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(

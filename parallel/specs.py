@@ -24,7 +24,8 @@ class ModelSpec:
     """The shape of a decoder, named as in a Hugging Face ``config.json``.
 
     Sizes are whole-model sizes (not per rank). ``ffn`` is the width of one dense MLP (gate and up have this many rows
-    each); ``expert_ffn`` that of one expert. ``experts == 0`` means a dense model.
+    each); ``expert_ffn`` that of one expert. ``experts == 0`` means a dense model. ``router_aux_loss`` is the
+    coefficient of the balancing loss that a run has unless it says otherwise.
     """
 
     family: str
@@ -97,12 +98,22 @@ def _build(family: str, config: Mapping[str, Any]) -> ModelSpec:
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or (family == "qwen3" and bool(config.get("attention_bias", False))),
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        experts=int(config["num_experts"]) if moe else 0,
+        experts=_experts(config) if moe else 0,
         experts_per_token=int(config["num_experts_per_tok"]) if moe else 0,
         expert_ffn=int(config["moe_intermediate_size"]) if moe else 0,
         normalise_expert_weights=bool(config.get("norm_topk_prob", False)) if moe else True,
-        router_aux_loss=float(config.get("router_aux_loss_coef", 0.0)) if moe else 0.0,
+        router_aux_loss=_balancing(config) if moe else 0.0,
     )
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    """transformers 5 writes ``num_local_experts`` where older versions, and the hub's files, say ``num_experts``."""
+    return int(config["num_local_experts"] if "num_local_experts" in config else config["num_experts"])
+
+
+def _balancing(config: Mapping[str, Any]) -> float:
+    """transformers adds a balancing loss only where the config also asks for the router's logits."""
+    return float(config.get("router_aux_loss_coef", 0.0)) if config.get("output_router_logits") else 0.0
 
 
 def _refuse_unbuilt(config: Mapping[str, Any]) -> None:

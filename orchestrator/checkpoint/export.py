@@ -7,15 +7,24 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from orchestrator.checkpoint.adapter import LoraPair, lora_pairs
+from orchestrator.checkpoint.experts import JoinedHalf, has_experts, join, joined_config, joined_halves, weight_places
 from orchestrator.checkpoint.folder import explain, sync_folder, write_durably
-from orchestrator.checkpoint.hf_reader import INDEX, AdapterReader, read_json, weight_files
+from orchestrator.checkpoint.hf_reader import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    AdapterReader,
+    read_json,
+    weight_files,
+)
 from orchestrator.checkpoint.load import WEIGHT_SUFFIXES, CheckpointReader, check_file
 from orchestrator.checkpoint.tensor_file import TORCH_DTYPES, FileWriter, TensorEntry, TensorFiles, lay_out
 from orchestrator.errors import ConfigError
@@ -30,6 +39,8 @@ PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 def export_adapter(checkpoint_folder: Path, out: Path) -> None:
     """Copy a checkpoint's adapter, proven by its digests, into ``out``: PEFT loads it as it is.
 
+    Adapters of experts are joined as PEFT 0.21 writes them itself for transformers 5.
+
     Raises:
         ConfigError: it is a checkpoint of full tuning, or ``out`` holds something that is not ours.
         DataError: a file is damaged.
@@ -43,7 +54,43 @@ def export_adapter(checkpoint_folder: Path, out: Path) -> None:
     with _fresh_folder(out, needed, [checkpoint.folder], {"step": checkpoint.step, "to": "peft"}) as folder:
         for path, record in records.items():
             check_file(checkpoint.folder / path, record, verify=True)
-            _copy(checkpoint.folder / path, folder / path.removeprefix("adapter/"))
+        adapter = AdapterReader(checkpoint.folder / "adapter")
+        joined = has_experts(adapter.names)
+        if joined:
+            _write_joined(adapter, folder)
+        for path in records:
+            name = path.removeprefix("adapter/")
+            if not joined or name not in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+                _copy(checkpoint.folder / path, folder / name)
+
+
+def _write_joined(adapter: AdapterReader, folder: Path) -> None:
+    """Write an adapter with one tensor for all experts of a layer, tensor by tensor."""
+
+    def whole(name: str) -> torch.Tensor:
+        return adapter.read(name, "weight", Box.whole(adapter.shape(name)))
+
+    def joined(half: JoinedHalf, names: list[list[str]]) -> torch.Tensor:
+        return join(half, [[whole(name) for name in each] for each in names])
+
+    halves, rest = joined_halves(adapter.names)
+    made: dict[str, Callable[[], torch.Tensor]] = {name: partial(whole, name) for name in rest}
+    entries = [TensorEntry(name, adapter.dtype(name), adapter.shape(name)) for name in rest]
+    for half, count in halves.items():
+        names = half.names(count)
+        out, r = adapter.shape(names[0][0])
+        parts = len(names[0])
+        shape = (count * parts * out, r) if half.side == "A" else (parts * out, parts * r * count)
+        entries.append(TensorEntry(half.key, adapter.dtype(names[0][0]), shape))
+        made[half.key] = partial(joined, half, names)
+    writer = FileWriter(folder / ADAPTER_WEIGHTS, placed := lay_out(entries))
+    try:
+        for entry in placed:
+            writer.write(made[entry.key]().contiguous())
+        writer.close()
+    finally:
+        writer.abort()
+    _write_json(folder / ADAPTER_CONFIG, joined_config(adapter.config, adapter.names))
 
 
 def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precision: str | None = None) -> None:
@@ -87,7 +134,7 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
             try:
                 for entry in entries:
                     for rows in _row_boxes(entry):
-                        writer.write(_merged(tensors, entry, rows, pairs.get(entry.key), adapter))
+                        writer.write(_merged(tensors, entry, rows, pairs, adapter))
                 writer.close()
             finally:
                 writer.abort()
@@ -100,18 +147,24 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
 def _check_targets(
     tensors: TensorFiles, pairs: Mapping[str, LoraPair], adapter: AdapterReader | None, base: Path
 ) -> None:
-    held = set(tensors.keys)
+    held: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for key in tensors.keys:
+        entry = tensors.entry(key)
+        held |= {name: (key, box.size[1:]) for name, box in weight_places(key, entry.shape)} or {
+            key: (key, entry.shape)
+        }
     for name, pair in pairs.items():
         if name not in held:
             hint = "give the base model that the adapter was trained on"
             if name == "lm_head.weight":
                 hint = "its lm_head is tied to the embedding: merging would change both. Export with --to peft"
             raise ConfigError(f"{base} has no {name}, which the adapter changes", hint)
-        entry = tensors.entry(name)
+        key, shape = held[name]
+        entry = tensors.entry(key)
         assert adapter is not None
         a, b = adapter.shape(pair.a), adapter.shape(pair.b)
-        if entry.shape != (b[0], a[1]) or a[0] != b[1]:
-            raise ConfigError(f"{name} has shape {entry.shape} in {base}, the adapter's update is {b} @ {a}")
+        if shape != (b[0], a[1]) or a[0] != b[1]:
+            raise ConfigError(f"{name} has shape {shape} in {base}, the adapter's update is {b} @ {a}")
         if entry.dtype not in FLOATS:
             raise ConfigError(f"{name} has type {entry.dtype} in {base}: nothing can be merged into quantised weights")
 
@@ -143,17 +196,28 @@ def _row_boxes(entry: TensorEntry) -> Iterator[Box]:
 
 
 def _merged(
-    tensors: TensorFiles, entry: TensorEntry, rows: Box, pair: LoraPair | None, adapter: AdapterReader | None
+    tensors: TensorFiles, entry: TensorEntry, rows: Box, pairs: Mapping[str, LoraPair], adapter: AdapterReader | None
 ) -> torch.Tensor:
-    """Some rows of a tensor as they are written: ``entry`` has the type."""
+    """Some rows of a tensor (of joined experts: some experts) as they are written: ``entry`` has the type."""
     data = tensors.read(entry.key, rows)
-    if pair is not None and adapter is not None:
-        r = adapter.shape(pair.a)[0]
-        a = adapter.read(pair.a, "weight", Box.whole(adapter.shape(pair.a))).float()
-        b = adapter.read(pair.b, "weight", Box((rows.offset[0], 0), (rows.size[0], r))).float()
+    if adapter is not None:
         wide = torch.promote_types(data.dtype, torch.float32)
-        data = data.to(wide) + (pair.scale * (b @ a)).to(wide)
+        if entry.key in pairs:
+            data = data.to(wide) + _update(adapter, pairs[entry.key], rows.offset[0], rows.size[0]).to(wide)
+        for name, place in weight_places(entry.key, entry.shape):
+            if name in pairs and (box := place.intersect(rows)) is not None:
+                data = data.to(wide)
+                inside = box.shift(tuple(-offset for offset in rows.offset))
+                data[inside.slices] += _update(adapter, pairs[name], 0, box.size[1]).to(wide)
     return data.to(TORCH_DTYPES[entry.dtype])
+
+
+def _update(adapter: AdapterReader, pair: LoraPair, start: int, count: int) -> torch.Tensor:
+    """Rows ``start .. start + count`` of ``scale * B @ A``, in fp32."""
+    r = adapter.shape(pair.a)[0]
+    a = adapter.read(pair.a, "weight", Box.whole(adapter.shape(pair.a))).float()
+    b = adapter.read(pair.b, "weight", Box((start, 0), (count, r))).float()
+    return pair.scale * (b @ a)
 
 
 def _copy_companions(base: Path, folder: Path, precision: str | None) -> None:

@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 
+from orchestrator.checkpoint.experts import (
+    LogicalHalf,
+    is_block_diagonal,
+    logical_config,
+    logical_halves,
+    weight_places,
+)
 from orchestrator.checkpoint.tensor_file import TensorFiles
 from orchestrator.errors import ConfigError, DataError
 from parallel.shards import Box
@@ -19,23 +26,35 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 class WeightReader:
-    """A ``TensorReader`` over safetensors files that hold weights only, under the names stored there."""
+    """A ``TensorReader`` over safetensors files that hold weights only, under the names stored there.
+
+    Where experts are stored joined (``experts.gate_up_proj``), each has its logical names instead
+    (``experts.3.up_proj.weight``).
+    """
 
     def __init__(self, paths: list[Path]) -> None:
         self._files = TensorFiles(paths)
+        self._places: dict[str, tuple[str, Box]] = {}
+        self._names: list[str] = []
+        for key in self._files.keys:
+            places = {name: (key, box) for name, box in weight_places(key, self._files.entry(key).shape)}
+            self._places |= places
+            self._names += places or [key]
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names, file by file in file order."""
-        return self._files.keys
+        return tuple(self._names)
 
     def shape(self, name: str, kind: str = "weight") -> tuple[int, ...]:
         """The whole shape. Raises KeyError when there is no such tensor (or ``kind`` is no weight)."""
-        return self._files.entry(_weight(name, kind)).shape
+        if _weight(name, kind) in self._places:
+            return self._places[name][1].size[1:]
+        return self._files.entry(name).shape
 
     def dtype(self, name: str) -> str:
         """The stored type as a safetensors code ("F32", "BF16"). Raises KeyError when there is no such tensor."""
-        return self._files.entry(name).dtype
+        return self._files.entry(self._places[name][0] if name in self._places else name).dtype
 
     def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
         """Read one box: a new CPU tensor of shape ``box.size`` in the stored type.
@@ -44,7 +63,13 @@ class WeightReader:
             KeyError: there is no such tensor (or ``kind`` is no weight).
             ValueError: the box does not lie in it.
         """
-        return self._files.read(_weight(name, kind), box)
+        if _weight(name, kind) not in self._places:
+            return self._files.read(name, box)
+        key, place = self._places[name]
+        if box.intersect(Box.whole(place.size[1:])) != box:
+            raise ValueError(f"{name} has shape {place.size[1:]}: {box} does not lie in it")
+        inside = Box((0, *box.offset), (1, *box.size)).shift(place.offset)
+        return self._files.read(key, inside).squeeze(0)
 
 
 class HfReader(WeightReader):
@@ -63,20 +88,24 @@ class HfReader(WeightReader):
         super().__init__(weight_files(folder))
         index = folder / INDEX
         if not (folder / WEIGHTS).exists():
-            held = {name: self._files.path(name).name for name in self.names}
+            held = {name: self._files.path(name).name for name in self._files.keys}
             for name, file in read_json(index)["weight_map"].items():
                 if held.get(name) != file:
                     raise DataError(f"{index} places {name} in {file}, which does not hold it")
 
 
 class AdapterReader(WeightReader):
-    """Weights of a PEFT adapter folder under the names stored there; ``config`` is its adapter_config.json."""
+    """Weights of a PEFT adapter folder under the names stored there; ``config`` is its adapter_config.json.
+
+    Where PEFT has joined experts, names and ``config`` are those of an adapter per logical expert and part.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Read header and configuration.
 
         Raises:
-            ConfigError: the folder is no adapter, or holds only pickled weights.
+            ConfigError: the folder is no adapter, holds only pickled weights, or gate and up of its experts share one
+                dense adapter.
             DataError: a file is truncated or broken.
         """
         if not (folder / ADAPTER_WEIGHTS).exists():
@@ -85,6 +114,47 @@ class AdapterReader(WeightReader):
             raise ConfigError(f"{folder} has no {ADAPTER_CONFIG}", "name a folder that PEFT's save_pretrained wrote")
         super().__init__([folder / ADAPTER_WEIGHTS])
         self.config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        self._halves: dict[str, LogicalHalf] = {}
+        self._last: dict[str, torch.Tensor] = {}
+        if self.config.get("target_parameters"):
+            self._split(folder)
+
+    def shape(self, name: str, kind: str = "weight") -> tuple[int, ...]:
+        """The whole shape. Raises KeyError when there is no such tensor (or ``kind`` is no weight)."""
+        half = self._halves.get(_weight(name, kind))
+        return super().shape(name) if half is None else half.shape
+
+    def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
+        """Read one box; raises as :meth:`WeightReader.read`."""
+        half = self._halves.get(_weight(name, kind))
+        if half is None:
+            return super().read(name, kind, box)
+        if box.intersect(Box.whole(half.shape)) != box:
+            raise ValueError(f"{name} has shape {half.shape}: {box} does not lie in it")
+        return half.cut(self._joined(half.key))[box.slices].clone(memory_format=torch.contiguous_format)
+
+    def _joined(self, key: str) -> torch.Tensor:
+        """A whole joined tensor. The last ones stay, for a layer's experts are read one after the other."""
+        if key not in self._last:
+            self._last = dict(list(self._last.items())[-3:])  # A and B of gate_up and of down are four
+            self._last[key] = self._files.read(key, Box.whole(self._files.entry(key).shape))
+        return self._last[key]
+
+    def _split(self, folder: Path) -> None:
+        """Give every logical expert and part its names, if they have adapters of their own."""
+        shapes = {key: self._files.entry(key).shape for key in self._files.keys}
+        self._halves = dict(logical_halves(shapes, self.config))
+        joined = {half.key for half in self._halves.values()}
+        self._names = [key for key in self._names if key not in joined] + list(self._halves)
+        for name, half in self._halves.items():
+            first = name.endswith(".0.gate_proj.lora_B.weight")
+            if first and not is_block_diagonal(self._joined(half.key), 2 * half.shape[1]):
+                raise ConfigError(
+                    f"{folder} has one dense adapter over gate and up of its experts ({half.key}); here each has one",
+                    "merge the adapter into the base with PEFT (merge_and_unload), and start from that: "
+                    "model.path=MERGED",
+                )
+        self.config = logical_config(self.config)
 
 
 def weight_files(folder: Path) -> list[Path]:

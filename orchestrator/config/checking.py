@@ -38,7 +38,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         key: ("at least 0", lambda value: value >= 0, "0")
         for key in (
             *("seed", "optimizer.lr", "optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_norm"),
-            *("optimizer.warmup_steps", "checkpoint.every_steps", "checkpoint.keep"),
+            *("optimizer.warmup_steps", "checkpoint.every_steps", "checkpoint.keep", "experts.balancing_loss"),
         )
     },
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),

@@ -107,6 +107,13 @@ class TunerConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """``balancing_loss``: coefficient of the routers' loss per sequence; None: as the model's config.json asks."""
+
+    balancing_loss: float | None = None
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW. ``schedule``: constant, linear or cosine, after ``warmup_steps``; ``clip_norm`` 0 means no clipping."""
 
@@ -156,6 +163,7 @@ class JobConfig:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -44,19 +44,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class StageCounts:
-    """Parameters on one rank of a stage. ``matmul``: those that a token is multiplied with, embedding excluded."""
+    """Parameters on one rank of a stage. ``matmul``: those that a token is multiplied with, embedding excluded.
+
+    ``expert_trainable``: those of ``trainable`` that belong to experts, which are replicated over other ranks.
+    """
 
     base: int
     trainable: int
+    expert_trainable: int
     matmul: int
     layers: int
 
 
 def layer_matmul_parameters(model: ModelSpec) -> int:
     """Weights of one whole layer that one token is multiplied with (of the experts, only the chosen ones)."""
-    total = model.hidden * model.experts  # the router
+    total = 0
     for linear in names.FAMILIES[model.family].linears:
-        copies = model.experts_per_token if "{expert}" in linear.path else 1
+        copies = model.experts_per_token if linear.expert else 1
         total += sum(copies * _product(names.shape(role, model)) for role, _ in linear.parts)
     return total
 
@@ -79,11 +83,14 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
     first, last = stage == 0, stage == topology.pp - 1
     vocabulary = names.padded_vocab(model.vocab, topology.tp) // topology.tp * model.hidden
     tables = int(first) + int(last and not (model.tied_embeddings and first))
-    base = len(layers) * _layer_parameters(work) + tables * vocabulary + (model.hidden if last else 0)
+    experts = len(layers) * _expert_parameters(work)
+    base = len(layers) * _layer_parameters(work) + experts + tables * vocabulary + (model.hidden if last else 0)
     full = work.proposal.tuner == "full"
+    adapters = [_adapter_parameters(work, layer) for layer in layers]
     return StageCounts(
         base=base,
-        trainable=base if full else sum(_adapter_parameters(work, layer) for layer in layers),
+        trainable=base if full else sum(dense + sparse for dense, sparse in adapters),
+        expert_trainable=experts if full else sum(sparse for _, sparse in adapters),
         matmul=len(layers) * layer_matmul_parameters(model) // topology.tp + (vocabulary if last else 0),
         layers=len(layers),
     )
@@ -94,31 +101,43 @@ def _product(shape: tuple[int, int]) -> int:
 
 
 def _layer_parameters(work: Workload) -> int:
-    """Base weights of one layer on one rank."""
-    model, topology = work.model, work.proposal.topology
-    total = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0) + model.hidden * model.experts
+    """Base weights of one layer on one rank, without experts."""
+    model, tp = work.model, work.proposal.topology.tp
+    total = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
     if model.qkv_bias:
-        total += (model.heads + 2 * model.kv_heads) * model.head_dim // topology.tp
+        total += (model.heads + 2 * model.kv_heads) * model.head_dim // tp
     for linear in names.FAMILIES[model.family].linears:
-        whole = sum(_product(names.shape(role, model)) for role, _ in linear.parts)
-        if "{expert}" in linear.path:
-            total += whole * (model.experts // topology.ep) // topology.etp
-        else:
-            total += whole // topology.tp
+        if not linear.expert:
+            whole = sum(_product(names.shape(role, model)) for role, _ in linear.parts)
+            total += whole if linear.cut == "whole" else whole // tp
     return total
 
 
-def _adapter_parameters(work: Workload, layer: int) -> int:
-    """LoRA weights of one layer on one rank.
+def _expert_parameters(work: Workload) -> int:
+    """Weights of the experts of one layer on one rank."""
+    model, topology = work.model, work.proposal.topology
+    parts = [part for linear in names.FAMILIES[model.family].linears if linear.expert for part in linear.parts]
+    return sum(_product(names.shape(role, model)) for role, _ in parts) * (model.experts // topology.ep) // topology.etp
+
+
+def _adapter_parameters(work: Workload, layer: int) -> tuple[int, int]:
+    """LoRA weights of one layer on one rank: of dense linears, and of experts.
 
     A is ``[r, in]``, B ``[out, r]``: a column-parallel linear cuts B and keeps A whole on every rank, a row-parallel
-    one cuts A and keeps B whole.
+    one cuts A and keeps B whole. Experts have an adapter each, and are adapted all or none (``names.resolve_targets``).
     """
-    tp, r = work.proposal.topology.tp, work.adapter_rank
-    total = 0
+    topology, r = work.proposal.topology, work.adapter_rank
+    dense = sparse = 0
     for linear in names.FAMILIES[work.model.family].linears:
+        ranks = topology.etp if linear.expert else topology.tp
+        rows, columns = (ranks if linear.cut == cut else 1 for cut in ("column", "row"))
         for role, path in linear.parts:
-            if names.layer_prefix(layer) + path in work.adapted:
-                out, width = names.shape(role, work.model)
-                total += r * (width + out // tp) if linear.cut == "column" else r * (width // tp + out)
-    return total
+            if names.layer_prefix(layer) + path.format(expert=0) not in work.adapted:
+                continue
+            out, width = names.shape(role, work.model)
+            count = r * (width // columns + out // rows)
+            if linear.expert:
+                sparse += count * (work.model.experts // topology.ep)
+            else:
+                dense += count
+    return dense, sparse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from orchestrator.planning.counts import Workload, stage_counts
+from orchestrator.planning.counts import StageCounts, Workload, stage_counts
 from parallel import names
 
 GIB = 2**30
@@ -53,22 +53,25 @@ def _stage_memory(work: Workload, stage: int) -> StageMemory:
         weights=counts.base * work.value_bytes,
         adapters=adapters * work.value_bytes,
         gradients=counts.trainable * 4,
-        optimizer=_optimizer_bytes(work, counts.trainable),
+        optimizer=_optimizer_bytes(work, counts),
         activations=_activation_bytes(work, stage, counts.layers),
         logits=_logits_bytes(work) if stage == work.proposal.topology.pp - 1 else 0,
         overhead=OVERHEAD_BYTES[work.device],
     )
 
 
-def _optimizer_bytes(work: Workload, trainable: int) -> int:
-    """Adam's two fp32 moments, and fp32 master weights below fp32; cut over dp x cp by a distributed optimizer.
+def _optimizer_bytes(work: Workload, counts: StageCounts) -> int:
+    """Adam's two fp32 moments, and fp32 master weights below fp32; cut over the replicas by a distributed optimizer.
 
-    Rajbhandari et al. 2020 (ZeRO), section 3.1: K = 12 bytes per parameter with master weights, 8 without.
+    Replicas are dp x cp ranks, of experts those that hold the same ones. Rajbhandari et al. 2020 (ZeRO), section 3.1:
+    K = 12 bytes per parameter with master weights, 8 without.
     """
     per_parameter = 8 if work.proposal.precision == "fp32" else 12
     topology = work.proposal.topology
-    replicas = topology.dp * topology.cp if work.distributed_optimizer else 1
-    return -(-trainable * per_parameter // replicas)
+    dense_replicas = topology.dp * topology.cp
+    replicas, expert_replicas = (dense_replicas, topology.edp) if work.distributed_optimizer else (1, 1)
+    dense = counts.trainable - counts.expert_trainable
+    return -(-dense * per_parameter // replicas) - (-counts.expert_trainable * per_parameter // expert_replicas)
 
 
 def _activation_bytes(work: Workload, stage: int, layers: int) -> int:
@@ -109,6 +112,8 @@ def _layer_activation_bytes(work: Workload) -> int:
     width = 3 * model.ffn / topology.tp
     if model.is_moe:  # every chosen expert sees its own copy of the token; the router stores its scores
         width = model.experts_per_token * (3 * model.expert_ffn / topology.etp + 2 * model.hidden) + model.experts
+        # under sequence parallelism each tp rank routes its own tokens, and etp ranks gather theirs
+        width *= topology.etp / (topology.tp if work.proposal.sp else 1)
     cut = work.micro_tokens // topology.cp * work.value_bytes * (heads / topology.tp + width)
     return 4 * _residual_bytes(work) + int(cut)
 

@@ -99,6 +99,7 @@ def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
     """
     _check_values(job, cluster)
     _check_length(job, model)
+    _check_experts(job, model)
     question = Question(
         job=job,
         model=model,
@@ -235,9 +236,32 @@ def _adapted_linears(job: JobConfig, model: ModelSpec) -> frozenset[str]:
     if job.tuner.name == "full":
         return frozenset()
     try:
-        return resolve_targets(job.tuner.targets, model)
+        adapted = resolve_targets(job.tuner.targets, model)
     except TargetError as error:
         raise ConfigError(str(error), error.hint) from error
+    sparse = sorted(path for path in adapted if ".experts." in path or path.endswith(".mlp.gate"))
+    if job.tuner.dropout and sparse:
+        raise ConfigError(
+            f"tuner.dropout={job.tuner.dropout:g} is not built for adapters of experts and routers "
+            f"({len(sparse)} are adapted, first {sparse[0]}); PEFT refuses it too",
+            "tuner.dropout=0",
+        )
+    return adapted
+
+
+def _check_experts(job: JobConfig, model: ModelSpec) -> None:
+    """Refuse what is asked of experts where there are none, or where it is not built."""
+    asked = job.experts.balancing_loss
+    if asked and not model.is_moe:
+        raise ConfigError(
+            f"experts.balancing_loss={asked:g} needs experts, but the model is dense", "experts.balancing_loss=null"
+        )
+    coefficient = model.router_aux_loss if asked is None else asked
+    if coefficient and (job.topology.cp or 1) > 1:
+        raise ConfigError(
+            f"a balancing loss (experts.balancing_loss={coefficient:g}) is not built for topology.cp={job.topology.cp}",
+            "experts.balancing_loss=0",
+        )
 
 
 def _check_length(job: JobConfig, model: ModelSpec) -> None:

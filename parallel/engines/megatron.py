@@ -18,10 +18,12 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import mappings
 
 from parallel import names
+from parallel.balancing import BalancingClock
 from parallel.device import cuda_type_names, current_device
 from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
 from parallel.engines import megatron_model as models
 from parallel.engines import megatron_state as states
+from parallel.engines.megatron_experts import balance_routers, count_experts_once
 from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
 from parallel.loss import VocabShard, summed_loss
@@ -53,7 +55,9 @@ class MegatronEngine:
         self._spec, self._groups = spec, groups
         self._cut = SequenceCut(groups.topology.cp, groups.coordinate("cp"))
         self._clock = DropoutClock(spec.seed, spec.sequence_tokens, self._cut)
+        self._balancing = BalancingClock()
         self._chunks = models.build_chunks(spec, groups, self._clock)
+        balance_routers(self._chunks, spec, groups, self._balancing)
         models.fill_base(spec, groups, self._chunks, base)
         self._pgs = models.process_groups(groups)
         self._device = current_device()
@@ -186,7 +190,11 @@ class MegatronEngine:
         )
         with cuda_type_names(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return get_megatron_optimizer(config, self._wrapped, use_gloo_process_groups=False, pg_collection=self._pgs)
+            built = get_megatron_optimizer(
+                config, self._wrapped, use_gloo_process_groups=False, pg_collection=self._pgs
+            )
+        count_experts_once(built, self._groups)
+        return built
 
     def _run_schedule(
         self, microbatches: Sequence[MicroBatch], forward_only: bool, loss: LossFunction | None = None
@@ -199,6 +207,7 @@ class MegatronEngine:
         def forward_step(batches: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module) -> tuple[Any, Any]:
             number, batch = next(batches)
             self._clock.announce(number, batch.sample_ids)
+            self._balancing.announce(number, batch.labels)
             positions = torch.arange(batch.tokens.shape[1], device=self._device).expand_as(batch.tokens)
             here = self._cut.take(batch.tokens.to(self._device), 1)
             hidden = chunk(here, self._cut.take(positions, 1), None)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, mappings
@@ -18,8 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from parallel import names
 from parallel.device import stand_in_for_cuda
 from parallel.engine import EngineSpec, TensorReader
+from parallel.engines.megatron_experts import finalize_with_experts
 from parallel.groups import Groups
-from parallel.lora import LoraContext, LoraLinear, Regions, adapter_tensors, wrap_layer
+from parallel.lora import ExpertPlace, LoraContext, LoraLinear, Regions, adapter_tensors, wrap_layer
 from parallel.provider import block_spec
 from parallel.seeding import DropoutClock, normal
 from parallel.shards import Piece
@@ -108,7 +108,7 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         batch_p2p_comm=device == "cuda",
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
+        finalize_model_grads_func=finalize_with_experts(groups),
         **_recompute(spec.recompute),
         **_experts(model),
     )
@@ -160,6 +160,7 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
             regions(groups),
             spec.sp,
             clock,
+            expert_place(groups),
         )
         for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
             wrap_layer(layer, index, context)
@@ -168,13 +169,24 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
     return chunks
 
 
+def expert_place(groups: Groups) -> ExpertPlace:
+    """Which experts this rank holds, and which cut of them."""
+    topology = groups.topology
+    return ExpertPlace(topology.ep, groups.index("ep"), topology.etp, groups.index("expt_tp"))
+
+
 def _mark_cut_tensors(spec: EngineSpec, groups: Groups, chunk: HiddenGPTModel, virtual: int) -> None:
     """Say which weights are cut over tp: megatron-core only does so while it initialises them, which we do not let it.
 
     Without the mark every rank but the first would take its share for a replica, and leave it out of the gradient norm.
+
+    Say too which weights are experts', so that their gradients are summed over the ranks that hold the same experts.
+    megatron-core only does so with ep > 1; with ep = 1 and tp > 1 the tp ranks, which send different tokens to the
+    experts that they all hold, would each learn from their own tokens and drift apart.
     """
     for tensor, piece in _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual)):
         tensor.tensor_model_parallel = piece.box.size != piece.shape  # type: ignore[attr-defined]
+        tensor.allreduce = ".experts." not in piece.name  # type: ignore[attr-defined]
 
 
 def _name_rng_stream() -> None:

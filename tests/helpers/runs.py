@@ -91,6 +91,7 @@ class Run:
     distributed: bool = False
     recompute: str = "none"
     precision: str = "fp32"
+    balancing_loss: float = 0.0
     seed: int = 3
     changes: tuple[tuple[str, Any], ...] = ()
     rows: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()  # (tokens, labels) to take instead of random ones
@@ -139,6 +140,7 @@ def engine_spec(run: Run) -> EngineSpec:
         seed=run.seed,
         sequence_tokens=run.tokens,
         cp_comm=run.cp_comm,
+        balancing_loss=run.balancing_loss,
     )
 
 

@@ -106,6 +106,33 @@ def test_tensor_cuts_halve_the_uncut_half_of_an_adapter_only() -> None:
     assert counts.trainable == QWEN3.layers * 4 * ((QWEN3.hidden + query // 2) + (query // 2 + QWEN3.hidden))
 
 
+def test_experts_are_cut_over_ep_and_etp_and_replicated_over_the_rest() -> None:
+    """By hand: of 8 experts a rank holds 8 / ep, of each 1 / etp; an adapter's uncut half stays whole."""
+    targets = ["gate", "gate_proj", "up_proj", "down_proj"]
+    adapted = resolve_targets(targets, MOE)
+    whole = stage_counts(work_of(MOE, Topology(), adapted=adapted), 0)
+    hidden, ffn, experts, r = MOE.hidden, MOE.expert_ffn, MOE.experts, 4
+    expert = 2 * r * (hidden + ffn) + r * (ffn + hidden)
+    router = r * (hidden + experts)
+    assert whole.expert_trainable == MOE.layers * experts * expert
+    assert whole.trainable == whole.expert_trainable + MOE.layers * router
+    cut = stage_counts(work_of(MOE, Topology(dp=4, ep=2, etp=2), adapted=adapted), 0)
+    half = 2 * r * (hidden + ffn // 2) + r * (ffn // 2 + hidden)
+    assert cut.expert_trainable == MOE.layers * experts // 2 * half
+    assert cut.trainable - cut.expert_trainable == MOE.layers * router
+    assert whole.base - cut.base == MOE.layers * (experts - experts // 4) * 3 * hidden * ffn
+
+
+def test_a_distributed_optimizer_cuts_experts_over_their_own_replicas() -> None:
+    changes = {"tuner": "full", "distributed_optimizer": True}
+    work = work_of(MOE, Topology(dp=4, ep=4), **changes)
+    counts, (memory,) = stage_counts(work, 0), estimate_memory(work)
+    dense = counts.trainable - counts.expert_trainable
+    assert memory.optimizer == 8 * dense // 4 + 8 * counts.expert_trainable
+    (replicated,) = estimate_memory(work_of(MOE, Topology(dp=4), **changes))
+    assert replicated.weights > memory.weights and replicated.gradients > memory.gradients
+
+
 def test_memory_by_owner_is_what_the_formulas_say() -> None:
     work = work_of(QWEN3, Topology(dp=4), precision="bf16", distributed_optimizer=True)
     counts = stage_counts(work, 0)

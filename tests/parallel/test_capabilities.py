@@ -182,20 +182,31 @@ def test_virtual_chunks_that_are_not_built_are_said() -> None:
 MOE = replace(SMOLLM2, family="qwen3_moe", experts=8, experts_per_token=2, expert_ffn=32)
 
 
+def test_experts_and_tensor_parallelism() -> None:
+    (found,) = refusals(MOE, Proposal(Topology(tp=3)))
+    assert (found.message, found.hint) == ("experts with topology.tp=3 need topology.sp=true", "topology.sp=true")
+    assert refusals(MOE, Proposal(Topology(tp=3), sp=True, tuner="full")) == []
+
+
 @pytest.mark.parametrize(
-    ("proposal", "message", "hint"),
+    ("topology", "sp"),
     [
-        (Proposal(Topology(tp=3)), "experts with topology.tp=3 need topology.sp=true", "topology.sp=true"),
-        (
-            Proposal(Topology(tp=3), sp=True, tuner="full"),
-            "tuner=full with experts is not built for topology.tp=3: only tp=1 runs",
-            "topology.tp=1",
-        ),
+        (Topology(dp=8, ep=8), False),
+        (Topology(dp=2, etp=2), False),
+        (Topology(tp=3, dp=2, ep=2), True),
+        (Topology(pp=2, dp=4, ep=2, etp=2), False),
     ],
 )
-def test_experts_and_tensor_parallelism(proposal: Proposal, message: str, hint: str) -> None:
-    (found,) = refusals(MOE, proposal)
-    assert (found.message, found.hint) == (message, hint)
+def test_expert_axes_are_built(topology: Topology, sp: bool) -> None:
+    proposal = Proposal(topology, sp=sp, global_sequences=8)
+    assert refusals(MOE, proposal) == []
+    assert [refusal.hint for refusal in refusals(SMOLLM2, proposal) if "needs experts" in refusal.message]
+
+
+def test_one_expert_per_token_with_normalised_weights_is_refused() -> None:
+    (found,) = refusals(replace(MOE, experts_per_token=1), Proposal(Topology()))
+    assert found.message.startswith("one expert per token with normalised weights is not built")
+    assert refusals(replace(MOE, experts_per_token=1, normalise_expert_weights=False), Proposal(Topology())) == []
 
 
 @given(

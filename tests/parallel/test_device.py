@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from parallel import device
+from tests.helpers.pool import Pool
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA nothing is stood in for")
 
@@ -66,6 +69,44 @@ def test_tensor_cuda_is_the_tensor_itself(seen: types.ModuleType) -> None:
     assert value.cuda() is value
 
 
+def gather_by_the_definition(lengths: list[int]) -> list[bool]:
+    """On each rank: gather tensors of these lengths, and compare with every rank's tensor made here."""
+    rank = dist.get_rank()
+    made = [torch.arange(length * 3.0).view(length, 3) + 100 * owner for owner, length in enumerate(lengths)]
+    found = [torch.empty_like(each) for each in made]
+    device.gather_unequal(found, made[rank].t().contiguous().t())  # not contiguous
+    flat = [torch.empty(length, dtype=torch.int64) for length in lengths]
+    device.gather_unequal(flat, torch.full((lengths[rank],), rank))
+    return [
+        *(torch.equal(a, b) for a, b in zip(found, made, strict=True)),
+        *(torch.equal(each, torch.full_like(each, owner)) for owner, each in enumerate(flat)),
+    ]
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 0], [2, 2, 2], [0, 0, 5]])
+def test_a_gather_of_unequal_lengths_is_every_ranks_tensor(pool: Pool, lengths: list[int]) -> None:
+    for answers in pool.run(3, gather_by_the_definition, lengths):
+        assert all(answers)
+
+
+def test_megatron_core_gathers_by_the_stand_in(seen: types.ModuleType) -> None:
+    assert seen.torch.distributed.all_gather is device.gather_unequal
+    assert seen.torch.distributed.all_reduce is dist.all_reduce
+    assert dist.all_gather is not device.gather_unequal
+
+
+def test_split_sizes_are_arrays_and_the_rest_is_as_it_was(seen: types.ModuleType) -> None:
+    sizes = torch.tensor([2, 0, 1])
+    assert device.to_cpu(sizes, as_numpy=True).tolist() == [2, 0, 1]
+    assert isinstance(device.to_cpu(sizes, as_numpy=True, record_stream=True), np.ndarray)
+    assert device.to_cpu(sizes) is sizes
+    assert device.to_cpu(None, as_numpy=True) is None and device.to_cpu(7) == 7
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    device.stand_in_for_cuda()
+    assert moe_utils.maybe_move_tensor_to_cpu is token_dispatcher.maybe_move_tensor_to_cpu is device.to_cpu
+
+
 def test_type_names_are_those_of_cuda_only_while_asked() -> None:
     with device.cuda_type_names():
         assert torch.ones(1).type() == "torch.cuda.FloatTensor"
@@ -85,4 +126,4 @@ def test_torch_itself_is_untouched(seen: types.ModuleType) -> None:
 
 
 def test_every_stand_in_is_listed() -> None:
-    assert len(device.STAND_INS) == 8
+    assert len(device.STAND_INS) == 10

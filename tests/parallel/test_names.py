@@ -163,14 +163,45 @@ def test_targets_are_found_as_peft_finds_them(targets: str | list[str], count: i
 
 
 @pytest.mark.parametrize(
+    ("targets", "count", "example"),
+    [
+        (["gate"], 2, "model.layers.1.mlp.gate"),
+        (["gate_proj", "up_proj"], 16, "model.layers.0.mlp.experts.3.up_proj"),
+        ("down_proj", 8, "model.layers.1.mlp.experts.0.down_proj"),
+        (r".*layers\.0\.mlp\.experts\..*", 12, "model.layers.0.mlp.experts.1.gate_proj"),
+    ],
+)
+def test_experts_and_router_are_targets(targets: str | list[str], count: int, example: str) -> None:
+    found = names.resolve_targets(targets, MOE)
+    assert len(found) == count
+    assert example in found
+
+
+@pytest.mark.parametrize(
     ("targets", "spec", "message", "hint"),
     [
         (["q_porj"], SPEC, "'q_porj' matches no linear layer of this qwen2 model", "near names: q_proj"),
         ("layers.0", SPEC, "'layers.0' matches no linear layer (a string must match the whole path", "near names: "),
         ("(", SPEC, "'(' is no regular expression", "tuner.targets=all-linear"),
         ([], SPEC, "tuner.targets is empty", "tuner.targets=all-linear"),
-        ("all-linear", MOE, "takes in the router and the experts", "tuner.targets=[q_proj,k_proj,v_proj,o_proj]"),
-        (["gate_proj"], MOE, "'gate_proj' matches no linear layer of this qwen3_moe model", "near names: "),
+        (
+            "all-linear",
+            MOE,
+            "trains one dense adapter over gate and up",
+            "tuner.targets=[q_proj,k_proj,v_proj,o_proj,gate,gate_proj,up_proj,down_proj]",
+        ),
+        (
+            ["gate_proj"],
+            MOE,
+            "takes 4 of the 8 experts' gate_proj and up_proj in layer 0, first mlp.experts.0.gate_proj",
+            "tuner.targets=[gate_proj,up_proj]",
+        ),
+        (
+            r".*layers\.1\.mlp\.experts\.2\.down_proj",
+            MOE,
+            "takes 1 of the 4 experts' down_proj in layer 1, first mlp.experts.2.down_proj",
+            "tuner.targets=[down_proj]",
+        ),
     ],
 )
 def test_targets_that_match_nothing(targets: str | list[str], spec: ModelSpec, message: str, hint: str) -> None:

@@ -62,6 +62,18 @@ def test_families_differ_in_biases_norms_and_experts() -> None:
     )
 
 
+def test_a_balancing_loss_is_there_where_transformers_adds_one() -> None:
+    asked = {**MOE, "router_aux_loss_coef": 0.01}
+    assert ModelSpec.from_hf(asked).router_aux_loss == 0
+    assert ModelSpec.from_hf({**asked, "output_router_logits": True}).router_aux_loss == 0.01
+
+
+def test_experts_are_counted_in_either_place() -> None:
+    """Transformers 5 writes num_local_experts, earlier versions num_experts."""
+    renamed = {("num_local_experts" if key == "num_experts" else key): value for key, value in MOE.items()}
+    assert "num_experts" not in renamed and ModelSpec.from_hf(renamed) == ModelSpec.from_hf(MOE)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

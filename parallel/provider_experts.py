@@ -1,0 +1,35 @@
+"""The router of a mixture of experts: megatron-core's, with room for an adapter and a balancing loss of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+
+from parallel.balancing import Balance
+
+
+class Router(TopKRouter):
+    """Chooses each token's experts.
+
+    ``adapter``, where there is one, adds to the logits what it makes of the tokens. ``balance``, where there is one,
+    adds its loss to the run's; megatron-core's own are off, because they depend on the micro-batch and on padding.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapter: torch.nn.Module | None = None
+        self.balance: Balance | None = None
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """``[..., hidden] -> [..., experts]``, in the router's type."""
+        logits: torch.Tensor = super().gating(input)
+        return logits if self.adapter is None else logits + self.adapter(input).to(logits.dtype)
+
+    def routing(self, logits: torch.Tensor, padding_mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities and choice ``[tokens, experts]`` of logits ``[s, b, experts]``."""
+        probabilities, chosen = super().routing(logits, padding_mask)
+        if self.balance is not None and self.training and torch.is_grad_enabled():
+            probabilities = self.balance(logits, chosen, probabilities)
+        return probabilities, chosen
