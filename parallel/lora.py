@@ -65,13 +65,23 @@ class LoraPart(torch.nn.Module):
         whole = kaiming_uniform(piece_a.shape, seed, "lora_A", piece_a.name)  # type: ignore[arg-type]
         self.A = torch.nn.Parameter(whole[piece_a.box.slices].contiguous())
         self.B = torch.nn.Parameter(torch.zeros(piece_b.box.size))
-        self.pieces = (piece_a, piece_b)
+        self.pieces: tuple[Piece, ...] = (piece_a, piece_b)
         self.module_name = piece_a.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         sharded, replicated = (self.A, self.B) if cut == "row" else (self.B, self.A)
         sharded.tensor_model_parallel = True  # type: ignore[attr-defined]
         sharded.partition_dim = 1 if cut == "row" else 0  # type: ignore[attr-defined]
         replicated.tensor_model_parallel = False  # type: ignore[attr-defined]
         replicated.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+        self.magnitude: torch.nn.Parameter | None = None
+
+    def add_magnitude(self, piece: Piece, sequence_parallel: bool) -> None:
+        """Give the part DoRA's magnitudes, cut over ranks and marked as its B is; they are filled later."""
+        self.magnitude = torch.nn.Parameter(torch.ones(piece.box.size))
+        self.pieces += (piece,)
+        cut: bool = self.B.tensor_model_parallel  # type: ignore[attr-defined]
+        self.magnitude.tensor_model_parallel = cut  # type: ignore[attr-defined]
+        self.magnitude.partition_dim = 0  # type: ignore[attr-defined]
+        self.magnitude.sequence_parallel = sequence_parallel and not cut  # type: ignore[attr-defined]
 
 
 class LoraLinear(torch.nn.Module):
@@ -91,7 +101,11 @@ class LoraLinear(torch.nn.Module):
                 pieces = names.adapter_pieces(
                     linear, (role, path), context.model, layer, context.lora.r, context.tp, context.tp_rank
                 )
-                self.parts[role] = LoraPart(*pieces, context.seed, linear.cut, context.sequence_parallel)
+                part = LoraPart(*pieces, context.seed, linear.cut, context.sequence_parallel)
+                if context.lora.dora:
+                    place = (linear, (role, path), context.model, layer, context.tp, context.tp_rank)
+                    part.add_magnitude(names.magnitude_piece(*place), context.sequence_parallel)
+                self.parts[role] = part
         cut = context.tp if linear.cut == "column" else 1
         self.widths = {role: names.shape(role, context.model)[0] // cut for role, _ in linear.parts}
         self.order: torch.Tensor | None
@@ -113,12 +127,15 @@ class LoraLinear(torch.nn.Module):
     def _fused(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same in one pass: all parts' A one under the other, their B in the rows of the fused output."""
         base: Any = self.base
-        down = torch.cat([part.A for part in self._parts()]).to(hidden.dtype)
         apart, added = (base.bias, None) if base.skip_bias_add else (None, base.bias)
-        return lora_linear(hidden, base.weight, added, down, self._up(hidden.dtype)), apart
+        return lora_linear(hidden, base.weight, added, self._down().to(hidden.dtype), self._up(hidden.dtype)), apart
 
     def _parts(self) -> list[LoraPart]:
         return list(self.parts.values())  # type: ignore[arg-type]
+
+    def _down(self) -> torch.Tensor:
+        """All parts' A one under the other, ``[parts * r, in]``."""
+        return torch.cat([part.A for part in self._parts()])
 
     def _up(self, dtype: torch.dtype) -> torch.Tensor:
         """All parts' scaled B as one matrix ``[out, parts * r]`` from ``A x`` to the fused output of this rank."""
@@ -145,8 +162,7 @@ class LoraLinear(torch.nn.Module):
         """``A x`` of all parts, ``[s, b, parts * r]``."""
         parts = self._parts()
         if not (self.context.lora.dropout and self.training):
-            stacked = torch.cat([part.A for part in parts]).to(hidden.dtype)
-            return torch.nn.functional.linear(hidden, stacked)
+            return torch.nn.functional.linear(hidden, self._down().to(hidden.dtype))
         return torch.cat(
             [torch.nn.functional.linear(self._drop(hidden, part), part.A.to(hidden.dtype)) for part in parts], dim=-1
         )
@@ -175,15 +191,17 @@ class LoraLinear(torch.nn.Module):
         return (context.regions.gather if context.sequence_parallel else context.regions.copy)(low)
 
 
-def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext) -> None:
-    """Put adapters on the targeted linears of one built layer (``index`` is global, from 0)."""
+def wrap_layer(
+    layer: torch.nn.Module, index: int, context: LoraContext, kind: type[LoraLinear] = LoraLinear
+) -> None:
+    """Put adapters of a kind on the targeted linears of one built layer (``index`` is global, from 0)."""
     for linear in names.linears(context.model):
         prefix = names.layer_prefix(index)
         if not any(prefix + path in context.lora.targets for _, path in linear.parts):
             continue
         parent_path, _, attribute = linear.path.rpartition(".")
         parent = layer.get_submodule(parent_path)
-        setattr(parent, attribute, LoraLinear(getattr(parent, attribute), index, linear, context))
+        setattr(parent, attribute, kind(getattr(parent, attribute), index, linear, context))
 
 
 def adapter_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
@@ -192,3 +210,5 @@ def adapter_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter
         if isinstance(module, LoraPart):
             yield module.A, module.pieces[0]
             yield module.B, module.pieces[1]
+            if module.magnitude is not None:
+                yield module.magnitude, module.pieces[2]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class LoraSpec:
     """``targets``: full module paths such as ``model.layers.0.self_attn.q_proj`` (``parallel.names.resolve_targets``).
 
-    ``scale`` is ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
+    ``scale`` is ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). ``dora``:
+    each output row's length is a parameter of its own (:mod:`parallel.dora`).
     """
 
     r: int
@@ -18,6 +19,7 @@ class LoraSpec:
     dropout: float = 0.0
     rslora: bool = False
     targets: frozenset[str] = frozenset()
+    dora: bool = False
 
     @property
     def scale(self) -> float:

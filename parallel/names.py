@@ -210,6 +210,15 @@ def adapter_pieces(
     return whole_piece(name_a, (r, width)), piece_b
 
 
+def magnitude_piece(linear: Linear, part: tuple[str, str], spec: ModelSpec, layer: int, tp: int, rank: int) -> Piece:
+    """The piece of one part's local DoRA magnitudes ``[out]``, under PEFT's name: cut and laid as the rows of B are."""
+    role, path = part
+    out = shape(role, spec)[0]
+    local, start = (out // tp, rank * (out // tp)) if linear.cut == "column" else (out, 0)
+    name = f"base_model.model.{layer_prefix(layer)}{path}.lora_magnitude_vector"
+    return Piece(name, (out,), Box((start,), (local,)), Box.whole((local,)))
+
+
 def target_modules(spec: ModelSpec) -> list[str]:
     """Every logical linear that can carry an adapter, as a full module path, in layer order."""
     return [

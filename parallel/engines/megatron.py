@@ -57,6 +57,7 @@ class MegatronEngine:
         self._device = current_device()
         for chunk in self._chunks:
             chunk.to(self._device)
+        models.start_adapters(self._chunks)
         self._config = self._chunks[0].config
         self._wrapped = [self._wrap(chunk) for chunk in self._chunks]
         self._optimizer = self._build_optimizer()

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parallel import names
 from parallel.device import stand_in_for_cuda
+from parallel.dora import DoraLinear
 from parallel.engine import EngineSpec, TensorReader
 from parallel.groups import Groups
 from parallel.lora import LoraContext, LoraLinear, Regions, adapter_tensors, wrap_layer
@@ -160,7 +161,7 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
             clock,
         )
         for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
-            wrap_layer(layer, index, context)
+            wrap_layer(layer, index, context, DoraLinear if spec.lora.dora else LoraLinear)
         if spec.recompute != "none" and chunk.pre_process:
             _let_hidden_states_require_grad(chunk)
     return chunks
@@ -262,6 +263,14 @@ def fill_base(spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], re
                     continue
                 value = reader.read(piece.name, "weight", piece.box) if reader else _random(spec.seed, piece)
                 tensor[piece.local.slices].copy_(value)
+
+
+def start_adapters(chunks: list[HiddenGPTModel]) -> None:
+    """Give adapters the start that depends on the base's weights; all tensor-parallel ranks call it, after the fill."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, DoraLinear):
+                module.start()
 
 
 def _random(seed: int, piece: Piece) -> torch.Tensor:

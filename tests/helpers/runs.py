@@ -83,6 +83,7 @@ class Run:
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
+    dora: bool = False
     full: bool = False
     sp: bool = False
     vpp: int | None = None
@@ -124,7 +125,7 @@ def engine_spec(run: Run) -> EngineSpec:
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
     attention_only = run.model.is_moe and targets == "all-linear"
     resolved = resolve_targets(["q_proj", "k_proj", "v_proj", "o_proj"] if attention_only else targets, run.model)
-    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved)
+    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved, run.dora)
     stages = run.stages or even_stages(run.model.layers, run.topology.pp * (run.vpp or 1))
     return EngineSpec(
         model=run.model,
