@@ -44,7 +44,8 @@ def lora_spec(tuner: TunerConfig, model: ModelSpec) -> LoraSpec | None:
     """
     if tuner.name == "full":
         return None
-    return LoraSpec(tuner.r, tuner.alpha, tuner.dropout, tuner.rslora, resolve_targets(tuner.targets, model))
+    targets = resolve_targets(tuner.targets, model)
+    return LoraSpec(tuner.r, tuner.alpha, tuner.dropout, tuner.rslora, targets, tuner.dora)
 
 
 def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
@@ -116,8 +117,8 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
     folder = Path(job.tuner.path).expanduser()
     reader = AdapterReader(folder)
     config, pairs = reader.config, lora_pairs(reader, folder)
-    wanted = {"r": job.tuner.r, "lora_alpha": job.tuner.alpha, "use_rslora": job.tuner.rslora}
-    keys = {"r": "tuner.r", "lora_alpha": "tuner.alpha", "use_rslora": "tuner.rslora"}
+    keys = {"r": "tuner.r", "lora_alpha": "tuner.alpha", "use_rslora": "tuner.rslora", "use_dora": "tuner.dora"}
+    wanted = {name: getattr(job.tuner, key.removeprefix("tuner.")) for name, key in keys.items()}
     other = {name: config.get(name, False) for name, value in wanted.items() if config.get(name, False) != value}
     if other:
         there = ", ".join(

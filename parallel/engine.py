@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,6 +54,8 @@ class EngineSpec:
         stages: layer indices of each pipeline chunk, ``stages[virtual * pp + stage]``.
         lora: None means full fine-tuning.
         sequence_tokens: the longest row of the run.
+        frozen: names of weights that full tuning leaves as they are.
+        lr_ratios: names of weights with their learning rates in units of the run's, in full tuning; others have 1.
     """
 
     model: ModelSpec
@@ -66,6 +68,8 @@ class EngineSpec:
     recompute: str = "none"
     seed: int = 0
     sequence_tokens: int = 512
+    frozen: frozenset[str] = frozenset()
+    lr_ratios: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

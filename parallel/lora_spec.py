@@ -11,7 +11,8 @@ class LoraSpec:
     """``targets``: full module paths such as ``model.layers.0.self_attn.q_proj`` (``parallel.names.resolve_targets``).
 
     ``scale`` is ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). ``dora``:
-    each output row's length is a parameter of its own (:mod:`parallel.dora`).
+    each output row's length is a parameter of its own (:mod:`parallel.dora`). ``lr_ratio``: the learning rate of B and
+    of DoRA's magnitudes in units of A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
     """
 
     r: int
@@ -20,6 +21,7 @@ class LoraSpec:
     rslora: bool = False
     targets: frozenset[str] = frozenset()
     dora: bool = False
+    lr_ratio: float = 1.0
 
     @property
     def scale(self) -> float:

@@ -13,10 +13,10 @@ from orchestrator.config.job import TunerConfig
 from orchestrator.errors import ConfigError
 
 PREFIX = "base_model.model."
-MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+MATRIX = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|(?P<length>magnitude_vector))")
 # Settings of adapter_config.json under which a merge means something else than W + scale * B @ A.
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
+    "use_dora": (False, None, True),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
     "bias": ("none", None),
@@ -33,12 +33,16 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The update of one base weight: ``scale * B @ A`` with A ``[r, in]`` and B ``[out, r]``, by their names."""
+    """The update of one base weight: ``scale * B @ A`` with A ``[r, in]`` and B ``[out, r]``, by their names.
+
+    ``magnitude``: DoRA's lengths ``[out]`` of the rows of ``W + scale * B @ A``, by their name; None for plain LoRA.
+    """
 
     base: str
     a: str
     b: str
     scale: float
+    magnitude: str | None = None
 
 
 def adapter_config(tuner: TunerConfig, target_modules: str | Sequence[str], base_model_path: str) -> dict[str, Any]:
@@ -68,7 +72,7 @@ def adapter_config(tuner: TunerConfig, target_modules: str | Sequence[str], base
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "use_dora": False,
+        "use_dora": tuner.dora,
     }
 
 
@@ -95,8 +99,8 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
     """The updates of an adapter by the base weight's name (``model.layers.0.self_attn.q_proj.weight``).
 
     Raises:
-        ConfigError: the adapter is no plain LoRA (DoRA, trained biases, embeddings, whole modules), or a matrix lacks
-            its partner.
+        ConfigError: the adapter is neither LoRA nor DoRA on linear layers (trained biases, embeddings, whole modules),
+            or a matrix lacks its partner or, of DoRA, its magnitudes.
     """
     config = adapter.config
     kind = config.get("peft_type")
@@ -110,12 +114,24 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
         match = MATRIX.fullmatch(name)
         if match is None:
             raise ConfigError(f"{folder} holds {name}, which is no LoRA matrix of a linear layer", "merge it with PEFT")
-        modules.setdefault(match["module"], {})[match["side"]] = name
+        modules.setdefault(match["module"], {})[match["side"] or "magnitude"] = name
     pairs = {}
     for module, sides in modules.items():
-        if len(sides) != 2:
-            raise ConfigError(f"{folder} holds {next(iter(sides.values()))} without its partner")
+        _check_complete(module, sides, bool(config.get("use_dora")), folder)
         inner = module.removeprefix(PREFIX)
         scale = lora_scale(config, inner, adapter.shape(sides["A"])[0])
-        pairs[f"{inner}.weight"] = LoraPair(f"{inner}.weight", sides["A"], sides["B"], scale)
+        pairs[f"{inner}.weight"] = LoraPair(f"{inner}.weight", sides["A"], sides["B"], scale, sides.get("magnitude"))
     return pairs
+
+
+def _check_complete(module: str, sides: Mapping[str, str], is_dora: bool, folder: Path) -> None:
+    """PEFT starts a magnitude that is missing anew, without an error: the adapter would mean something else."""
+    if not {"A", "B"} <= sides.keys():
+        raise ConfigError(f"{folder} holds {next(iter(sides.values()))} without its partner")
+    if is_dora and "magnitude" not in sides:
+        raise ConfigError(
+            f"{folder} has use_dora=True, but no {module}.lora_magnitude_vector",
+            "export it again: an adapter of DoRA is no adapter without its magnitudes",
+        )
+    if not is_dora and "magnitude" in sides:
+        raise ConfigError(f"{folder} holds {sides['magnitude']}, but has use_dora=False", "set use_dora to true in it")

@@ -49,8 +49,8 @@ def export_adapter(checkpoint_folder: Path, out: Path) -> None:
 def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precision: str | None = None) -> None:
     """Write the whole model with the adapter merged into it: transformers loads it as it is.
 
-    ``W + scale * B @ A`` is computed in fp32, block of rows by block of rows, and cast once. Files are cut as the
-    base's are. A checkpoint of full tuning is its own base.
+    ``W + scale * B @ A`` (its rows stretched to DoRA's magnitudes) is computed in fp32, block of rows by block of rows,
+    and cast once. Files are cut as the base's are. A checkpoint of full tuning is its own base.
 
     Args:
         base: the Hugging Face folder that the adapter was trained on; only read. None for full tuning.
@@ -153,6 +153,9 @@ def _merged(
         b = adapter.read(pair.b, "weight", Box((rows.offset[0], 0), (rows.size[0], r))).float()
         wide = torch.promote_types(data.dtype, torch.float32)
         data = data.to(wide) + (pair.scale * (b @ a)).to(wide)
+        if pair.magnitude is not None:  # arXiv:2402.09353, equation 5; a block holds whole rows
+            length = adapter.read(pair.magnitude, "weight", Box(rows.offset[:1], rows.size[:1])).to(wide)
+            data *= (length / torch.linalg.vector_norm(data, dim=1))[:, None]
     return data.to(TORCH_DTYPES[entry.dtype])
 
 

@@ -73,7 +73,13 @@ def check_values(job: JobConfig) -> None:
         raise ConfigError(
             f"optimizer.min_lr={job.optimizer.min_lr} is above optimizer.lr={job.optimizer.lr}", "optimizer.min_lr=0"
         )
+    _check_tuner(job)
     _check_targets(job)
+
+
+def _check_tuner(job: JobConfig) -> None:
+    if job.tuner.name == "full" and job.tuner.dora:
+        raise ConfigError("tuner.dora=true asks for an adapter, but tuner.name=full trains the model itself", "tuner=dora")
 
 
 def _check_targets(job: JobConfig) -> None:

@@ -90,7 +90,8 @@ class ObjectiveConfig:
 class TunerConfig:
     """``name``: lora or full. ``targets``: Hugging Face module names, ``all-linear``, or one regular expression.
 
-    ``path``: a PEFT adapter folder to start from. ``rslora``: scale by alpha / sqrt(r) instead of alpha / r.
+    ``path``: a PEFT adapter folder to start from. ``rslora``: scale by alpha / sqrt(r) instead of alpha / r. ``dora``:
+    the length of each adapted row learns by itself.
     """
 
     name: str = "lora"
@@ -98,6 +99,7 @@ class TunerConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
+    dora: bool = False
     targets: str | list[str] = "all-linear"
     path: str | None = None
 

@@ -124,6 +124,7 @@ def _weigh(question: Question, proposal: Proposal) -> Candidate | Rejected:
         adapter_rank=job.tuner.r,
         distributed_optimizer=job.optimizer.distributed,
         device=question.cluster.device,
+        magnitudes=job.tuner.dora,
     )
     memory = estimate_memory(work)
     fullest = max(range(len(memory)), key=lambda stage: memory[stage].total)

@@ -19,6 +19,7 @@ class Workload:
         row_tokens: tokens of the longest row, padding included.
         adapted: paths of the linears with an adapter (empty when all weights are trained).
         adapter_rank: LoRA's ``r``.
+        magnitudes: whether each adapted row has a length of its own (DoRA).
         distributed_optimizer: whether moments and master weights are cut over ``dp``.
     """
 
@@ -30,6 +31,7 @@ class Workload:
     adapter_rank: int
     distributed_optimizer: bool
     device: str
+    magnitudes: bool = False
 
     @property
     def micro_tokens(self) -> int:
@@ -120,5 +122,6 @@ def _adapter_parameters(work: Workload, layer: int) -> int:
         for role, path in linear.parts:
             if names.layer_prefix(layer) + path in work.adapted:
                 out, width = names.shape(role, work.model)
-                total += r * (width + out // tp) if linear.cut == "column" else r * (width // tp + out)
+                rows, columns = (out // tp, width) if linear.cut == "column" else (out, width // tp)
+                total += r * (columns + rows) + (rows if work.magnitudes else 0)
     return total

@@ -21,6 +21,7 @@ from parallel import names
 from parallel.device import cuda_type_names, current_device
 from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
 from parallel.engines import megatron_model as models
+from parallel.engines import megatron_rates as rates
 from parallel.engines import megatron_state as states
 from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
@@ -81,7 +82,7 @@ class MegatronEngine:
             watch.finish()
             self._checked = True
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_mult"]
         with cuda_type_names():
             _, norm, _ = self._optimizer.step()
         self._steps += 1
@@ -154,7 +155,7 @@ class MegatronEngine:
         every = models.tensors(self._spec, self._groups, self._chunks)
         for _, entries in groupby(every, key=lambda entry: id(entry[0])):
             listed = list(entries)
-            if listed[0][0].requires_grad:
+            if listed[0][0].requires_grad or self._spec.lora is None:  # frozen weights are part of a full model
                 yield listed[0][0], [piece for _, piece in listed]  # type: ignore[misc]
 
     def _wrap(self, chunk: models.HiddenGPTModel) -> DistributedDataParallel:
@@ -168,11 +169,7 @@ class MegatronEngine:
 
     def _build_optimizer(self) -> MegatronOptimizer:
         adam = self._spec.adam
-        sixteen_bit = any(
-            parameter.requires_grad and parameter.dtype != torch.float32
-            for chunk in self._chunks
-            for parameter in chunk.parameters()
-        )
+        sixteen_bit = self._spec.lora is None and self._spec.precision != "fp32"  # adapters are fp32
         config = OptimizerConfig(
             optimizer="adam",
             lr=_PLACEHOLDER_LR,
@@ -187,7 +184,13 @@ class MegatronEngine:
         )
         with cuda_type_names(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return get_megatron_optimizer(config, self._wrapped, use_gloo_process_groups=False, pg_collection=self._pgs)
+            return get_megatron_optimizer(
+                config,
+                self._wrapped,
+                config_overrides=rates.overrides(config, self._chunks),
+                use_gloo_process_groups=False,
+                pg_collection=self._pgs,
+            )
 
     def _run_schedule(
         self, microbatches: Sequence[MicroBatch], forward_only: bool, loss: LossFunction | None = None

@@ -19,6 +19,7 @@ from parallel import names
 from parallel.device import stand_in_for_cuda
 from parallel.dora import DoraLinear
 from parallel.engine import EngineSpec, TensorReader
+from parallel.engines import megatron_rates as rates
 from parallel.groups import Groups
 from parallel.lora import LoraContext, LoraLinear, Regions, adapter_tensors, wrap_layer
 from parallel.provider import block_spec
@@ -148,6 +149,8 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
     for virtual, chunk in enumerate(chunks):
         _mark_cut_tensors(spec, groups, chunk, virtual)
         if spec.lora is None:
+            rates.set_apart(spec, _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual)))
+            _let_hidden_states_require_grad(spec, chunk)
             continue
         chunk.requires_grad_(False)
         context = LoraContext(
@@ -162,8 +165,8 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         )
         for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
             wrap_layer(layer, index, context, DoraLinear if spec.lora.dora else LoraLinear)
-        if spec.recompute != "none" and chunk.pre_process:
-            _let_hidden_states_require_grad(chunk)
+        rates.set_adapters_apart(spec.lora, chunk)
+        _let_hidden_states_require_grad(spec, chunk)
     return chunks
 
 
@@ -207,8 +210,10 @@ def chunk_layers(spec: EngineSpec, groups: Groups, virtual: int) -> tuple[int, .
     return spec.stages[virtual * groups.topology.pp + groups.coordinate("pp")]
 
 
-def _let_hidden_states_require_grad(chunk: HiddenGPTModel) -> None:
+def _let_hidden_states_require_grad(spec: EngineSpec, chunk: HiddenGPTModel) -> None:
     """A frozen embedding under activation recompute would cut the graph, and the stage would train nothing."""
+    if spec.recompute == "none" or not chunk.pre_process or chunk.embedding.word_embeddings.weight.requires_grad:
+        return
     chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
 

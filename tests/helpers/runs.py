@@ -13,6 +13,7 @@ import torch.distributed as dist
 from parallel.engine import IGNORED_LABEL, AdamSpec, EngineSpec, MicroBatch
 from parallel.lora_spec import LoraSpec
 from parallel.names import resolve_targets
+from parallel.selection import frozen_weights, rate_ratios
 from parallel.specs import ModelSpec
 from parallel.topology import Topology
 
@@ -84,7 +85,10 @@ class Run:
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
     dora: bool = False
+    lr_ratio: float = 1.0
     full: bool = False
+    freeze: tuple[str, ...] = ()
+    lr_ratios: tuple[tuple[str, float], ...] = ()
     sp: bool = False
     vpp: int | None = None
     stages: tuple[tuple[int, ...], ...] | None = None
@@ -125,7 +129,7 @@ def engine_spec(run: Run) -> EngineSpec:
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
     attention_only = run.model.is_moe and targets == "all-linear"
     resolved = resolve_targets(["q_proj", "k_proj", "v_proj", "o_proj"] if attention_only else targets, run.model)
-    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved, run.dora)
+    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved, run.dora, run.lr_ratio)
     stages = run.stages or even_stages(run.model.layers, run.topology.pp * (run.vpp or 1))
     return EngineSpec(
         model=run.model,
@@ -138,6 +142,8 @@ def engine_spec(run: Run) -> EngineSpec:
         recompute=run.recompute,
         seed=run.seed,
         sequence_tokens=run.tokens,
+        frozen=frozen_weights(run.freeze, run.model),
+        lr_ratios=rate_ratios(dict(run.lr_ratios), run.model),
     )
 
 
