@@ -17,6 +17,7 @@ from orchestrator.planning.plan import Plan
 from parallel.engine import AdamSpec, Engine, EngineSpec
 from parallel.lora_spec import LoraSpec
 from parallel.names import resolve_targets, target_modules
+from parallel.selection import frozen_weights, rate_ratios
 from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -44,8 +45,16 @@ def lora_spec(tuner: TunerConfig, model: ModelSpec) -> LoraSpec | None:
     """
     if tuner.name == "full":
         return None
-    targets = resolve_targets(tuner.targets, model)
-    return LoraSpec(tuner.r, tuner.alpha, tuner.dropout, tuner.rslora, targets, tuner.dora)
+    return LoraSpec(
+        r=tuner.r,
+        alpha=tuner.alpha,
+        dropout=tuner.dropout,
+        rslora=tuner.rslora,
+        targets=resolve_targets(tuner.targets, model),
+        dora=tuner.dora,
+        lr_ratio=tuner.loraplus_lr_ratio,
+        init=tuner.init,
+    )
 
 
 def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
@@ -68,6 +77,8 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
         recompute=plan.recompute,
         seed=job.seed,
         sequence_tokens=-(-plan.sequence_tokens // plan.length_multiple) * plan.length_multiple,
+        frozen=frozen_weights(job.tuner.freeze, model),
+        lr_ratios=rate_ratios(optimizer.lr_ratios, model),
     )
 
 

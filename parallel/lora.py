@@ -22,6 +22,7 @@ import torch
 from parallel import names
 from parallel.fused import lora_linear
 from parallel.lora_spec import LoraSpec
+from parallel.pissa import pissa_pieces
 from parallel.seeding import DropoutClock, kaiming_uniform
 from parallel.shards import Piece
 from parallel.specs import ModelSpec
@@ -73,6 +74,31 @@ class LoraPart(torch.nn.Module):
         replicated.tensor_model_parallel = False  # type: ignore[attr-defined]
         replicated.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self.magnitude: torch.nn.Parameter | None = None
+        self.fixed_a: torch.nn.Parameter | None = None
+        self.fixed_b: torch.nn.Parameter | None = None
+
+    def add_fixed(self, pieces: tuple[Piece, ...]) -> None:
+        """Give the part a second half of each matrix that does not learn; filled later.
+
+        Args:
+            pieces: where A, B, the fixed rows under A and the fixed columns beside B lie in tensors of rank ``2 r``.
+        """
+        self.fixed_a = torch.nn.Parameter(torch.zeros_like(self.A), requires_grad=False)
+        self.fixed_b = torch.nn.Parameter(torch.zeros_like(self.B), requires_grad=False)
+        self.pieces = pieces
+
+    def down(self) -> torch.Tensor:
+        """All rows that the input is multiplied with: A, and the fixed ones."""
+        return self.A if self.fixed_a is None else torch.cat([self.A, self.fixed_a])
+
+    def up(self) -> torch.Tensor:
+        """All columns that go with :meth:`down`."""
+        return self.B if self.fixed_b is None else torch.cat([self.B, self.fixed_b], dim=1)
+
+    def tensors(self) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
+        """Its parameters with their pieces."""
+        held = (self.A, self.B, self.fixed_a, self.fixed_b, self.magnitude)
+        yield from zip([each for each in held if each is not None], self.pieces, strict=True)
 
     def add_magnitude(self, piece: Piece, sequence_parallel: bool) -> None:
         """Give the part DoRA's magnitudes, cut over ranks and marked as its B is; they are filled later."""
@@ -102,6 +128,8 @@ class LoraLinear(torch.nn.Module):
                     linear, (role, path), context.model, layer, context.lora.r, context.tp, context.tp_rank
                 )
                 part = LoraPart(*pieces, context.seed, linear.cut, context.sequence_parallel)
+                if context.lora.init == "pissa":
+                    part.add_fixed(pissa_pieces(*pieces))
                 if context.lora.dora:
                     place = (linear, (role, path), context.model, layer, context.tp, context.tp_rank)
                     part.add_magnitude(names.magnitude_piece(*place), context.sequence_parallel)
@@ -135,11 +163,11 @@ class LoraLinear(torch.nn.Module):
 
     def _down(self) -> torch.Tensor:
         """All parts' A one under the other, ``[parts * r, in]``."""
-        return torch.cat([part.A for part in self._parts()])
+        return torch.cat([part.down() for part in self._parts()])
 
     def _up(self, dtype: torch.dtype) -> torch.Tensor:
         """All parts' scaled B as one matrix ``[out, parts * r]`` from ``A x`` to the fused output of this rank."""
-        halves = {role: part.B for role, part in zip(self.parts, self._parts(), strict=True)}
+        halves = {role: part.up() for role, part in zip(self.parts, self._parts(), strict=True)}
         nothing = next(iter(halves.values()))
         blocks = [halves.get(role, nothing.new_empty(width, 0)) for role, width in self.widths.items()]
         up = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
@@ -191,9 +219,7 @@ class LoraLinear(torch.nn.Module):
         return (context.regions.gather if context.sequence_parallel else context.regions.copy)(low)
 
 
-def wrap_layer(
-    layer: torch.nn.Module, index: int, context: LoraContext, kind: type[LoraLinear] = LoraLinear
-) -> None:
+def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext, kind: type[LoraLinear] = LoraLinear) -> None:
     """Put adapters of a kind on the targeted linears of one built layer (``index`` is global, from 0)."""
     for linear in names.linears(context.model):
         prefix = names.layer_prefix(index)
@@ -208,7 +234,4 @@ def adapter_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter
     """Every adapter parameter under a module with its piece, in a fixed order."""
     for module in layer.modules():
         if isinstance(module, LoraPart):
-            yield module.A, module.pieces[0]
-            yield module.B, module.pieces[1]
-            if module.magnitude is not None:
-                yield module.magnitude, module.pieces[2]
+            yield from module.tensors()

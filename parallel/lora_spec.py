@@ -12,7 +12,8 @@ class LoraSpec:
 
     ``scale`` is ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). ``dora``:
     each output row's length is a parameter of its own (:mod:`parallel.dora`). ``lr_ratio``: the learning rate of B and
-    of DoRA's magnitudes in units of A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+    of DoRA's magnitudes in units of A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354). ``init``: ``default`` (A random,
+    B zero) or ``pissa`` (:mod:`parallel.pissa`).
     """
 
     r: int
@@ -22,6 +23,7 @@ class LoraSpec:
     targets: frozenset[str] = frozenset()
     dora: bool = False
     lr_ratio: float = 1.0
+    init: str = "default"
 
     @property
     def scale(self) -> float:

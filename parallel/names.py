@@ -84,6 +84,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(_NORMS + _QK_NORMS, _ATTENTION + _MLP),
     "qwen3_moe": Family((*_NORMS, *_QK_NORMS, ("mlp.router.weight", "mlp.gate.weight")), _ATTENTION + _EXPERTS),
 }
+ADAPTER = "base_model.model."  # what PEFT puts before the names of a model's modules
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 

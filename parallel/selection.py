@@ -10,12 +10,8 @@ from parallel import names
 from parallel.specs import ModelSpec
 
 
-class SelectionError(ValueError):
+class SelectionError(names.TargetError):
     """A pattern chooses nothing, or a part of what cannot be parted; ``hint`` says what to type."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -56,13 +56,16 @@ def adapter_config(tuner: TunerConfig, target_modules: str | Sequence[str], base
         >>> config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
         ('LORA', 8, 16, ['k_proj', 'q_proj'])
     """
+    # PiSSA's base is the whole one here, so its start is subtracted by a second half of each matrix: rank 2 r.
+    halves = 2 if tuner.init == "pissa" else 1
+    alpha = tuner.alpha * (halves**0.5 if tuner.rslora else halves)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_path,
         "inference_mode": True,
-        "r": tuner.r,
-        "lora_alpha": int(tuner.alpha) if float(tuner.alpha).is_integer() else tuner.alpha,
+        "r": halves * tuner.r,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": tuner.dropout,
         "use_rslora": tuner.rslora,
         "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),

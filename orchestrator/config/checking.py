@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_bad_row": ("error", "skip"),
     "objective.train_on": ("assistant", "all"),
     "tuner.name": ("lora", "full"),
+    "tuner.init": ("default", "pissa"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "metrics.sinks": ("jsonl", "tensorboard", "wandb"),
 }
@@ -41,6 +42,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         )
     },
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),
+    "tuner.loraplus_lr_ratio": ("above 0", lambda value: value > 0, "16"),
     "tuner.alpha": ("above 0", lambda value: value > 0, "32"),
     "tuner.dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1, "0"),
     "optimizer.eps": ("above 0", lambda value: value > 0, "1e-8"),
@@ -78,8 +80,35 @@ def check_values(job: JobConfig) -> None:
 
 
 def _check_tuner(job: JobConfig) -> None:
-    if job.tuner.name == "full" and job.tuner.dora:
-        raise ConfigError("tuner.dora=true asks for an adapter, but tuner.name=full trains the model itself", "tuner=dora")
+    """Settings of one tuner under another, and those that contradict each other."""
+    tuner, ratios = job.tuner, job.optimizer.lr_ratios
+    if tuner.name == "full":
+        asked = {"dora=true": tuner.dora, "init=pissa": tuner.init == "pissa"}
+        asked[f"loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}"] = tuner.loraplus_lr_ratio != 1
+        for setting in (setting for setting, is_asked in asked.items() if is_asked):
+            raise ConfigError(
+                f"tuner.{setting} is for adapters, but tuner.name=full trains the model itself",
+                f"tuner=lora tuner.{setting}",
+            )
+        for pattern, ratio in ratios.items():
+            if ratio <= 0:
+                raise ConfigError(
+                    f"optimizer.lr_ratios has {pattern}: {ratio:g}, which should be above 0",
+                    f"tuner.freeze=[{pattern}]",
+                )
+    elif tuner.freeze:
+        raise ConfigError(
+            f"tuner.freeze={tuner.freeze} is for full tuning: adapters freeze the base", "tuner.freeze=[]"
+        )
+    elif ratios:
+        raise ConfigError("optimizer.lr_ratios is for full tuning", "optimizer.lr_ratios={} tuner.loraplus_lr_ratio=16")
+    if tuner.init == "pissa" and tuner.dropout:
+        raise ConfigError(
+            f"tuner.init=pissa with tuner.dropout={tuner.dropout:g} would drop the base's largest components at random",
+            "tuner.dropout=0",
+        )
+    if tuner.init == "pissa" and tuner.path:
+        raise ConfigError(f"tuner.init=pissa and tuner.path={tuner.path} are two starts", "tuner.init=default")
 
 
 def _check_targets(job: JobConfig) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from orchestrator.config.job import JobConfig, TopologyConfig
-from orchestrator.planning.counts import Workload, head_cost_in_layers
+from orchestrator.planning.counts import TunerExtras, Workload, head_cost_in_layers
 from orchestrator.planning.memory import GIB, StageMemory, estimate_memory
 from orchestrator.planning.timing import StepTime, estimate_time
 from parallel.capabilities import Proposal, Refusal, batch_refusals, divisors, model_refusals
@@ -19,13 +19,17 @@ from parallel.topology import Topology, TopologyError
 
 @dataclass(frozen=True)
 class Question:
-    """What all candidates of a job have in common. ``adapted``: paths of the linears that get an adapter."""
+    """What all candidates of a job have in common.
+
+    ``adapted``: paths of the linears that get an adapter. ``frozen``: names of weights that full tuning leaves alone.
+    """
 
     job: JobConfig
     model: ModelSpec
     cluster: ClusterSpec
     precision: str
     adapted: frozenset[str]
+    frozen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def _weigh(question: Question, proposal: Proposal) -> Candidate | Rejected:
         adapter_rank=job.tuner.r,
         distributed_optimizer=job.optimizer.distributed,
         device=question.cluster.device,
-        magnitudes=job.tuner.dora,
+        tuner=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.frozen),
     )
     memory = estimate_memory(work)
     fullest = max(range(len(memory)), key=lambda stage: memory[stage].total)

@@ -6,8 +6,21 @@ from dataclasses import dataclass
 
 from parallel import names
 from parallel.capabilities import Proposal
+from parallel.selection import weight_shapes
 from parallel.specs import ModelSpec
 from parallel.stages import stage_layers
+
+
+@dataclass(frozen=True)
+class TunerExtras:
+    """``magnitudes``: a length for each adapted row (DoRA). ``fixed_halves``: a second, fixed A and B (PiSSA).
+
+    ``frozen``: names of weights that full tuning leaves as they are.
+    """
+
+    magnitudes: bool = False
+    fixed_halves: bool = False
+    frozen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,7 @@ class Workload:
         row_tokens: tokens of the longest row, padding included.
         adapted: paths of the linears with an adapter (empty when all weights are trained).
         adapter_rank: LoRA's ``r``.
-        magnitudes: whether each adapted row has a length of its own (DoRA).
+        tuner: what it adds to plain LoRA, or takes from full tuning.
         distributed_optimizer: whether moments and master weights are cut over ``dp``.
     """
 
@@ -31,7 +44,7 @@ class Workload:
     adapter_rank: int
     distributed_optimizer: bool
     device: str
-    magnitudes: bool = False
+    tuner: TunerExtras = TunerExtras()
 
     @property
     def micro_tokens(self) -> int:
@@ -83,9 +96,10 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
     tables = int(first) + int(last and not (model.tied_embeddings and first))
     base = len(layers) * _layer_parameters(work) + tables * vocabulary + (model.hidden if last else 0)
     full = work.proposal.tuner == "full"
+    adapters = 0 if full else sum(_adapter_parameters(work, layer) for layer in layers)
     return StageCounts(
         base=base,
-        trainable=base if full else sum(_adapter_parameters(work, layer) for layer in layers),
+        trainable=base - _frozen_parameters(work, stage) if full else adapters,
         matmul=len(layers) * layer_matmul_parameters(model) // topology.tp + (vocabulary if last else 0),
         layers=len(layers),
     )
@@ -110,6 +124,25 @@ def _layer_parameters(work: Workload) -> int:
     return total
 
 
+def _frozen_parameters(work: Workload, stage: int) -> int:
+    """Base weights on one rank of a stage that do not learn."""
+    topology, total = work.proposal.topology, 0
+    if not work.tuner.frozen:
+        return 0
+    here = {names.layer_prefix(layer) for layer in stage_layers(work.stages, topology.pp, stage)}
+    first, last = stage == 0, stage == topology.pp - 1
+    ends = {names.FINAL_NORM: last, names.HEAD: last, names.EMBEDDING: first or (last and work.model.tied_embeddings)}
+    for name, shape in weight_shapes(work.model).items():
+        prefix = ".".join(name.split(".")[:3]) + "."
+        if name not in work.tuner.frozen or not (prefix in here or ends.get(name)):
+            continue
+        size = _product((shape[0], shape[1] if len(shape) > 1 else 1))
+        cut = len(shape) > 1 or name.endswith(".bias")
+        cuts = topology.ep * topology.etp if ".experts." in name else topology.tp
+        total += size // cuts if cut and not name.endswith("mlp.gate.weight") else size
+    return total
+
+
 def _adapter_parameters(work: Workload, layer: int) -> int:
     """LoRA weights of one layer on one rank.
 
@@ -123,5 +156,5 @@ def _adapter_parameters(work: Workload, layer: int) -> int:
             if names.layer_prefix(layer) + path in work.adapted:
                 out, width = names.shape(role, work.model)
                 rows, columns = (out // tp, width) if linear.cut == "column" else (out, width // tp)
-                total += r * (columns + rows) + (rows if work.magnitudes else 0)
+                total += r * (columns + rows) + (rows if work.tuner.magnitudes else 0)
     return total

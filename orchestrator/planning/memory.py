@@ -48,7 +48,7 @@ def estimate_memory(work: Workload) -> tuple[StageMemory, ...]:
 
 def _stage_memory(work: Workload, stage: int) -> StageMemory:
     counts = stage_counts(work, stage)
-    adapters = 0 if work.proposal.tuner == "full" else counts.trainable
+    adapters = 0 if work.proposal.tuner == "full" else counts.trainable * (2 if work.tuner.fixed_halves else 1)
     return StageMemory(
         weights=counts.base * work.value_bytes,
         adapters=adapters * work.value_bytes,

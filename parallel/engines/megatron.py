@@ -21,6 +21,7 @@ from parallel import names
 from parallel.device import cuda_type_names, current_device
 from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
 from parallel.engines import megatron_model as models
+from parallel.engines import megatron_pissa as pissa
 from parallel.engines import megatron_rates as rates
 from parallel.engines import megatron_state as states
 from parallel.groups import Groups
@@ -59,6 +60,7 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.to(self._device)
         models.start_adapters(self._chunks)
+        self._base, self._started = base, spec.lora is None or spec.lora.init == "default"
         self._config = self._chunks[0].config
         self._wrapped = [self._wrap(chunk) for chunk in self._chunks]
         self._optimizer = self._build_optimizer()
@@ -72,6 +74,7 @@ class MegatronEngine:
         Raises:
             NoGradientError: in the first step, a trainable tensor got no gradient.
         """
+        self._start()
         for chunk in self._wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -91,6 +94,7 @@ class MegatronEngine:
 
     def evaluate(self, microbatches: Sequence[MicroBatch]) -> StepResult:
         """The loss of these micro-batches without learning."""
+        self._start()
         for chunk in self._wrapped:
             chunk.eval()
         with torch.no_grad():
@@ -100,6 +104,7 @@ class MegatronEngine:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Whole logits ``[sequences, tokens, vocab]`` in fp32 on the ranks of the last stage, None on the others."""
+        self._start()
         found: list[torch.Tensor] = []
 
         def collect(batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -121,11 +126,13 @@ class MegatronEngine:
 
     def shards(self) -> Iterator[Shard]:
         """Every trained tensor and its moments on this rank."""
+        self._start()
         for parameter, pieces in self._trained():
             yield from states.state_shards(self._optimizer, parameter, pieces)
 
     def load(self, reader: TensorReader, *, moments: bool) -> None:
         """Fill the training state from logical tensors."""
+        self._started = True
         with torch.no_grad():
             has_master = set()
             for shard in self.shards():
@@ -151,11 +158,19 @@ class MegatronEngine:
         self._wrapped.clear()
         del self._optimizer
 
+    def _start(self) -> None:
+        """Compute a start that takes long from the base's weights, unless a state was loaded instead; once."""
+        if not self._started:
+            pissa.start(self._spec, self._groups, self._chunks, self._base)
+            self._optimizer.reload_model_params()
+            self._started = True
+
     def _trained(self) -> Iterator[tuple[torch.nn.Parameter, list[Piece]]]:
         every = models.tensors(self._spec, self._groups, self._chunks)
         for _, entries in groupby(every, key=lambda entry: id(entry[0])):
             listed = list(entries)
-            if listed[0][0].requires_grad or self._spec.lora is None:  # frozen weights are part of a full model
+            is_base = not listed[0][1].name.startswith(names.ADAPTER)
+            if listed[0][0].requires_grad or is_base == (self._spec.lora is None):  # what is fixed is saved as well
                 yield listed[0][0], [piece for _, piece in listed]  # type: ignore[misc]
 
     def _wrap(self, chunk: models.HiddenGPTModel) -> DistributedDataParallel:

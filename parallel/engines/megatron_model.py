@@ -266,8 +266,12 @@ def fill_base(spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], re
                     tensor[piece.local.size[0] :].zero_()
                 if 0 in piece.box.size:
                     continue
-                value = reader.read(piece.name, "weight", piece.box) if reader else _random(spec.seed, piece)
-                tensor[piece.local.slices].copy_(value)
+                tensor[piece.local.slices].copy_(base_values(spec, reader, piece))
+
+
+def base_values(spec: EngineSpec, reader: TensorReader | None, piece: Piece) -> torch.Tensor:
+    """The base's values of a piece, as they are stored or (without a reader) drawn."""
+    return reader.read(piece.name, "weight", piece.box) if reader else _random(spec.seed, piece)
 
 
 def start_adapters(chunks: list[HiddenGPTModel]) -> None:

@@ -1,4 +1,4 @@
-"""Every adapter: trained here, it says the same in peft; trained by peft, it says the same here; it goes on anywhere."""
+"""Every adapter: trained here it says the same in peft, trained by peft the same here, and it goes on anywhere."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"rslora": True},
     "dora": {"dora": True},
+    "pissa": {"init": "pissa"},
+    "pissa-dora-rslora": {"init": "pissa", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
     "dora-rslora-bias": {"family": "qwen2", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
 }
 STEPS, COMPLETED = 4, 2
@@ -53,6 +55,8 @@ def test_an_export_says_in_peft_what_it_says_here(
     assert (theirs - ours).abs().max() <= TOLERANCE
     export_merged(checkpoint, base, tmp_path / "merged")
     assert (exported.model_logits(tmp_path / "merged") - ours).abs().max() <= TOLERANCE
+    config = exported.config_of(tmp_path / "peft")
+    assert (config["use_dora"], config["use_rslora"], config["init_lora_weights"]) == (run.dora, run.rslora, True)
     there = run.on(topology=Topology(tp=3), sp=False)
     back = one(pool.run(3, exported.logits_of_adapter, there, str(base), str(tmp_path / "peft")))
     assert (back - ours).abs().max() <= TOLERANCE
@@ -71,10 +75,8 @@ def test_an_adapter_that_peft_trained_says_here_what_it_says_there(
     assert (ours - exported.peft_logits(base, tmp_path / "theirs")).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["dora"])
-def test_a_checkpoint_goes_on_elsewhere(
-    pool: Pool, tiny_model: Callable[..., Path], tmp_path: Path, kind: str
-) -> None:
+@pytest.mark.parametrize("kind", ["dora", "pissa"])
+def test_a_checkpoint_goes_on_elsewhere(pool: Pool, tiny_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     """Saved on TP=2 (SP), gone on with on PP=2 x DP=2: the losses and the adapter of the uninterrupted run."""
     run = run_of(kind)
     base = tiny_model(run.family)
@@ -94,7 +96,7 @@ def test_a_checkpoint_goes_on_elsewhere(
 def test_fault_6_dora_without_its_magnitudes_is_neither_written_nor_read(
     pool: Pool, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Fault 6 of the design: an adapter of DoRA without magnitudes loads in peft without an error, and means another."""
+    """Fault 6 of the design: DoRA without its magnitudes loads in peft without an error, and means something else."""
     from safetensors.torch import load_file, save_file
 
     from orchestrator.checkpoint.adapter import lora_pairs

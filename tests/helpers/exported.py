@@ -21,7 +21,7 @@ def tuner_of(run: Run) -> Any:
 
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
     return TunerConfig(
-        r=4, alpha=8.0, dropout=run.dropout, rslora=run.rslora, dora=run.dora, targets=targets
+        r=4, alpha=8.0, dropout=run.dropout, rslora=run.rslora, dora=run.dora, init=run.init, targets=targets
     )
 
 

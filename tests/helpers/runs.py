@@ -86,6 +86,7 @@ class Run:
     rslora: bool = False
     dora: bool = False
     lr_ratio: float = 1.0
+    init: str = "default"
     full: bool = False
     freeze: tuple[str, ...] = ()
     lr_ratios: tuple[tuple[str, float], ...] = ()
@@ -129,7 +130,7 @@ def engine_spec(run: Run) -> EngineSpec:
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
     attention_only = run.model.is_moe and targets == "all-linear"
     resolved = resolve_targets(["q_proj", "k_proj", "v_proj", "o_proj"] if attention_only else targets, run.model)
-    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved, run.dora, run.lr_ratio)
+    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved, run.dora, run.lr_ratio, run.init)
     stages = run.stages or even_stages(run.model.layers, run.topology.pp * (run.vpp or 1))
     return EngineSpec(
         model=run.model,
