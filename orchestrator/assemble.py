@@ -77,6 +77,7 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
         recompute=plan.recompute,
         seed=job.seed,
         sequence_tokens=-(-plan.sequence_tokens // plan.length_multiple) * plan.length_multiple,
+        quantise=job.tuner.quantise,
         frozen=frozen_weights(job.tuner.freeze, model),
         lr_ratios=rate_ratios(optimizer.lr_ratios, model),
     )

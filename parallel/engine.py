@@ -54,6 +54,7 @@ class EngineSpec:
         stages: layer indices of each pipeline chunk, ``stages[virtual * pp + stage]``.
         lora: None means full fine-tuning.
         sequence_tokens: the longest row of the run.
+        quantise: how the base's linears are stored, "nf4" or None.
         frozen: names of weights that full tuning leaves as they are.
         lr_ratios: names of weights with their learning rates in units of the run's, in full tuning; others have 1.
     """
@@ -68,6 +69,7 @@ class EngineSpec:
     recompute: str = "none"
     seed: int = 0
     sequence_tokens: int = 512
+    quantise: str | None = None
     frozen: frozenset[str] = frozenset()
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
 

@@ -136,6 +136,7 @@ class LoraLinear(torch.nn.Module):
                 self.parts[role] = part
         cut = context.tp if linear.cut == "column" else 1
         self.widths = {role: names.shape(role, context.model)[0] // cut for role, _ in linear.parts}
+        self.base_is_plain = any(name == "weight" for name, _ in base.named_parameters(recurse=False))
         self.order: torch.Tensor | None
         self.register_buffer("order", self._fused_order(), persistent=False)
 
@@ -148,9 +149,9 @@ class LoraLinear(torch.nn.Module):
         return out + torch.nn.functional.linear(low, self._up(low.dtype)), bias
 
     def _can_fuse(self) -> bool:
-        """Whether nothing lies between the matrix products: no collective, no dropout."""
+        """Whether nothing lies between the matrix products: no collective, no dropout, no dequantisation."""
         dropping = self.context.lora.dropout and self.training
-        return self.context.tp == 1 and not self.linear.expert and not dropping
+        return self.base_is_plain and self.context.tp == 1 and not self.linear.expert and not dropping
 
     def _fused(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same in one pass: all parts' A one under the other, their B in the rows of the fused output."""

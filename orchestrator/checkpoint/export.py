@@ -17,6 +17,7 @@ from orchestrator.checkpoint.adapter import LoraPair, lora_pairs
 from orchestrator.checkpoint.folder import explain, sync_folder, write_durably
 from orchestrator.checkpoint.hf_reader import INDEX, AdapterReader, read_json, weight_files
 from orchestrator.checkpoint.load import WEIGHT_SUFFIXES, CheckpointReader, check_file
+from orchestrator.checkpoint.quantised_base import QuantisedBase
 from orchestrator.checkpoint.tensor_file import TORCH_DTYPES, FileWriter, TensorEntry, TensorFiles, lay_out
 from orchestrator.errors import ConfigError
 from parallel.shards import Box
@@ -79,6 +80,7 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
     paths = weight_files(base)
     tensors = TensorFiles(paths)
     _check_targets(tensors, pairs, adapter, base)
+    source = QuantisedBase(tensors, base, checkpoint.manifest.about)
     plans = _plan_files(tensors, paths, PRECISIONS.get(precision or ""))
     needed = sum(entry.bytes for entries in plans.values() for entry in entries)
     with _fresh_folder(out, needed, [checkpoint.folder, base], {"step": checkpoint.step, "to": "merged"}) as folder:
@@ -87,7 +89,7 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
             try:
                 for entry in entries:
                     for rows in _row_boxes(entry):
-                        writer.write(_merged(tensors, entry, rows, pairs.get(entry.key), adapter))
+                        writer.write(_merged(source, entry, rows, pairs.get(entry.key), adapter))
                 writer.close()
             finally:
                 writer.abort()
@@ -143,10 +145,10 @@ def _row_boxes(entry: TensorEntry) -> Iterator[Box]:
 
 
 def _merged(
-    tensors: TensorFiles, entry: TensorEntry, rows: Box, pair: LoraPair | None, adapter: AdapterReader | None
+    source: QuantisedBase, entry: TensorEntry, rows: Box, pair: LoraPair | None, adapter: AdapterReader | None
 ) -> torch.Tensor:
     """Some rows of a tensor as they are written: ``entry`` has the type."""
-    data = tensors.read(entry.key, rows)
+    data = source.read(entry.key, rows)
     if pair is not None and adapter is not None:
         r = adapter.shape(pair.a)[0]
         a = adapter.read(pair.a, "weight", Box.whole(adapter.shape(pair.a))).float()

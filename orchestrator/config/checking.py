@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.train_on": ("assistant", "all"),
     "tuner.name": ("lora", "full"),
     "tuner.init": ("default", "pissa"),
+    "tuner.quantise": ("nf4",),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "metrics.sinks": ("jsonl", "tensorboard", "wandb"),
 }
@@ -106,6 +107,12 @@ def _check_tuner(job: JobConfig) -> None:
         raise ConfigError(
             f"tuner.init=pissa with tuner.dropout={tuner.dropout:g} would drop the base's largest components at random",
             "tuner.dropout=0",
+        )
+    if tuner.init == "pissa" and tuner.quantise:
+        raise ConfigError(
+            f"tuner.init=pissa with tuner.quantise={tuner.quantise} is not built: the base less its largest components "
+            "would have to be quantised",
+            "tuner.init=default",
         )
     if tuner.init == "pissa" and tuner.path:
         raise ConfigError(f"tuner.init=pissa and tuner.path={tuner.path} are two starts", "tuner.init=default")

@@ -92,7 +92,8 @@ class TunerConfig:
 
     ``path``: a PEFT adapter folder to start from. ``rslora``: scale by alpha / sqrt(r) instead of alpha / r. ``dora``:
     the length of each adapted row learns by itself. ``init``: default or pissa. ``loraplus_lr_ratio``: learning rate of
-    B in units of A's. ``freeze`` (full): patterns of weights that do not learn.
+    B in units of A's. ``quantise``: null, or nf4: the frozen base's
+    linears in 4 bits. ``freeze`` (full): patterns of weights that do not learn.
     """
 
     name: str = "lora"
@@ -105,6 +106,7 @@ class TunerConfig:
     loraplus_lr_ratio: float = 1.0
     targets: str | list[str] = "all-linear"
     freeze: list[str] = field(default_factory=list)
+    quantise: str | None = None
     path: str | None = None
 
 

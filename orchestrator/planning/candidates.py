@@ -73,6 +73,7 @@ def judge(question: Question, asked: TopologyConfig) -> Candidate | Rejected:
         global_sequences=job.batch.global_sequences,
         micro_sequences=job.batch.micro_sequences,
         tuner=job.tuner.name,
+        quantise=job.tuner.quantise,
         engine=job.engine.name,
         recompute=job.memory.recompute,
         precision=question.precision,

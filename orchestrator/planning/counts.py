@@ -59,12 +59,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class StageCounts:
-    """Parameters on one rank of a stage. ``matmul``: those that a token is multiplied with, embedding excluded."""
+    """Parameters on one rank of a stage. ``matmul``: those that a token is multiplied with, embedding excluded.
+
+    ``linears``: those of the layers' dense linears, which may be quantised.
+    """
 
     base: int
     trainable: int
     matmul: int
     layers: int
+    linears: int = 0
 
 
 def layer_matmul_parameters(model: ModelSpec) -> int:
@@ -102,7 +106,18 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
         trainable=base - _frozen_parameters(work, stage) if full else adapters,
         matmul=len(layers) * layer_matmul_parameters(model) // topology.tp + (vocabulary if last else 0),
         layers=len(layers),
+        linears=len(layers) * sum(map(_product, dense_linear_shapes(model))) // topology.tp,
     )
+
+
+def dense_linear_shapes(model: ModelSpec) -> list[tuple[int, int]]:
+    """``[out, in]`` of the logical linears of one layer that are no experts."""
+    return [
+        names.shape(role, model)
+        for linear in names.FAMILIES[model.family].linears
+        if not linear.expert
+        for role, _ in linear.parts
+    ]
 
 
 def _product(shape: tuple[int, int]) -> int:

@@ -19,10 +19,12 @@ from parallel import names
 from parallel.device import stand_in_for_cuda
 from parallel.dora import DoraLinear
 from parallel.engine import EngineSpec, TensorReader
+from parallel.engines import megatron_quantised as quantised
 from parallel.engines import megatron_rates as rates
 from parallel.groups import Groups
 from parallel.lora import LoraContext, LoraLinear, Regions, adapter_tensors, wrap_layer
 from parallel.provider import block_spec
+from parallel.quantised import QuantisedLinear
 from parallel.seeding import DropoutClock, normal
 from parallel.shards import Piece
 from parallel.specs import ModelSpec
@@ -99,7 +101,7 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         pipeline_dtype=DTYPES[spec.precision],
         bf16=spec.precision == "bf16",
         perform_initialization=False,
-        use_cpu_initialization=device == "cpu",
+        use_cpu_initialization=device == "cpu" or spec.quantise is not None,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -147,6 +149,8 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         config = transformer_config(spec, groups)
         chunks = [_build_chunk(spec, groups, config, virtual) for virtual in range(spec.vpp or 1)]
     for virtual, chunk in enumerate(chunks):
+        if spec.quantise is not None:
+            quantised.replace_linears(spec, groups, chunk.decoder.layers, regions(groups))
         _mark_cut_tensors(spec, groups, chunk, virtual)
         if spec.lora is None:
             rates.set_apart(spec, _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual)))
@@ -239,10 +243,11 @@ def _base_tensors(
             module = layer.get_submodule(linear.path)
             base = module.base if isinstance(module, LoraLinear) else module
             cut = (groups.topology.etp, groups.index("expt_tp")) if linear.expert else (tp, rank)
-            weight: torch.Tensor = base.weight  # type: ignore[assignment]
             bias: torch.Tensor | None = base.bias  # type: ignore[assignment]
-            for piece in names.weight_pieces(linear, model, index, *cut):
-                yield weight, piece
+            if not isinstance(base, QuantisedLinear):  # which has no weight of its own
+                weight: torch.Tensor = base.weight  # type: ignore[assignment]
+                for piece in names.weight_pieces(linear, model, index, *cut):
+                    yield weight, piece
             if bias is not None:
                 for piece in names.bias_pieces(linear, model, index, tp, rank):
                     yield bias, piece
@@ -267,6 +272,9 @@ def fill_base(spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], re
                 if 0 in piece.box.size:
                     continue
                 tensor[piece.local.slices].copy_(base_values(spec, reader, piece))
+            if spec.quantise is not None:
+                layers = zip(chunk_layers(spec, groups, virtual), chunk.decoder.layers, strict=True)
+                quantised.fill(spec, groups, layers, lambda piece: base_values(spec, reader, piece))
 
 
 def base_values(spec: EngineSpec, reader: TensorReader | None, piece: Piece) -> torch.Tensor:

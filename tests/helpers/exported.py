@@ -43,7 +43,9 @@ def train_and_save(run: Run, base_folder: str, checkpoints: str) -> Any:
     for step in range(run.steps):
         engine.train_step(runs.microbatches(run, step, groups.coordinate("dp")), run.rate(step))
     beside = room(job_of(run, base_folder), run.model)
-    save(Path(checkpoints), run.steps, engine.shards(), Contents(beside.name, {"step": run.steps}, beside.files))
+    about = {"quantise": run.quantise, "precision": run.precision}
+    contents = Contents(beside.name, {"step": run.steps}, beside.files, about)
+    save(Path(checkpoints), run.steps, engine.shards(), contents)
     return _logits(engine, groups)
 
 

@@ -87,6 +87,7 @@ class Run:
     dora: bool = False
     lr_ratio: float = 1.0
     init: str = "default"
+    quantise: str | None = None
     full: bool = False
     freeze: tuple[str, ...] = ()
     lr_ratios: tuple[tuple[str, float], ...] = ()
@@ -143,6 +144,7 @@ def engine_spec(run: Run) -> EngineSpec:
         recompute=run.recompute,
         seed=run.seed,
         sequence_tokens=run.tokens,
+        quantise=run.quantise,
         frozen=frozen_weights(run.freeze, run.model),
         lr_ratios=rate_ratios(dict(run.lr_ratios), run.model),
     )
@@ -177,8 +179,8 @@ def microbatches(run: Run, step: int, dp_rank: int) -> list[MicroBatch]:
     ]
 
 
-def open_engine(run: Run, base_folder: str | None = None) -> tuple[Any, Any]:
-    """Open groups and an engine on this rank (None, None on ranks beyond the topology)."""
+def open_engine(run: Run, base_folder: str | None = None, watch: Any = None) -> tuple[Any, Any]:
+    """Open groups and an engine on this rank (None, None on ranks beyond the topology); ``watch`` wraps the reader."""
     if dist.get_rank() >= run.topology.world_size:
         return None, None
     from parallel.engines.megatron import MegatronEngine
@@ -190,6 +192,7 @@ def open_engine(run: Run, base_folder: str | None = None) -> tuple[Any, Any]:
         from orchestrator.checkpoint.hf_reader import HfReader
 
         reader = HfReader(Path(base_folder))
+        reader = watch(reader) if watch else reader
     return MegatronEngine(engine_spec(run), groups, reader), groups
 
 
