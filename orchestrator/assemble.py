@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.checkpoint.adapter import adapter_config, lora_pairs
+from orchestrator.checkpoint.adapter import adapter_config, lora_pairs, saved_tensors
 from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader
 from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.errors import ConfigError
@@ -17,7 +17,7 @@ from orchestrator.planning.plan import Plan
 from parallel.engine import AdamSpec, Engine, EngineSpec
 from parallel.lora_spec import LoraSpec
 from parallel.names import resolve_targets, target_modules
-from parallel.selection import frozen_weights, rate_ratios
+from parallel.selection import frozen_weights, rate_ratios, saved_weights
 from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def lora_spec(tuner: TunerConfig, model: ModelSpec) -> LoraSpec | None:
         dora=tuner.dora,
         lr_ratio=tuner.loraplus_lr_ratio,
         init=tuner.init,
+        saved=saved_weights(tuner.modules_to_save, model),
     )
 
 
@@ -103,7 +104,7 @@ def room(job: JobConfig, model: ModelSpec) -> Room:
         leaves = job.tuner.targets
         if leaves == "all-linear" or (isinstance(leaves, str) and not _is_expression(leaves, model)):
             leaves = sorted({target.rsplit(".", 1)[1] for target in resolve_targets(leaves, model)})
-        config = adapter_config(job.tuner, leaves, job.model.path or "")
+        config = adapter_config(job.tuner, leaves, job.model.path or "", model.tied_embeddings)
         return Room("adapter", {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()})
     if job.model.weights == "random" and job.model.config is not None:
         return Room("model", {"config.json": (json.dumps(job.model.config, indent=2) + "\n").encode()})
@@ -141,6 +142,7 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
             " ".join(f"{keys[name]}={str(value).lower()}" for name, value in other.items()),
         )
     _check_modules(job, model, {name.removesuffix(".weight") for name in pairs})
+    _check_saved(job, model, set(saved_tensors(reader, folder)))
     scale = LoraSpec(job.tuner.r, job.tuner.alpha, rslora=job.tuner.rslora).scale
     for pair in pairs.values():  # rank_pattern and alpha_pattern give modules their own
         rank = reader.shape(pair.a)[0]
@@ -150,6 +152,17 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
                 f"rank {job.tuner.r} and scale {scale:g} everywhere",
                 "merge the adapter into the base with PEFT (merge_and_unload), and start from that: model.path=MERGED",
             )
+
+
+def _check_saved(job: JobConfig, model: ModelSpec, there: set[str]) -> None:
+    wanted = saved_weights(job.tuner.modules_to_save, model)
+    if there != wanted:
+        leaves = ",".join(sorted({name.split(".")[-2] for name in there}))
+        raise ConfigError(
+            f"tuner.path={job.tuner.path} holds {len(there)} whole weights, but "
+            f"tuner.modules_to_save={job.tuner.modules_to_save} names {len(wanted)}",
+            f"tuner.modules_to_save=[{leaves}]",
+        )
 
 
 def _check_modules(job: JobConfig, model: ModelSpec, there: set[str]) -> None:

@@ -13,7 +13,7 @@ class LoraSpec:
     ``scale`` is ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). ``dora``:
     each output row's length is a parameter of its own (:mod:`parallel.dora`). ``lr_ratio``: the learning rate of B and
     of DoRA's magnitudes in units of A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354). ``init``: ``default`` (A random,
-    B zero) or ``pissa`` (:mod:`parallel.pissa`).
+    B zero) or ``pissa`` (:mod:`parallel.pissa`). ``saved``: names of weights that learn whole beside the adapter.
     """
 
     r: int
@@ -24,6 +24,7 @@ class LoraSpec:
     dora: bool = False
     lr_ratio: float = 1.0
     init: str = "default"
+    saved: frozenset[str] = frozenset()
 
     @property
     def scale(self) -> float:

@@ -59,6 +59,26 @@ def frozen_weights(patterns: Sequence[str], spec: ModelSpec) -> frozenset[str]:
     return frozenset(chosen)
 
 
+def saved_weights(modules: Sequence[str], spec: ModelSpec) -> frozenset[str]:
+    """The weights that ``tuner.modules_to_save`` names: embedding, head and norms may learn whole beside an adapter.
+
+    Raises:
+        SelectionError: a name chooses nothing, or a linear of a layer.
+    Example:
+        >>> tiny = ModelSpec("llama", 1, 8, 2, 2, 4, 16, 32, 64, 1e-5, 1e4, True)
+        >>> sorted(saved_weights(["embed_tokens"], tiny))
+        ['model.embed_tokens.weight']
+    """
+    chosen = {name for module in modules for name in _chosen(module, spec, "tuner.modules_to_save")}
+    linears = sorted(chosen & {f"{path}.weight" for path in names.target_modules(spec)})
+    if linears:
+        raise SelectionError(
+            f"tuner.modules_to_save chooses {len(linears)} linears, first {linears[0]}: they learn by an adapter",
+            "tuner.modules_to_save=[embed_tokens]",
+        )
+    return frozenset(chosen)
+
+
 def rate_ratios(patterns: Mapping[str, float], spec: ModelSpec) -> dict[str, float]:
     """Weights with a learning rate of their own, in units of the run's; of several patterns the last counts.
 

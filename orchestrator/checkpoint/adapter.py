@@ -18,7 +18,6 @@ MATRIX = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|(?P<length>
 PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None, True),
     "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
     "bias": ("none", None),
     "lora_bias": (False, None),
     "trainable_token_indices": (None, [], {}),
@@ -45,12 +44,15 @@ class LoraPair:
     magnitude: str | None = None
 
 
-def adapter_config(tuner: TunerConfig, target_modules: str | Sequence[str], base_model_path: str) -> dict[str, Any]:
+def adapter_config(
+    tuner: TunerConfig, target_modules: str | Sequence[str], base_model_path: str, tied_embeddings: bool = False
+) -> dict[str, Any]:
     """The ``adapter_config.json`` that makes PEFT load our adapter as it was trained.
 
     Args:
         target_modules: names of modules (or their last parts), or a regular expression of whole names.
         base_model_path: what PEFT's ``AutoPeftModel`` would load the base from.
+        tied_embeddings: whether the model's head is its embedding: PEFT would part them, where the embedding learns.
     Example:
         >>> config = adapter_config(TunerConfig(r=8, alpha=16.0), ["q_proj", "k_proj"], "base")
         >>> config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
@@ -72,7 +74,8 @@ def adapter_config(tuner: TunerConfig, target_modules: str | Sequence[str], base
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(tuner.modules_to_save) or None,
+        "ensure_weight_tying": tied_embeddings and bool(tuner.modules_to_save),
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_dora": tuner.dora,
@@ -113,7 +116,8 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
         if key in config and config[key] not in plain:
             raise ConfigError(f"{folder} has {key}={config[key]!r}, only plain LoRA is supported", "merge it with PEFT")
     modules: dict[str, dict[str, str]] = {}
-    for name in adapter.names:
+    saved = set(saved_tensors(adapter, folder).values())
+    for name in (name for name in adapter.names if name not in saved):
         match = MATRIX.fullmatch(name)
         if match is None:
             raise ConfigError(f"{folder} holds {name}, which is no LoRA matrix of a linear layer", "merge it with PEFT")
@@ -125,6 +129,25 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
         scale = lora_scale(config, inner, adapter.shape(sides["A"])[0])
         pairs[f"{inner}.weight"] = LoraPair(f"{inner}.weight", sides["A"], sides["B"], scale, sides.get("magnitude"))
     return pairs
+
+
+def saved_tensors(adapter: AdapterReader, folder: Path) -> dict[str, str]:
+    """Whole weights of an adapter (``modules_to_save``): the base weight's name to the name in the adapter's file.
+
+    Raises:
+        ConfigError: a module that the configuration names has no weight there.
+    """
+    modules = adapter.config.get("modules_to_save") or []
+    found = {}
+    for name in adapter.names:
+        inner = name.removeprefix(PREFIX)
+        module = inner.rpartition(".")[0]
+        if MATRIX.fullmatch(name) is None and any(f".{module}".endswith(f".{each}") for each in modules):
+            found[inner] = name
+    for module in modules:
+        if not any(f".{name.rpartition('.')[0]}".endswith(f".{module}") for name in found):
+            raise ConfigError(f"{folder} has modules_to_save={modules}, but no weight of {module}", "export it again")
+    return found
 
 
 def _check_complete(module: str, sides: Mapping[str, str], is_dora: bool, folder: Path) -> None:

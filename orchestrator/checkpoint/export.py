@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.checkpoint.adapter import LoraPair, lora_pairs
+from orchestrator.checkpoint.adapter import LoraPair, lora_pairs, saved_tensors
 from orchestrator.checkpoint.folder import explain, sync_folder, write_durably
 from orchestrator.checkpoint.hf_reader import INDEX, AdapterReader, read_json, weight_files
 from orchestrator.checkpoint.load import WEIGHT_SUFFIXES, CheckpointReader, check_file
@@ -80,6 +80,7 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
     paths = weight_files(base)
     tensors = TensorFiles(paths)
     _check_targets(tensors, pairs, adapter, base)
+    saved = saved_tensors(adapter, room) if adapter else {}
     source = QuantisedBase(tensors, base, checkpoint.manifest.about)
     plans = _plan_files(tensors, paths, PRECISIONS.get(precision or ""))
     needed = sum(entry.bytes for entries in plans.values() for entry in entries)
@@ -89,6 +90,10 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
             try:
                 for entry in entries:
                     for rows in _row_boxes(entry):
+                        if adapter is not None and entry.key in saved:
+                            whole = adapter.read(saved[entry.key], "weight", rows)
+                            writer.write(whole.to(TORCH_DTYPES[entry.dtype]))
+                            continue
                         writer.write(_merged(source, entry, rows, pairs.get(entry.key), adapter))
                 writer.close()
             finally:

@@ -85,6 +85,7 @@ def _check_tuner(job: JobConfig) -> None:
     tuner, ratios = job.tuner, job.optimizer.lr_ratios
     if tuner.name == "full":
         asked = {"dora=true": tuner.dora, "init=pissa": tuner.init == "pissa"}
+        asked[f"modules_to_save={as_list(tuner.modules_to_save)}"] = bool(tuner.modules_to_save)
         asked[f"loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}"] = tuner.loraplus_lr_ratio != 1
         for setting in (setting for setting, is_asked in asked.items() if is_asked):
             raise ConfigError(
@@ -116,6 +117,16 @@ def _check_tuner(job: JobConfig) -> None:
         )
     if tuner.init == "pissa" and tuner.path:
         raise ConfigError(f"tuner.init=pissa and tuner.path={tuner.path} are two starts", "tuner.init=default")
+
+
+def as_list(names: list[str]) -> str:
+    """A list as it is typed.
+
+    Example:
+        >>> as_list(["embed_tokens", "lm_head"])
+        '[embed_tokens,lm_head]'
+    """
+    return f"[{','.join(names)}]"
 
 
 def _check_targets(job: JobConfig) -> None:

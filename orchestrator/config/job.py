@@ -92,7 +92,8 @@ class TunerConfig:
 
     ``path``: a PEFT adapter folder to start from. ``rslora``: scale by alpha / sqrt(r) instead of alpha / r. ``dora``:
     the length of each adapted row learns by itself. ``init``: default or pissa. ``loraplus_lr_ratio``: learning rate of
-    B in units of A's. ``quantise``: null, or nf4: the frozen base's
+    B in units of A's. ``modules_to_save``: embedding, head or norms that learn whole beside the
+    adapter. ``quantise``: null, or nf4: the frozen base's
     linears in 4 bits. ``freeze`` (full): patterns of weights that do not learn.
     """
 
@@ -107,6 +108,7 @@ class TunerConfig:
     targets: str | list[str] = "all-linear"
     freeze: list[str] = field(default_factory=list)
     quantise: str | None = None
+    modules_to_save: list[str] = field(default_factory=list)
     path: str | None = None
 
 

@@ -21,7 +21,8 @@ from parallel.topology import Topology, TopologyError
 class Question:
     """What all candidates of a job have in common.
 
-    ``adapted``: paths of the linears that get an adapter. ``frozen``: names of weights that full tuning leaves alone.
+    ``adapted``: paths of the linears that get an adapter. ``chosen``: names of weights that full
+    tuning leaves alone, or that learn whole beside an adapter.
     """
 
     job: JobConfig
@@ -29,7 +30,7 @@ class Question:
     cluster: ClusterSpec
     precision: str
     adapted: frozenset[str]
-    frozen: frozenset[str] = frozenset()
+    chosen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _weigh(question: Question, proposal: Proposal) -> Candidate | Rejected:
         adapter_rank=job.tuner.r,
         distributed_optimizer=job.optimizer.distributed,
         device=question.cluster.device,
-        tuner=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.frozen),
+        tuner=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.chosen),
     )
     memory = estimate_memory(work)
     fullest = max(range(len(memory)), key=lambda stage: memory[stage].total)

@@ -15,12 +15,12 @@ from parallel.stages import stage_layers
 class TunerExtras:
     """``magnitudes``: a length for each adapted row (DoRA). ``fixed_halves``: a second, fixed A and B (PiSSA).
 
-    ``frozen``: names of weights that full tuning leaves as they are.
+    ``chosen``: names of weights that full tuning leaves as they are, or that learn whole beside an adapter.
     """
 
     magnitudes: bool = False
     fixed_halves: bool = False
-    frozen: frozenset[str] = frozenset()
+    chosen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
     adapters = 0 if full else sum(_adapter_parameters(work, layer) for layer in layers)
     return StageCounts(
         base=base,
-        trainable=base - _frozen_parameters(work, stage) if full else adapters,
+        trainable=base - _chosen_parameters(work, stage) if full else adapters + _chosen_parameters(work, stage),
         matmul=len(layers) * layer_matmul_parameters(model) // topology.tp + (vocabulary if last else 0),
         layers=len(layers),
         linears=len(layers) * sum(map(_product, dense_linear_shapes(model))) // topology.tp,
@@ -139,17 +139,17 @@ def _layer_parameters(work: Workload) -> int:
     return total
 
 
-def _frozen_parameters(work: Workload, stage: int) -> int:
-    """Base weights on one rank of a stage that do not learn."""
+def _chosen_parameters(work: Workload, stage: int) -> int:
+    """Base weights on one rank of a stage that full tuning freezes, or that learn whole beside an adapter."""
     topology, total = work.proposal.topology, 0
-    if not work.tuner.frozen:
+    if not work.tuner.chosen:
         return 0
     here = {names.layer_prefix(layer) for layer in stage_layers(work.stages, topology.pp, stage)}
     first, last = stage == 0, stage == topology.pp - 1
     ends = {names.FINAL_NORM: last, names.HEAD: last, names.EMBEDDING: first or (last and work.model.tied_embeddings)}
     for name, shape in weight_shapes(work.model).items():
         prefix = ".".join(name.split(".")[:3]) + "."
-        if name not in work.tuner.frozen or not (prefix in here or ends.get(name)):
+        if name not in work.tuner.chosen or not (prefix in here or ends.get(name)):
             continue
         size = _product((shape[0], shape[1] if len(shape) > 1 else 1))
         cut = len(shape) > 1 or name.endswith(".bias")

@@ -11,7 +11,7 @@ from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.candidates import Candidate, Question, Rejected, judge, nearest_legal, open_topologies
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.timing import StepTime
-from orchestrator.planning.tuning import adapted_linears, frozen
+from orchestrator.planning.tuning import adapted_linears, chosen_weights
 from parallel.capabilities import Proposal, batch_refusals
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import is_even
@@ -101,7 +101,7 @@ def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
         cluster=cluster,
         precision=job.precision or DEFAULT_PRECISION[cluster.device],
         adapted=adapted_linears(job, model),
-        frozen=frozen(job, model),
+        chosen=chosen_weights(job, model),
     )
     judged = [judge(question, sizes) for sizes in open_topologies(question)]
     legal = [candidate for candidate in judged if isinstance(candidate, Candidate)]

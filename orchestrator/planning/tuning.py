@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
 from parallel.names import TargetError, resolve_targets
-from parallel.selection import frozen_weights, rate_ratios, weight_shapes
+from parallel.selection import frozen_weights, rate_ratios, saved_weights, weight_shapes
 from parallel.specs import ModelSpec
 
 
@@ -25,13 +25,15 @@ def adapted_linears(job: JobConfig, model: ModelSpec) -> frozenset[str]:
     return adapted
 
 
-def frozen(job: JobConfig, model: ModelSpec) -> frozenset[str]:
-    """Names of the weights that full tuning leaves as they are.
+def chosen_weights(job: JobConfig, model: ModelSpec) -> frozenset[str]:
+    """Names of the weights that full tuning leaves as they are, or that learn whole beside an adapter.
 
     Raises:
-        ConfigError: a pattern of ``tuner.freeze`` or ``optimizer.lr_ratios`` fits nothing, or parts a fused linear.
+        ConfigError: a pattern fits nothing, or parts a fused linear.
     """
     try:
+        if job.tuner.name != "full":
+            return saved_weights(job.tuner.modules_to_save, model)
         rate_ratios(job.optimizer.lr_ratios, model)
         return frozen_weights(job.tuner.freeze, model)
     except TargetError as error:

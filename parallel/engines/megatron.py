@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -171,7 +172,9 @@ class MegatronEngine:
             listed = list(entries)
             is_base = not listed[0][1].name.startswith(names.ADAPTER)
             if listed[0][0].requires_grad or is_base == (self._spec.lora is None):  # what is fixed is saved as well
-                yield listed[0][0], [piece for _, piece in listed]  # type: ignore[misc]
+                prefix = names.ADAPTER if is_base and self._spec.lora is not None else ""  # as PEFT saves modules
+                pieces = [replace(piece, name=prefix + piece.name) for _, piece in listed]
+                yield listed[0][0], pieces  # type: ignore[misc]
 
     def _wrap(self, chunk: models.HiddenGPTModel) -> DistributedDataParallel:
         config = DistributedDataParallelConfig(
@@ -184,7 +187,8 @@ class MegatronEngine:
 
     def _build_optimizer(self) -> MegatronOptimizer:
         adam = self._spec.adam
-        sixteen_bit = self._spec.lora is None and self._spec.precision != "fp32"  # adapters are fp32
+        adapters_only = self._spec.lora is not None and not self._spec.lora.saved  # which are fp32
+        sixteen_bit = not adapters_only and self._spec.precision != "fp32"
         config = OptimizerConfig(
             optimizer="adam",
             lr=_PLACEHOLDER_LR,

@@ -169,7 +169,8 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         )
         for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
             wrap_layer(layer, index, context, DoraLinear if spec.lora.dora else LoraLinear)
-        rates.set_adapters_apart(spec.lora, chunk)
+        base = _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual))
+        rates.set_adapters_apart(spec.lora, chunk, base)
         _let_hidden_states_require_grad(spec, chunk)
     return chunks
 

@@ -26,8 +26,16 @@ def set_apart(spec: EngineSpec, tensors: Iterable[tuple[torch.Tensor, Piece]]) -
             setattr(tensor, _MARK, spec.lr_ratios[piece.name])
 
 
-def set_adapters_apart(lora: LoraSpec, module: torch.nn.Module) -> None:
-    """Mark what LoRA+ gives another learning rate: B and, as in PEFT, what has one dimension (DoRA's magnitudes)."""
+def set_adapters_apart(lora: LoraSpec, module: torch.nn.Module, base: Iterable[tuple[torch.Tensor, Piece]]) -> None:
+    """Let whole weights learn that are saved with the adapter, and mark what LoRA+ gives another learning rate.
+
+    That is B and, as in PEFT, what has one dimension (DoRA's magnitudes, norms).
+    """
+    for tensor, piece in base:
+        if piece.name in lora.saved:
+            tensor.requires_grad_(True)
+            if tensor.dim() == 1:
+                setattr(tensor, _MARK, lora.lr_ratio)
     if lora.lr_ratio == 1.0:
         return
     for part in module.modules():

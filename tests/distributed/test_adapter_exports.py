@@ -24,6 +24,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"dora": True},
     "pissa": {"init": "pissa"},
     "pissa-dora-rslora": {"init": "pissa", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
+    "modules-to-save": {"family": "qwen2", "modules_to_save": ("embed_tokens", "lm_head", "norm")},
+    "tied-embedding": {"modules_to_save": ("embed_tokens",)},
     "dora-rslora-bias": {"family": "qwen2", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
 }
 STEPS, COMPLETED = 4, 2
@@ -62,7 +64,7 @@ def test_an_export_says_in_peft_what_it_says_here(
     assert (back - ours).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["dora", "rslora"])
+@pytest.mark.parametrize("kind", ["dora", "rslora", "modules-to-save"])
 def test_an_adapter_that_peft_trained_says_here_what_it_says_there(
     pool: Pool, tiny_model: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
@@ -75,7 +77,7 @@ def test_an_adapter_that_peft_trained_says_here_what_it_says_there(
     assert (ours - exported.peft_logits(base, tmp_path / "theirs")).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["dora", "pissa"])
+@pytest.mark.parametrize("kind", ["dora", "pissa", "tied-embedding"])
 def test_a_checkpoint_goes_on_elsewhere(pool: Pool, tiny_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     """Saved on TP=2 (SP), gone on with on PP=2 x DP=2: the losses and the adapter of the uninterrupted run."""
     run = run_of(kind)

@@ -21,7 +21,14 @@ def tuner_of(run: Run) -> Any:
 
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
     return TunerConfig(
-        r=4, alpha=8.0, dropout=run.dropout, rslora=run.rslora, dora=run.dora, init=run.init, targets=targets
+        r=4,
+        alpha=8.0,
+        dropout=run.dropout,
+        rslora=run.rslora,
+        dora=run.dora,
+        init=run.init,
+        targets=targets,
+        modules_to_save=list(run.modules_to_save),
     )
 
 

@@ -48,7 +48,16 @@ def make_model(run: Run, folder: Path, **config: Any) -> tuple[Any, DropoutClock
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
-    settings = {"r": 4, "lora_alpha": 8, "use_rslora": run.rslora, "use_dora": run.dora, "lora_dropout": run.dropout}
+    settings: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": run.rslora,
+        "use_dora": run.dora,
+        "lora_dropout": run.dropout,
+    }
+    if run.modules_to_save:
+        settings["modules_to_save"] = list(run.modules_to_save)
+        settings["ensure_weight_tying"] = run.model.tied_embeddings
     model: Any = get_peft_model(base, LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **settings | config))
     clock = DropoutClock(run.seed, run.tokens)
     for name, module in model.named_modules():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from parallel.engine import IGNORED_LABEL, AdamSpec, EngineSpec, MicroBatch
 from parallel.lora_spec import LoraSpec
 from parallel.names import resolve_targets
-from parallel.selection import frozen_weights, rate_ratios
+from parallel.selection import frozen_weights, rate_ratios, saved_weights
 from parallel.specs import ModelSpec
 from parallel.topology import Topology
 
@@ -88,6 +88,7 @@ class Run:
     lr_ratio: float = 1.0
     init: str = "default"
     quantise: str | None = None
+    modules_to_save: tuple[str, ...] = ()
     full: bool = False
     freeze: tuple[str, ...] = ()
     lr_ratios: tuple[tuple[str, float], ...] = ()
@@ -131,7 +132,8 @@ def engine_spec(run: Run) -> EngineSpec:
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
     attention_only = run.model.is_moe and targets == "all-linear"
     resolved = resolve_targets(["q_proj", "k_proj", "v_proj", "o_proj"] if attention_only else targets, run.model)
-    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved, run.dora, run.lr_ratio, run.init)
+    saved = saved_weights(run.modules_to_save, run.model)
+    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved, run.dora, run.lr_ratio, run.init, saved)
     stages = run.stages or even_stages(run.model.layers, run.topology.pp * (run.vpp or 1))
     return EngineSpec(
         model=run.model,
