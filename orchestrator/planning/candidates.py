@@ -130,7 +130,7 @@ def _weigh(question: Question, proposal: Proposal) -> Candidate | Rejected:
         adapter_rank=job.tuner.r,
         distributed_optimizer=job.optimizer.distributed,
         device=question.cluster.device,
-        tuner=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.chosen),
+        extras=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.chosen),
     )
     memory = estimate_memory(work)
     fullest = max(range(len(memory)), key=lambda stage: memory[stage].total)

@@ -32,7 +32,7 @@ class Workload:
         row_tokens: tokens of the longest row, padding included.
         adapted: paths of the linears with an adapter (empty when all weights are trained).
         adapter_rank: LoRA's ``r``.
-        tuner: what it adds to plain LoRA, or takes from full tuning.
+        extras: what the tuner adds to plain LoRA, or takes from full tuning.
         distributed_optimizer: whether moments and master weights are cut over ``dp``.
     """
 
@@ -44,7 +44,7 @@ class Workload:
     adapter_rank: int
     distributed_optimizer: bool
     device: str
-    tuner: TunerExtras = TunerExtras()
+    extras: TunerExtras = TunerExtras()
 
     @property
     def micro_tokens(self) -> int:
@@ -142,14 +142,14 @@ def _layer_parameters(work: Workload) -> int:
 def _chosen_parameters(work: Workload, stage: int) -> int:
     """Base weights on one rank of a stage that full tuning freezes, or that learn whole beside an adapter."""
     topology, total = work.proposal.topology, 0
-    if not work.tuner.chosen:
+    if not work.extras.chosen:
         return 0
     here = {names.layer_prefix(layer) for layer in stage_layers(work.stages, topology.pp, stage)}
     first, last = stage == 0, stage == topology.pp - 1
     ends = {names.FINAL_NORM: last, names.HEAD: last, names.EMBEDDING: first or (last and work.model.tied_embeddings)}
     for name, shape in weight_shapes(work.model).items():
         prefix = ".".join(name.split(".")[:3]) + "."
-        if name not in work.tuner.chosen or not (prefix in here or ends.get(name)):
+        if name not in work.extras.chosen or not (prefix in here or ends.get(name)):
             continue
         size = _product((shape[0], shape[1] if len(shape) > 1 else 1))
         cut = len(shape) > 1 or name.endswith(".bias")
@@ -171,5 +171,5 @@ def _adapter_parameters(work: Workload, layer: int) -> int:
             if names.layer_prefix(layer) + path in work.adapted:
                 out, width = names.shape(role, work.model)
                 rows, columns = (out // tp, width) if linear.cut == "column" else (out, width // tp)
-                total += r * (columns + rows) + (rows if work.tuner.magnitudes else 0)
+                total += r * (columns + rows) + (rows if work.extras.magnitudes else 0)
     return total

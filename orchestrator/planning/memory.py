@@ -48,7 +48,7 @@ def estimate_memory(work: Workload) -> tuple[StageMemory, ...]:
 
 def _stage_memory(work: Workload, stage: int) -> StageMemory:
     counts = stage_counts(work, stage)
-    adapters = 0 if work.proposal.tuner == "full" else counts.trainable * (2 if work.tuner.fixed_halves else 1)
+    adapters = 0 if work.proposal.tuner == "full" else counts.trainable * (2 if work.extras.fixed_halves else 1)
     return StageMemory(
         weights=_weight_bytes(work, counts),
         adapters=adapters * work.value_bytes,
