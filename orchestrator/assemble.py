@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.checkpoint.adapter import adapter_config, lora_pairs
+from orchestrator.checkpoint.adapter import adapter_config, lora_pairs, saved_tensors
 from orchestrator.checkpoint.experts import loadable_config
 from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader
 from orchestrator.config.job import JobConfig, TunerConfig
@@ -18,6 +18,7 @@ from orchestrator.planning.plan import Plan
 from parallel.engine import AdamSpec, Engine, EngineSpec
 from parallel.lora_spec import LoraSpec
 from parallel.names import resolve_targets, target_modules
+from parallel.selection import frozen_weights, rate_ratios, saved_weights
 from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -45,7 +46,17 @@ def lora_spec(tuner: TunerConfig, model: ModelSpec) -> LoraSpec | None:
     """
     if tuner.name == "full":
         return None
-    return LoraSpec(tuner.r, tuner.alpha, tuner.dropout, tuner.rslora, resolve_targets(tuner.targets, model))
+    return LoraSpec(
+        r=tuner.r,
+        alpha=tuner.alpha,
+        dropout=tuner.dropout,
+        rslora=tuner.rslora,
+        targets=resolve_targets(tuner.targets, model),
+        dora=tuner.dora,
+        lr_ratio=tuner.loraplus_lr_ratio,
+        init=tuner.init,
+        saved=saved_weights(tuner.modules_to_save, model),
+    )
 
 
 def balancing_loss(job: JobConfig, model: ModelSpec) -> float:
@@ -76,6 +87,9 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
         balancing_loss=balancing_loss(job, model),
         sequence_tokens=-(-plan.sequence_tokens // plan.length_multiple) * plan.length_multiple,
         cp_comm=plan.cp_comm,
+        quantise=job.tuner.quantise,
+        frozen=frozen_weights(job.tuner.freeze, model),
+        lr_ratios=rate_ratios(optimizer.lr_ratios, model),
     )
 
 
@@ -99,7 +113,7 @@ def room(job: JobConfig, model: ModelSpec) -> Room:
         leaves = job.tuner.targets
         if leaves == "all-linear" or (isinstance(leaves, str) and not _is_expression(leaves, model)):
             leaves = sorted({target.rsplit(".", 1)[1] for target in resolve_targets(leaves, model)})
-        config = adapter_config(job.tuner, leaves, job.model.path or "")
+        config = adapter_config(job.tuner, leaves, job.model.path or "", model.tied_embeddings)
         if model.is_moe:
             config = loadable_config(config, resolve_targets(job.tuner.targets, model))
         return Room("adapter", {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()})
@@ -127,8 +141,8 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
     folder = Path(job.tuner.path).expanduser()
     reader = AdapterReader(folder)
     config, pairs = reader.config, lora_pairs(reader, folder)
-    wanted = {"r": job.tuner.r, "lora_alpha": job.tuner.alpha, "use_rslora": job.tuner.rslora}
-    keys = {"r": "tuner.r", "lora_alpha": "tuner.alpha", "use_rslora": "tuner.rslora"}
+    keys = {"r": "tuner.r", "lora_alpha": "tuner.alpha", "use_rslora": "tuner.rslora", "use_dora": "tuner.dora"}
+    wanted = {name: getattr(job.tuner, key.removeprefix("tuner.")) for name, key in keys.items()}
     other = {name: config.get(name, False) for name, value in wanted.items() if config.get(name, False) != value}
     if other:
         there = ", ".join(
@@ -139,6 +153,7 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
             " ".join(f"{keys[name]}={str(value).lower()}" for name, value in other.items()),
         )
     _check_modules(job, model, {name.removesuffix(".weight") for name in pairs})
+    _check_saved(job, model, set(saved_tensors(reader, folder)))
     scale = LoraSpec(job.tuner.r, job.tuner.alpha, rslora=job.tuner.rslora).scale
     for pair in pairs.values():  # rank_pattern and alpha_pattern give modules their own
         rank = reader.shape(pair.a)[0]
@@ -148,6 +163,17 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
                 f"rank {job.tuner.r} and scale {scale:g} everywhere",
                 "merge the adapter into the base with PEFT (merge_and_unload), and start from that: model.path=MERGED",
             )
+
+
+def _check_saved(job: JobConfig, model: ModelSpec, there: set[str]) -> None:
+    wanted = saved_weights(job.tuner.modules_to_save, model)
+    if there != wanted:
+        leaves = ",".join(sorted({name.split(".")[-2] for name in there}))
+        raise ConfigError(
+            f"tuner.path={job.tuner.path} holds {len(there)} whole weights, but "
+            f"tuner.modules_to_save={job.tuner.modules_to_save} names {len(wanted)}",
+            f"tuner.modules_to_save=[{leaves}]",
+        )
 
 
 def _check_modules(job: JobConfig, model: ModelSpec, there: set[str]) -> None:

@@ -92,6 +92,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
         "data": {"path": run.job.data.path, "sha256": run.data.summary.source_sha256, "rows": run.data.rows},
     }
     about = {"topology": asdict(run.plan.topology), "precision": run.plan.precision, "model": run.job.model.path}
+    about["quantise"] = run.job.tuner.quantise
     return save(
         run.run_dir / "checkpoints",
         step,

@@ -17,7 +17,15 @@ from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
 
 # What the tensors of a checkpoint are shaped by: no resume can change it.
-SHAPE_KEYS = ("tuner.name", "tuner.r", "tuner.targets")
+SHAPE_KEYS = (
+    "tuner.name",
+    "tuner.r",
+    "tuner.dora",
+    "tuner.init",
+    "tuner.targets",
+    "tuner.freeze",
+    "tuner.modules_to_save",
+)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Proposal:
     global_sequences: int = 1
     micro_sequences: int = 1
     tuner: str = "lora"
+    quantise: str | None = None
     engine: str = "megatron"
     recompute: str = "none"
     precision: str = "fp32"
@@ -85,7 +86,10 @@ def model_refusals(model: ModelSpec, proposal: Proposal, built: Capabilities = B
         >>> model_refusals(heads, Proposal(Topology(tp=2)))[0].message
         'model has 3 key/value heads, which topology.tp=2 does not divide'
     """
-    rules = (_not_built, _axes_not_built, _tensor_cuts, _expert_cuts, _layers, _sequence_parallel, _context_parallel)
+    rules = (
+        *(_not_built, _axes_not_built, _tensor_cuts, _expert_cuts, _layers, _sequence_parallel),
+        *(_context_parallel, _quantised_cuts),
+    )
     return [refusal for rule in rules for refusal in rule(model, proposal, built)]
 
 
@@ -209,6 +213,44 @@ def _context_parallel(model: ModelSpec, proposal: Proposal, _: Capabilities) -> 
             f"topology.cp_comm=ulysses deals out attention heads, but topology.cp={cp} does not divide the "
             f"{model.heads // tp} of a rank ({model.heads} heads / topology.tp={tp})",
             "topology.cp_comm=ring",
+        )
+
+
+def quantised_tensor_sizes(model: ModelSpec) -> list[int]:
+    """Every ``topology.tp`` that cuts the model's rows between blocks of 64, ascending; none where no row is blocks.
+
+    Example:
+        >>> quantised_tensor_sizes(ModelSpec("llama", 2, 192, 6, 6, 64, 768, 64, 128, 1e-5, 1e4, True))
+        [1, 2, 3, 6]
+    """
+    if model.hidden % 64:
+        return []
+    rows = (model.heads * model.head_dim, model.ffn)  # of o_proj and down_proj, whose columns are cut
+    return [tp for tp in legal_tensor_sizes(model) if all(row % (64 * tp) == 0 for row in rows)]
+
+
+def _quantised_cuts(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
+    """NF4 keeps one scale for 64 elements of a row, so a row is cut at multiples of 64 only."""
+    if proposal.quantise is None:
+        return
+    if proposal.tuner == "full":
+        yield Refusal(f"tuner.quantise={proposal.quantise} freezes the base, but tuner=full trains it", "tuner=qlora")
+    if model.is_moe:
+        yield Refusal(f"tuner.quantise={proposal.quantise} is not built for experts", "tuner.quantise=null")
+        return
+    legal, tp = quantised_tensor_sizes(model), proposal.topology.tp
+    heads = model.heads * model.head_dim
+    if not legal:
+        yield Refusal(
+            f"tuner.quantise={proposal.quantise} needs rows of whole blocks of 64 elements, but the model's have "
+            f"{model.hidden}, {heads} (o_proj) and {model.ffn} (down_proj)",
+            "tuner.quantise=null",
+        )
+    elif tp not in legal:
+        yield Refusal(
+            f"tuner.quantise={proposal.quantise} with topology.tp={tp} would cut rows of {heads} (o_proj) and "
+            f"{model.ffn} (down_proj) elements inside a block of 64; legal are {', '.join(map(str, legal))}",
+            f"topology.tp={nearest(tp, legal)}",
         )
 
 

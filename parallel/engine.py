@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,6 +56,9 @@ class EngineSpec:
         cp_comm: how context-parallel ranks see each other's tokens (``parallel.context_attention.KINDS``).
         sequence_tokens: the longest row of the run.
         balancing_loss: coefficient of the routers' balancing loss (``parallel.balancing``); 0 for none.
+        quantise: how the base's linears are stored, "nf4" or None.
+        frozen: names of weights that full tuning leaves as they are.
+        lr_ratios: names of weights with their learning rates in units of the run's, in full tuning; others have 1.
     """
 
     model: ModelSpec
@@ -70,6 +73,9 @@ class EngineSpec:
     sequence_tokens: int = 512
     cp_comm: str = "ring"
     balancing_loss: float = 0.0
+    quantise: str | None = None
+    frozen: frozenset[str] = frozenset()
+    lr_ratios: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import torch
 from parallel import names
 from parallel.fused import lora_linear
 from parallel.lora_spec import LoraSpec
+from parallel.pissa import pissa_pieces
 from parallel.seeding import DropoutClock, kaiming_uniform
 from parallel.shards import Piece
 from parallel.specs import ModelSpec
@@ -77,7 +78,13 @@ class LoraContext:
         """The adapter of one logical linear on this rank."""
         cut = (self.experts.etp, self.experts.etp_rank) if linear.expert else (self.tp, self.tp_rank)
         pieces = names.adapter_pieces(linear, part, self.model, layer, self.lora.r, *cut)
-        return LoraPart(*pieces, self.seed, linear, self.sequence_parallel)
+        made = LoraPart(*pieces, self.seed, linear, self.sequence_parallel)
+        if self.lora.init == "pissa":
+            made.add_fixed(pissa_pieces(*pieces))
+        if self.lora.dora:
+            piece = names.magnitude_piece(linear, part, self.model, layer, *cut)
+            made.add_magnitude(piece, linear, self.sequence_parallel)
+        return made
 
 
 class LoraPart(torch.nn.Module):
@@ -90,10 +97,42 @@ class LoraPart(torch.nn.Module):
         whole = kaiming_uniform(piece_a.shape, seed, "lora_A", piece_a.name)  # type: ignore[arg-type]
         self.A = torch.nn.Parameter(whole[piece_a.box.slices].contiguous())
         self.B = torch.nn.Parameter(torch.zeros(piece_b.box.size))
-        self.pieces = (piece_a, piece_b)
+        self.pieces: tuple[Piece, ...] = (piece_a, piece_b)
         self.module_name = piece_a.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         _mark(self.A, linear, linear.cut == "row", sequence_parallel)
         _mark(self.B, linear, linear.cut == "column", sequence_parallel)
+        self.magnitude: torch.nn.Parameter | None = None
+        self.fixed_a: torch.nn.Parameter | None = None
+        self.fixed_b: torch.nn.Parameter | None = None
+
+    def add_fixed(self, pieces: tuple[Piece, ...]) -> None:
+        """Give the part a second half of each matrix that does not learn; filled later.
+
+        Args:
+            pieces: where A, B, the fixed rows under A and the fixed columns beside B lie in tensors of rank ``2 r``.
+        """
+        self.fixed_a = torch.nn.Parameter(torch.zeros_like(self.A), requires_grad=False)
+        self.fixed_b = torch.nn.Parameter(torch.zeros_like(self.B), requires_grad=False)
+        self.pieces = pieces
+
+    def down(self) -> torch.Tensor:
+        """All rows that the input is multiplied with: A, and the fixed ones."""
+        return self.A if self.fixed_a is None else torch.cat([self.A, self.fixed_a])
+
+    def up(self) -> torch.Tensor:
+        """All columns that go with :meth:`down`."""
+        return self.B if self.fixed_b is None else torch.cat([self.B, self.fixed_b], dim=1)
+
+    def tensors(self) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
+        """Its parameters with their pieces."""
+        held = (self.A, self.B, self.fixed_a, self.fixed_b, self.magnitude)
+        yield from zip([each for each in held if each is not None], self.pieces, strict=True)
+
+    def add_magnitude(self, piece: Piece, linear: names.Linear, sequence_parallel: bool) -> None:
+        """Give the part DoRA's magnitudes, cut over ranks and marked as its B is; they are filled later."""
+        self.magnitude = torch.nn.Parameter(torch.ones(piece.box.size))
+        self.pieces += (piece,)
+        _mark(self.magnitude, linear, linear.cut == "column", sequence_parallel)
 
 
 def _mark(half: torch.nn.Parameter, linear: names.Linear, is_cut: bool, sequence_parallel: bool) -> None:
@@ -124,6 +163,7 @@ class LoraLinear(torch.nn.Module):
         self.reduces = ranks > 1 and not linear.expert  # the token dispatcher does it for experts
         cut = ranks if linear.cut == "column" else 1
         self.widths = {role: names.shape(role, context.model)[0] // cut for role, _ in linear.parts}
+        self.base_is_plain = any(name == "weight" for name, _ in base.named_parameters(recurse=False))
         self.order: torch.Tensor | None
         self.register_buffer("order", self._fused_order(), persistent=False)
 
@@ -136,23 +176,26 @@ class LoraLinear(torch.nn.Module):
         return out + torch.nn.functional.linear(low, self._up(low.dtype)), bias
 
     def _can_fuse(self) -> bool:
-        """Whether nothing lies between the matrix products: no collective, no dropout."""
+        """Whether nothing lies between the matrix products: no collective, no dropout, no dequantisation."""
         dropping = self.context.lora.dropout and self.training
-        return not self.reduces and not dropping
+        return self.base_is_plain and not self.reduces and not dropping
 
     def _fused(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same in one pass: all parts' A one under the other, their B in the rows of the fused output."""
         base: Any = self.base
-        down = torch.cat([part.A for part in self._parts()]).to(hidden.dtype)
         apart, added = (base.bias, None) if base.skip_bias_add else (None, base.bias)
-        return lora_linear(hidden, base.weight, added, down, self._up(hidden.dtype)), apart
+        return lora_linear(hidden, base.weight, added, self._down().to(hidden.dtype), self._up(hidden.dtype)), apart
 
     def _parts(self) -> list[LoraPart]:
         return list(self.parts.values())  # type: ignore[arg-type]
 
+    def _down(self) -> torch.Tensor:
+        """All parts' A one under the other, ``[parts * r, in]``."""
+        return torch.cat([part.down() for part in self._parts()])
+
     def _up(self, dtype: torch.dtype) -> torch.Tensor:
         """All parts' scaled B as one matrix ``[out, parts * r]`` from ``A x`` to the fused output of this rank."""
-        halves = {role: part.B for role, part in zip(self.parts, self._parts(), strict=True)}
+        halves = {role: part.up() for role, part in zip(self.parts, self._parts(), strict=True)}
         nothing = next(iter(halves.values()))
         blocks = [halves.get(role, nothing.new_empty(width, 0)) for role, width in self.widths.items()]
         up = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
@@ -175,8 +218,7 @@ class LoraLinear(torch.nn.Module):
         """``A x`` of all parts, ``[s, b, parts * r]``."""
         parts = self._parts()
         if not (self.context.lora.dropout and self.training):
-            stacked = torch.cat([part.A for part in parts]).to(hidden.dtype)
-            return torch.nn.functional.linear(hidden, stacked)
+            return torch.nn.functional.linear(hidden, self._down().to(hidden.dtype))
         return torch.cat(
             [torch.nn.functional.linear(self._drop(hidden, part), part.A.to(hidden.dtype)) for part in parts], dim=-1
         )
@@ -219,8 +261,8 @@ class LoraRouter(torch.nn.Module):
         return torch.nn.functional.linear(low, self.part.B * self.scale)
 
 
-def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext) -> None:
-    """Put adapters on the targeted linears of one built layer (``index`` is global, from 0)."""
+def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext, kind: type[LoraLinear] = LoraLinear) -> None:
+    """Put adapters of a kind on the targeted linears of one built layer (``index`` is global, from 0)."""
     prefix = names.layer_prefix(index)
     for linear in names.linears(context.model, context.experts.ep, context.experts.ep_rank):
         if not any(prefix + path in context.lora.targets for _, path in linear.parts):
@@ -232,12 +274,11 @@ def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext) -> None
             continue
         parent_path, _, attribute = linear.path.rpartition(".")
         parent = layer.get_submodule(parent_path)
-        setattr(parent, attribute, LoraLinear(getattr(parent, attribute), index, linear, context))
+        setattr(parent, attribute, kind(getattr(parent, attribute), index, linear, context))
 
 
 def adapter_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
     """Every adapter parameter under a module with its piece, in a fixed order."""
     for module in layer.modules():
         if isinstance(module, LoraPart):
-            yield module.A, module.pieces[0]
-            yield module.B, module.pieces[1]
+            yield from module.tensors()

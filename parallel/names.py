@@ -85,6 +85,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(_NORMS + _QK_NORMS, _ATTENTION + _MLP),
     "qwen3_moe": Family(_NORMS + _QK_NORMS, _ATTENTION + _EXPERTS),
 }
+ADAPTER = "base_model.model."  # what PEFT puts before the names of a model's modules
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -215,6 +216,15 @@ def adapter_pieces(
     local = out // tp
     piece_b = Piece(name_b, (out, r), Box((rank * local, 0), (local, r)), Box.whole((local, r)))
     return whole_piece(name_a, (r, width)), piece_b
+
+
+def magnitude_piece(linear: Linear, part: tuple[str, str], spec: ModelSpec, layer: int, tp: int, rank: int) -> Piece:
+    """The piece of one part's local DoRA magnitudes ``[out]``, under PEFT's name: cut and laid as the rows of B are."""
+    role, path = part
+    out = shape(role, spec)[0]
+    local, start = (out // tp, rank * (out // tp)) if linear.cut == "column" else (out, 0)
+    name = f"base_model.model.{layer_prefix(layer)}{path}.lora_magnitude_vector"
+    return Piece(name, (out,), Box((start,), (local,)), Box.whole((local,)))
 
 
 def target_modules(spec: ModelSpec) -> list[str]:

@@ -71,13 +71,15 @@ class Piece:
     """Where a box of a logical tensor lies in a rank's local tensor.
 
     ``box`` is in coordinates of the logical tensor of ``shape``; ``local`` in those of the local tensor. Both boxes
-    have one size.
+    have one size. ``state_shape``: the shape of the optimizer's tensors of this name, where only the first rows or
+    columns of the logical tensor are trained; None: ``shape``.
     """
 
     name: str
     shape: tuple[int, ...]
     box: Box
     local: Box
+    state_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

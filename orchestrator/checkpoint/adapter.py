@@ -13,12 +13,11 @@ from orchestrator.config.job import TunerConfig
 from orchestrator.errors import ConfigError
 
 PREFIX = "base_model.model."
-MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+MATRIX = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|(?P<length>magnitude_vector))")
 # Settings of adapter_config.json under which a merge means something else than W + scale * B @ A.
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
+    "use_dora": (False, None, True),
     "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
     "bias": ("none", None),
     "lora_bias": (False, None),
     "trainable_token_indices": (None, [], {}),
@@ -33,42 +32,53 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The update of one base weight: ``scale * B @ A`` with A ``[r, in]`` and B ``[out, r]``, by their names."""
+    """The update of one base weight: ``scale * B @ A`` with A ``[r, in]`` and B ``[out, r]``, by their names.
+
+    ``magnitude``: DoRA's lengths ``[out]`` of the rows of ``W + scale * B @ A``, by their name; None for plain LoRA.
+    """
 
     base: str
     a: str
     b: str
     scale: float
+    magnitude: str | None = None
 
 
-def adapter_config(tuner: TunerConfig, target_modules: str | Sequence[str], base_model_path: str) -> dict[str, Any]:
+def adapter_config(
+    tuner: TunerConfig, target_modules: str | Sequence[str], base_model_path: str, tied_embeddings: bool = False
+) -> dict[str, Any]:
     """The ``adapter_config.json`` that makes PEFT load our adapter as it was trained.
 
     Args:
         target_modules: names of modules (or their last parts), or a regular expression of whole names.
         base_model_path: what PEFT's ``AutoPeftModel`` would load the base from.
+        tied_embeddings: whether the model's head is its embedding: PEFT would part them, where the embedding learns.
     Example:
         >>> config = adapter_config(TunerConfig(r=8, alpha=16.0), ["q_proj", "k_proj"], "base")
         >>> config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
         ('LORA', 8, 16, ['k_proj', 'q_proj'])
     """
+    # PiSSA's base is the whole one here, so its start is subtracted by a second half of each matrix: rank 2 r.
+    halves = 2 if tuner.init == "pissa" else 1
+    alpha = tuner.alpha * (halves**0.5 if tuner.rslora else halves)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_path,
         "inference_mode": True,
-        "r": tuner.r,
-        "lora_alpha": int(tuner.alpha) if float(tuner.alpha).is_integer() else tuner.alpha,
+        "r": halves * tuner.r,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": tuner.dropout,
         "use_rslora": tuner.rslora,
         "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(tuner.modules_to_save) or None,
+        "ensure_weight_tying": tied_embeddings and bool(tuner.modules_to_save),
         "rank_pattern": {},
         "alpha_pattern": {},
-        "use_dora": False,
+        "use_dora": tuner.dora,
     }
 
 
@@ -95,8 +105,8 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
     """The updates of an adapter by the base weight's name (``model.layers.0.self_attn.q_proj.weight``).
 
     Raises:
-        ConfigError: the adapter is no plain LoRA (DoRA, trained biases, embeddings, whole modules), or a matrix lacks
-            its partner.
+        ConfigError: the adapter is neither LoRA nor DoRA on linear layers (trained biases, embeddings, whole modules),
+            or a matrix lacks its partner or, of DoRA, its magnitudes.
     """
     config = adapter.config
     kind = config.get("peft_type")
@@ -106,16 +116,48 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
         if key in config and config[key] not in plain:
             raise ConfigError(f"{folder} has {key}={config[key]!r}, only plain LoRA is supported", "merge it with PEFT")
     modules: dict[str, dict[str, str]] = {}
-    for name in adapter.names:
+    saved = set(saved_tensors(adapter, folder).values())
+    for name in (name for name in adapter.names if name not in saved):
         match = MATRIX.fullmatch(name)
         if match is None:
             raise ConfigError(f"{folder} holds {name}, which is no LoRA matrix of a linear layer", "merge it with PEFT")
-        modules.setdefault(match["module"], {})[match["side"]] = name
+        modules.setdefault(match["module"], {})[match["side"] or "magnitude"] = name
     pairs = {}
     for module, sides in modules.items():
-        if len(sides) != 2:
-            raise ConfigError(f"{folder} holds {next(iter(sides.values()))} without its partner")
+        _check_complete(module, sides, bool(config.get("use_dora")), folder)
         inner = module.removeprefix(PREFIX)
         scale = lora_scale(config, inner, adapter.shape(sides["A"])[0])
-        pairs[f"{inner}.weight"] = LoraPair(f"{inner}.weight", sides["A"], sides["B"], scale)
+        pairs[f"{inner}.weight"] = LoraPair(f"{inner}.weight", sides["A"], sides["B"], scale, sides.get("magnitude"))
     return pairs
+
+
+def saved_tensors(adapter: AdapterReader, folder: Path) -> dict[str, str]:
+    """Whole weights of an adapter (``modules_to_save``): the base weight's name to the name in the adapter's file.
+
+    Raises:
+        ConfigError: a module that the configuration names has no weight there.
+    """
+    modules = adapter.config.get("modules_to_save") or []
+    found = {}
+    for name in adapter.names:
+        inner = name.removeprefix(PREFIX)
+        module = inner.rpartition(".")[0]
+        if MATRIX.fullmatch(name) is None and any(f".{module}".endswith(f".{each}") for each in modules):
+            found[inner] = name
+    for module in modules:
+        if not any(f".{name.rpartition('.')[0]}".endswith(f".{module}") for name in found):
+            raise ConfigError(f"{folder} has modules_to_save={modules}, but no weight of {module}", "export it again")
+    return found
+
+
+def _check_complete(module: str, sides: Mapping[str, str], is_dora: bool, folder: Path) -> None:
+    """PEFT starts a magnitude that is missing anew, without an error: the adapter would mean something else."""
+    if not {"A", "B"} <= sides.keys():
+        raise ConfigError(f"{folder} holds {next(iter(sides.values()))} without its partner")
+    if is_dora and "magnitude" not in sides:
+        raise ConfigError(
+            f"{folder} has use_dora=True, but no {module}.lora_magnitude_vector",
+            "export it again: an adapter of DoRA is no adapter without its magnitudes",
+        )
+    if not is_dora and "magnitude" in sides:
+        raise ConfigError(f"{folder} holds {sides['magnitude']}, but has use_dora=False", "set use_dora to true in it")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.checkpoint.adapter import LoraPair, lora_pairs
+from orchestrator.checkpoint.adapter import LoraPair, lora_pairs, saved_tensors
 from orchestrator.checkpoint.experts import JoinedHalf, has_experts, join, joined_config, joined_halves, weight_places
 from orchestrator.checkpoint.folder import explain, sync_folder, write_durably
 from orchestrator.checkpoint.hf_reader import (
@@ -26,6 +26,7 @@ from orchestrator.checkpoint.hf_reader import (
     weight_files,
 )
 from orchestrator.checkpoint.load import WEIGHT_SUFFIXES, CheckpointReader, check_file
+from orchestrator.checkpoint.quantised_base import QuantisedBase
 from orchestrator.checkpoint.tensor_file import TORCH_DTYPES, FileWriter, TensorEntry, TensorFiles, lay_out
 from orchestrator.errors import ConfigError
 from parallel.shards import Box
@@ -96,8 +97,8 @@ def _write_joined(adapter: AdapterReader, folder: Path) -> None:
 def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precision: str | None = None) -> None:
     """Write the whole model with the adapter merged into it: transformers loads it as it is.
 
-    ``W + scale * B @ A`` is computed in fp32, block of rows by block of rows, and cast once. Files are cut as the
-    base's are. A checkpoint of full tuning is its own base.
+    ``W + scale * B @ A`` (its rows stretched to DoRA's magnitudes) is computed in fp32, block of rows by block of rows,
+    and cast once. Files are cut as the base's are. A checkpoint of full tuning is its own base.
 
     Args:
         base: the Hugging Face folder that the adapter was trained on; only read. None for full tuning.
@@ -126,6 +127,8 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
     paths = weight_files(base)
     tensors = TensorFiles(paths)
     _check_targets(tensors, pairs, adapter, base)
+    saved = saved_tensors(adapter, room) if adapter else {}
+    source = QuantisedBase(tensors, base, checkpoint.manifest.about)
     plans = _plan_files(tensors, paths, PRECISIONS.get(precision or ""))
     needed = sum(entry.bytes for entries in plans.values() for entry in entries)
     with _fresh_folder(out, needed, [checkpoint.folder, base], {"step": checkpoint.step, "to": "merged"}) as folder:
@@ -134,7 +137,11 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
             try:
                 for entry in entries:
                     for rows in _row_boxes(entry):
-                        writer.write(_merged(tensors, entry, rows, pairs, adapter))
+                        if adapter is not None and entry.key in saved:
+                            whole = adapter.read(saved[entry.key], "weight", rows)
+                            writer.write(whole.to(TORCH_DTYPES[entry.dtype]))
+                            continue
+                        writer.write(_merged(source, entry, rows, pairs, adapter))
                 writer.close()
             finally:
                 writer.abort()
@@ -196,14 +203,17 @@ def _row_boxes(entry: TensorEntry) -> Iterator[Box]:
 
 
 def _merged(
-    tensors: TensorFiles, entry: TensorEntry, rows: Box, pairs: Mapping[str, LoraPair], adapter: AdapterReader | None
+    source: QuantisedBase, entry: TensorEntry, rows: Box, pairs: Mapping[str, LoraPair], adapter: AdapterReader | None
 ) -> torch.Tensor:
     """Some rows of a tensor (of joined experts: some experts) as they are written: ``entry`` has the type."""
-    data = tensors.read(entry.key, rows)
+    data = source.read(entry.key, rows)
     if adapter is not None:
         wide = torch.promote_types(data.dtype, torch.float32)
-        if entry.key in pairs:
-            data = data.to(wide) + _update(adapter, pairs[entry.key], rows.offset[0], rows.size[0]).to(wide)
+        if (pair := pairs.get(entry.key)) is not None:
+            data = data.to(wide) + _update(adapter, pair, rows.offset[0], rows.size[0]).to(wide)
+            if pair.magnitude is not None:  # arXiv:2402.09353, equation 5; a block holds whole rows
+                length = adapter.read(pair.magnitude, "weight", Box(rows.offset[:1], rows.size[:1])).to(wide)
+                data *= (length / torch.linalg.vector_norm(data, dim=1))[:, None]
         for name, place in weight_places(entry.key, entry.shape):
             if name in pairs and (box := place.intersect(rows)) is not None:
                 data = data.to(wide)

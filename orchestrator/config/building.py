@@ -74,7 +74,7 @@ def _convert_plain(expected: Any, value: object) -> Any:
         return None if value is None else _NO_MATCH
     origin = typing.get_origin(expected)
     if origin is dict:
-        return dict(value) if isinstance(value, Mapping) else _NO_MATCH
+        return _convert_mapping(typing.get_args(expected)[1], value)
     if origin is list:
         if not isinstance(value, list):
             return _NO_MATCH
@@ -83,6 +83,15 @@ def _convert_plain(expected: Any, value: object) -> Any:
     if expected is float:
         return _number(value)
     return value if type(value) is expected else _NO_MATCH
+
+
+def _convert_mapping(expected: Any, value: object) -> Any:
+    if not isinstance(value, Mapping):
+        return _NO_MATCH
+    if expected is Any:
+        return dict(value)
+    items = {str(key): _convert_plain(expected, item) for key, item in value.items()}
+    return _NO_MATCH if any(item is _NO_MATCH for item in items.values()) else items
 
 
 def _number(value: object) -> Any:
@@ -105,6 +114,7 @@ def _words(expected: Any) -> str:
         types.NoneType: "null",
         list[str]: "a list of texts",
         list[float]: "a list of numbers",
+        dict[str, float]: "a mapping of names to numbers",
     }
     return names.get(expected, "a mapping")
 

@@ -19,6 +19,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_bad_row": ("error", "skip"),
     "objective.train_on": ("assistant", "last", "all"),
     "tuner.name": ("lora", "full"),
+    "tuner.init": ("default", "pissa"),
+    "tuner.quantise": ("nf4",),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "metrics.sinks": ("jsonl", "tensorboard", "wandb"),
 }
@@ -42,6 +44,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         )
     },
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),
+    "tuner.loraplus_lr_ratio": ("above 0", lambda value: value > 0, "16"),
     "tuner.alpha": ("above 0", lambda value: value > 0, "32"),
     "tuner.dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1, "0"),
     "optimizer.eps": ("above 0", lambda value: value > 0, "1e-8"),
@@ -74,7 +77,57 @@ def check_values(job: JobConfig) -> None:
         raise ConfigError(
             f"optimizer.min_lr={job.optimizer.min_lr} is above optimizer.lr={job.optimizer.lr}", "optimizer.min_lr=0"
         )
+    _check_tuner(job)
     _check_targets(job)
+
+
+def _check_tuner(job: JobConfig) -> None:
+    """Settings of one tuner under another, and those that contradict each other."""
+    tuner, ratios = job.tuner, job.optimizer.lr_ratios
+    if tuner.name == "full":
+        asked = {"dora=true": tuner.dora, "init=pissa": tuner.init == "pissa"}
+        asked[f"modules_to_save={as_list(tuner.modules_to_save)}"] = bool(tuner.modules_to_save)
+        asked[f"loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}"] = tuner.loraplus_lr_ratio != 1
+        for setting in (setting for setting, is_asked in asked.items() if is_asked):
+            raise ConfigError(
+                f"tuner.{setting} is for adapters, but tuner.name=full trains the model itself",
+                f"tuner=lora tuner.{setting}",
+            )
+        for pattern, ratio in ratios.items():
+            if ratio <= 0:
+                raise ConfigError(
+                    f"optimizer.lr_ratios has {pattern}: {ratio:g}, which should be above 0",
+                    f"tuner.freeze=[{pattern}]",
+                )
+    elif tuner.freeze:
+        raise ConfigError(
+            f"tuner.freeze={tuner.freeze} is for full tuning: adapters freeze the base", "tuner.freeze=[]"
+        )
+    elif ratios:
+        raise ConfigError("optimizer.lr_ratios is for full tuning", "optimizer.lr_ratios={} tuner.loraplus_lr_ratio=16")
+    if tuner.init == "pissa" and tuner.dropout:
+        raise ConfigError(
+            f"tuner.init=pissa with tuner.dropout={tuner.dropout:g} would drop the base's largest components at random",
+            "tuner.dropout=0",
+        )
+    if tuner.init == "pissa" and tuner.quantise:
+        raise ConfigError(
+            f"tuner.init=pissa with tuner.quantise={tuner.quantise} is not built: the base less its largest components "
+            "would have to be quantised",
+            "tuner.init=default",
+        )
+    if tuner.init == "pissa" and tuner.path:
+        raise ConfigError(f"tuner.init=pissa and tuner.path={tuner.path} are two starts", "tuner.init=default")
+
+
+def as_list(names: list[str]) -> str:
+    """A list as it is typed.
+
+    Example:
+        >>> as_list(["embed_tokens", "lm_head"])
+        '[embed_tokens,lm_head]'
+    """
+    return f"[{','.join(names)}]"
 
 
 def _check_targets(job: JobConfig) -> None:

@@ -94,7 +94,11 @@ class ObjectiveConfig:
 class TunerConfig:
     """``name``: lora or full. ``targets``: Hugging Face module names, ``all-linear``, or one regular expression.
 
-    ``path``: a PEFT adapter folder to start from. ``rslora``: scale by alpha / sqrt(r) instead of alpha / r.
+    ``path``: a PEFT adapter folder to start from. ``rslora``: scale by alpha / sqrt(r) instead of alpha / r. ``dora``:
+    the length of each adapted row learns by itself. ``init``: default or pissa. ``loraplus_lr_ratio``: learning rate of
+    B in units of A's. ``modules_to_save``: embedding, head or norms that learn whole beside the
+    adapter. ``quantise``: null, or nf4: the frozen base's
+    linears in 4 bits. ``freeze`` (full): patterns of weights that do not learn.
     """
 
     name: str = "lora"
@@ -102,7 +106,13 @@ class TunerConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
+    dora: bool = False
+    init: str = "default"
+    loraplus_lr_ratio: float = 1.0
     targets: str | list[str] = "all-linear"
+    freeze: list[str] = field(default_factory=list)
+    quantise: str | None = None
+    modules_to_save: list[str] = field(default_factory=list)
     path: str | None = None
 
 
@@ -115,10 +125,14 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. ``schedule``: constant, linear or cosine, after ``warmup_steps``; ``clip_norm`` 0 means no clipping."""
+    """AdamW. ``schedule``: constant, linear or cosine, after ``warmup_steps``; ``clip_norm`` 0 means no clipping.
+
+    ``lr_ratios`` (full tuning): patterns of weights to their learning rate in units of ``lr``.
+    """
 
     name: str = "adamw"
     lr: float = 2e-4
+    lr_ratios: dict[str, float] = field(default_factory=dict)
     min_lr: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8

@@ -143,7 +143,7 @@ def _one_run(text: str) -> str:
 def _check_known(parsed: Sequence[Any]) -> None:
     """Every override names a group with that choice, or a key that a job has."""
     choices, keys = group_choices(), all_keys()
-    free = tuple(f"{key}." for key, expected in keys.items() if expected == dict[str, Any] | None)
+    free = tuple(f"{key}." for key, expected in keys.items() if "dict[" in str(expected))
     for override in parsed:
         key = override.key_or_group
         if override.is_delete():

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from orchestrator.config.job import JobConfig, TopologyConfig
-from orchestrator.planning.counts import Workload, head_cost_in_layers
+from orchestrator.planning.counts import TunerExtras, Workload, head_cost_in_layers
 from orchestrator.planning.memory import GIB, StageMemory, estimate_memory
 from orchestrator.planning.timing import StepTime, estimate_time
 from parallel.capabilities import Proposal, Refusal, batch_refusals, divisors, model_refusals
@@ -20,13 +20,18 @@ from parallel.topology import Topology, TopologyError
 
 @dataclass(frozen=True)
 class Question:
-    """What all candidates of a job have in common. ``adapted``: paths of the linears that get an adapter."""
+    """What all candidates of a job have in common.
+
+    ``adapted``: paths of the linears that get an adapter. ``chosen``: names of weights that full
+    tuning leaves alone, or that learn whole beside an adapter.
+    """
 
     job: JobConfig
     model: ModelSpec
     cluster: ClusterSpec
     precision: str
     adapted: frozenset[str]
+    chosen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def judge(question: Question, asked: TopologyConfig) -> Candidate | Rejected:
         global_sequences=job.batch.global_sequences,
         micro_sequences=job.batch.micro_sequences,
         tuner=job.tuner.name,
+        quantise=job.tuner.quantise,
         engine=job.engine.name,
         recompute=job.memory.recompute,
         precision=question.precision,
@@ -126,6 +132,7 @@ def _weigh(question: Question, proposal: Proposal) -> Candidate | Rejected:
         adapter_rank=job.tuner.r,
         distributed_optimizer=job.optimizer.distributed,
         device=question.cluster.device,
+        extras=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.chosen),
     )
     memory = estimate_memory(work)
     fullest = max(range(len(memory)), key=lambda stage: memory[stage].total)

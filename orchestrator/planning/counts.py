@@ -6,8 +6,21 @@ from dataclasses import dataclass
 
 from parallel import names
 from parallel.capabilities import Proposal
+from parallel.selection import weight_shapes
 from parallel.specs import ModelSpec
 from parallel.stages import stage_layers
+
+
+@dataclass(frozen=True)
+class TunerExtras:
+    """``magnitudes``: a length for each adapted row (DoRA). ``fixed_halves``: a second, fixed A and B (PiSSA).
+
+    ``chosen``: names of weights that full tuning leaves as they are, or that learn whole beside an adapter.
+    """
+
+    magnitudes: bool = False
+    fixed_halves: bool = False
+    chosen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -19,6 +32,7 @@ class Workload:
         row_tokens: tokens of the longest row, padding included.
         adapted: paths of the linears with an adapter (empty when all weights are trained).
         adapter_rank: LoRA's ``r``.
+        extras: what the tuner adds to plain LoRA, or takes from full tuning.
         distributed_optimizer: whether moments and master weights are cut over ``dp``.
     """
 
@@ -30,6 +44,7 @@ class Workload:
     adapter_rank: int
     distributed_optimizer: bool
     device: str
+    extras: TunerExtras = TunerExtras()
 
     @property
     def micro_tokens(self) -> int:
@@ -47,6 +62,7 @@ class StageCounts:
     """Parameters on one rank of a stage. ``matmul``: those that a token is multiplied with, embedding excluded.
 
     ``expert_trainable``: those of ``trainable`` that belong to experts, which are replicated over other ranks.
+    ``linears``: those of the layers' dense linears, which may be quantised.
     """
 
     base: int
@@ -54,6 +70,7 @@ class StageCounts:
     expert_trainable: int
     matmul: int
     layers: int
+    linears: int = 0
 
 
 def layer_matmul_parameters(model: ModelSpec) -> int:
@@ -87,13 +104,25 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
     base = len(layers) * _layer_parameters(work) + experts + tables * vocabulary + (model.hidden if last else 0)
     full = work.proposal.tuner == "full"
     adapters = [_adapter_parameters(work, layer) for layer in layers]
+    chosen = _chosen_parameters(work, stage)
     return StageCounts(
         base=base,
-        trainable=base if full else sum(dense + sparse for dense, sparse in adapters),
+        trainable=base - chosen if full else sum(dense + sparse for dense, sparse in adapters) + chosen,
         expert_trainable=experts if full else sum(sparse for _, sparse in adapters),
         matmul=len(layers) * layer_matmul_parameters(model) // topology.tp + (vocabulary if last else 0),
         layers=len(layers),
+        linears=len(layers) * sum(map(_product, dense_linear_shapes(model))) // topology.tp,
     )
+
+
+def dense_linear_shapes(model: ModelSpec) -> list[tuple[int, int]]:
+    """``[out, in]`` of the logical linears of one layer that are no experts."""
+    return [
+        names.shape(role, model)
+        for linear in names.FAMILIES[model.family].linears
+        if not linear.expert
+        for role, _ in linear.parts
+    ]
 
 
 def _product(shape: tuple[int, int]) -> int:
@@ -120,6 +149,25 @@ def _expert_parameters(work: Workload) -> int:
     return sum(_product(names.shape(role, model)) for role, _ in parts) * (model.experts // topology.ep) // topology.etp
 
 
+def _chosen_parameters(work: Workload, stage: int) -> int:
+    """Base weights on one rank of a stage that full tuning freezes, or that learn whole beside an adapter."""
+    topology, total = work.proposal.topology, 0
+    if not work.extras.chosen:
+        return 0
+    here = {names.layer_prefix(layer) for layer in stage_layers(work.stages, topology.pp, stage)}
+    first, last = stage == 0, stage == topology.pp - 1
+    ends = {names.FINAL_NORM: last, names.HEAD: last, names.EMBEDDING: first or (last and work.model.tied_embeddings)}
+    for name, shape in weight_shapes(work.model).items():
+        prefix = ".".join(name.split(".")[:3]) + "."
+        if name not in work.extras.chosen or not (prefix in here or ends.get(name)):
+            continue
+        size = _product((shape[0], shape[1] if len(shape) > 1 else 1))
+        cut = len(shape) > 1 or name.endswith(".bias")
+        cuts = topology.ep * topology.etp if ".experts." in name else topology.tp
+        total += size // cuts if cut and not name.endswith("mlp.gate.weight") else size
+    return total
+
+
 def _adapter_parameters(work: Workload, layer: int) -> tuple[int, int]:
     """LoRA weights of one layer on one rank: of dense linears, and of experts.
 
@@ -135,7 +183,7 @@ def _adapter_parameters(work: Workload, layer: int) -> tuple[int, int]:
             if names.layer_prefix(layer) + path.format(expert=0) not in work.adapted:
                 continue
             out, width = names.shape(role, work.model)
-            count = r * (width // columns + out // rows)
+            count = r * (width // columns + out // rows) + (out // rows if work.extras.magnitudes else 0)
             if linear.expert:
                 sparse += count * (work.model.experts // topology.ep)
             else:

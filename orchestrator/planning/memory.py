@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from orchestrator.planning.counts import StageCounts, Workload, stage_counts
+from orchestrator.planning.counts import StageCounts, Workload, dense_linear_shapes, stage_counts
 from parallel import names
 
 GIB = 2**30
@@ -48,9 +48,9 @@ def estimate_memory(work: Workload) -> tuple[StageMemory, ...]:
 
 def _stage_memory(work: Workload, stage: int) -> StageMemory:
     counts = stage_counts(work, stage)
-    adapters = 0 if work.proposal.tuner == "full" else counts.trainable
+    adapters = 0 if work.proposal.tuner == "full" else counts.trainable * (2 if work.extras.fixed_halves else 1)
     return StageMemory(
-        weights=counts.base * work.value_bytes,
+        weights=_weight_bytes(work, counts),
         adapters=adapters * work.value_bytes,
         gradients=counts.trainable * 4,
         optimizer=_optimizer_bytes(work, counts),
@@ -58,6 +58,16 @@ def _stage_memory(work: Workload, stage: int) -> StageMemory:
         logits=_logits_bytes(work) if stage == work.proposal.topology.pp - 1 else 0,
         overhead=OVERHEAD_BYTES[work.device],
     )
+
+
+def _weight_bytes(work: Workload, counts: StageCounts) -> int:
+    """Base weights; of a quantised base 4 bits and a 64th of 8 bits an element, and one linear at a time in full."""
+    if work.proposal.quantise is None:
+        return counts.base * work.value_bytes
+    packed = counts.linears // 2 + counts.linears // 64 + counts.linears // 4096
+    largest = max(rows * columns for rows, columns in dense_linear_shapes(work.model))
+    unpacked = 2 * largest // work.proposal.topology.tp * 4  # gate|up are one linear; in fp32 on the way
+    return (counts.base - counts.linears) * work.value_bytes + packed + unpacked
 
 
 def _optimizer_bytes(work: Workload, counts: StageCounts) -> int:

@@ -12,8 +12,8 @@ from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.candidates import Candidate, Question, Rejected, judge, nearest_legal, open_topologies
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.timing import StepTime
+from orchestrator.planning.tuning import adapted_linears, chosen_weights
 from parallel.capabilities import Proposal, batch_refusals
-from parallel.names import TargetError, resolve_targets
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import is_even
 from parallel.topology import Topology
@@ -105,7 +105,8 @@ def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
         model=model,
         cluster=cluster,
         precision=job.precision or DEFAULT_PRECISION[cluster.device],
-        adapted=_adapted_linears(job, model),
+        adapted=adapted_linears(job, model),
+        chosen=chosen_weights(job, model),
     )
     judged = [judge(question, sizes) for sizes in open_topologies(question)]
     legal = [candidate for candidate in judged if isinstance(candidate, Candidate)]
@@ -230,23 +231,6 @@ def _memory_hint(question: Question) -> str:
         if any(isinstance(judge(other, sizes), Candidate) for sizes in open_topologies(other)):
             return typed
     return ""
-
-
-def _adapted_linears(job: JobConfig, model: ModelSpec) -> frozenset[str]:
-    if job.tuner.name == "full":
-        return frozenset()
-    try:
-        adapted = resolve_targets(job.tuner.targets, model)
-    except TargetError as error:
-        raise ConfigError(str(error), error.hint) from error
-    sparse = sorted(path for path in adapted if ".experts." in path or path.endswith(".mlp.gate"))
-    if job.tuner.dropout and sparse:
-        raise ConfigError(
-            f"tuner.dropout={job.tuner.dropout:g} is not built for adapters of experts and routers "
-            f"({len(sparse)} are adapted, first {sparse[0]}); PEFT refuses it too",
-            "tuner.dropout=0",
-        )
-    return adapted
 
 
 def _check_experts(job: JobConfig, model: ModelSpec) -> None:

@@ -65,7 +65,9 @@ def render(plan: Plan, job: JobConfig, model: ModelSpec) -> Group:
 
     idle = f", {plan.ranks_idle} idle" if plan.ranks_idle else ""
     moe = f", {model.experts} experts" if model.is_moe else ""
-    tuner = f"lora r={job.tuner.r}" if job.tuner.name == "lora" else job.tuner.name
+    kind = "dora" if job.tuner.dora else "lora"
+    kind += f" on {job.tuner.quantise}" if job.tuner.quantise else ""
+    tuner = f"{kind} r={job.tuner.r}" if job.tuner.name == "lora" else job.tuner.name
     padded = f", padded to multiples of {plan.length_multiple}" if plan.length_multiple > 1 else ""
     facts = {
         "model": f"{job.model.path or model.family} ({model.layers} layers, hidden {model.hidden}{moe}), {tuner}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +23,8 @@ from parallel.balancing import BalancingClock
 from parallel.device import cuda_type_names, current_device
 from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
 from parallel.engines import megatron_model as models
+from parallel.engines import megatron_pissa as pissa
+from parallel.engines import megatron_rates as rates
 from parallel.engines import megatron_state as states
 from parallel.engines.megatron_experts import balance_routers, count_experts_once
 from parallel.groups import Groups
@@ -63,6 +66,8 @@ class MegatronEngine:
         self._device = current_device()
         for chunk in self._chunks:
             chunk.to(self._device)
+        models.start_adapters(self._chunks)
+        self._base, self._started = base, spec.lora is None or spec.lora.init == "default"
         self._config = self._chunks[0].config
         self._wrapped = [self._wrap(chunk) for chunk in self._chunks]
         self._optimizer = self._build_optimizer()
@@ -76,6 +81,7 @@ class MegatronEngine:
         Raises:
             NoGradientError: in the first step, a trainable tensor got no gradient.
         """
+        self._start()
         for chunk in self._wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -86,7 +92,7 @@ class MegatronEngine:
             watch.finish()
             self._checked = True
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_mult"]
         with cuda_type_names():
             _, norm, _ = self._optimizer.step()
         self._steps += 1
@@ -95,6 +101,7 @@ class MegatronEngine:
 
     def evaluate(self, microbatches: Sequence[MicroBatch]) -> StepResult:
         """The loss of these micro-batches without learning."""
+        self._start()
         for chunk in self._wrapped:
             chunk.eval()
         with torch.no_grad():
@@ -104,6 +111,7 @@ class MegatronEngine:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Whole logits ``[sequences, tokens, vocab]`` in fp32 on the ranks of the last stage, None on the others."""
+        self._start()
         found: list[torch.Tensor] = []
 
         def collect(batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,11 +131,13 @@ class MegatronEngine:
 
     def shards(self) -> Iterator[Shard]:
         """Every trained tensor and its moments on this rank."""
+        self._start()
         for parameter, pieces in self._trained():
             yield from states.state_shards(self._optimizer, parameter, pieces)
 
     def load(self, reader: TensorReader, *, moments: bool) -> None:
         """Fill the training state from logical tensors."""
+        self._started = True
         with torch.no_grad():
             has_master = set()
             for shard in self.shards():
@@ -153,12 +163,22 @@ class MegatronEngine:
         self._wrapped.clear()
         del self._optimizer
 
+    def _start(self) -> None:
+        """Compute a start that takes long from the base's weights, unless a state was loaded instead; once."""
+        if not self._started:
+            pissa.start(self._spec, self._groups, self._chunks, self._base)
+            self._optimizer.reload_model_params()
+            self._started = True
+
     def _trained(self) -> Iterator[tuple[torch.nn.Parameter, list[Piece]]]:
         every = models.tensors(self._spec, self._groups, self._chunks)
         for _, entries in groupby(every, key=lambda entry: id(entry[0])):
             listed = list(entries)
-            if listed[0][0].requires_grad:
-                yield listed[0][0], [piece for _, piece in listed]  # type: ignore[misc]
+            is_base = not listed[0][1].name.startswith(names.ADAPTER)
+            if listed[0][0].requires_grad or is_base == (self._spec.lora is None):  # what is fixed is saved as well
+                prefix = names.ADAPTER if is_base and self._spec.lora is not None else ""  # as PEFT saves modules
+                pieces = [replace(piece, name=prefix + piece.name) for _, piece in listed]
+                yield listed[0][0], pieces  # type: ignore[misc]
 
     def _wrap(self, chunk: models.HiddenGPTModel) -> DistributedDataParallel:
         config = DistributedDataParallelConfig(
@@ -171,11 +191,8 @@ class MegatronEngine:
 
     def _build_optimizer(self) -> MegatronOptimizer:
         adam = self._spec.adam
-        sixteen_bit = any(
-            parameter.requires_grad and parameter.dtype != torch.float32
-            for chunk in self._chunks
-            for parameter in chunk.parameters()
-        )
+        adapters_only = self._spec.lora is not None and not self._spec.lora.saved  # which are fp32
+        sixteen_bit = not adapters_only and self._spec.precision != "fp32"
         config = OptimizerConfig(
             optimizer="adam",
             lr=_PLACEHOLDER_LR,
@@ -191,7 +208,11 @@ class MegatronEngine:
         with cuda_type_names(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             built = get_megatron_optimizer(
-                config, self._wrapped, use_gloo_process_groups=False, pg_collection=self._pgs
+                config,
+                self._wrapped,
+                config_overrides=rates.overrides(config, self._chunks),
+                use_gloo_process_groups=False,
+                pg_collection=self._pgs,
             )
         count_experts_once(built, self._groups)
         return built

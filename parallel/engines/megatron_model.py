@@ -16,11 +16,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parallel import names
 from parallel.device import stand_in_for_cuda
+from parallel.dora import DoraLinear
 from parallel.engine import EngineSpec, TensorReader
+from parallel.engines import megatron_quantised as quantised
+from parallel.engines import megatron_rates as rates
 from parallel.engines.megatron_experts import finalize_with_experts
 from parallel.groups import Groups
 from parallel.lora import ExpertPlace, LoraContext, LoraLinear, Regions, adapter_tensors, wrap_layer
 from parallel.provider import block_spec
+from parallel.quantised import QuantisedLinear
 from parallel.seeding import DropoutClock, normal
 from parallel.shards import Piece
 from parallel.specs import ModelSpec
@@ -99,7 +103,7 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         pipeline_dtype=DTYPES[spec.precision],
         bf16=spec.precision == "bf16",
         perform_initialization=False,
-        use_cpu_initialization=device == "cpu",
+        use_cpu_initialization=device == "cpu" or spec.quantise is not None,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -147,8 +151,12 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         config = transformer_config(spec, groups)
         chunks = [_build_chunk(spec, groups, config, virtual) for virtual in range(spec.vpp or 1)]
     for virtual, chunk in enumerate(chunks):
+        if spec.quantise is not None:
+            quantised.replace_linears(spec, groups, chunk.decoder.layers, regions(groups))
         _mark_cut_tensors(spec, groups, chunk, virtual)
         if spec.lora is None:
+            rates.set_apart(spec, _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual)))
+            _let_hidden_states_require_grad(spec, chunk)
             continue
         chunk.requires_grad_(False)
         context = LoraContext(
@@ -163,9 +171,10 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
             expert_place(groups),
         )
         for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
-            wrap_layer(layer, index, context)
-        if spec.recompute != "none" and chunk.pre_process:
-            _let_hidden_states_require_grad(chunk)
+            wrap_layer(layer, index, context, DoraLinear if spec.lora.dora else LoraLinear)
+        base = _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual))
+        rates.set_adapters_apart(spec.lora, chunk, base)
+        _let_hidden_states_require_grad(spec, chunk)
     return chunks
 
 
@@ -220,8 +229,10 @@ def chunk_layers(spec: EngineSpec, groups: Groups, virtual: int) -> tuple[int, .
     return spec.stages[virtual * groups.topology.pp + groups.coordinate("pp")]
 
 
-def _let_hidden_states_require_grad(chunk: HiddenGPTModel) -> None:
+def _let_hidden_states_require_grad(spec: EngineSpec, chunk: HiddenGPTModel) -> None:
     """A frozen embedding under activation recompute would cut the graph, and the stage would train nothing."""
+    if spec.recompute == "none" or not chunk.pre_process or chunk.embedding.word_embeddings.weight.requires_grad:
+        return
     chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
 
@@ -247,10 +258,11 @@ def _base_tensors(
             module = layer.get_submodule(linear.path)
             base = module.base if isinstance(module, LoraLinear) else module
             cut = (groups.topology.etp, groups.index("expt_tp")) if linear.expert else (tp, rank)
-            weight: torch.Tensor = base.weight  # type: ignore[assignment]
             bias: torch.Tensor | None = base.bias  # type: ignore[assignment]
-            for piece in names.weight_pieces(linear, model, index, *cut):
-                yield weight, piece
+            if not isinstance(base, QuantisedLinear):  # which has no weight of its own
+                weight: torch.Tensor = base.weight  # type: ignore[assignment]
+                for piece in names.weight_pieces(linear, model, index, *cut):
+                    yield weight, piece
             if bias is not None:
                 for piece in names.bias_pieces(linear, model, index, tp, rank):
                     yield bias, piece
@@ -274,8 +286,23 @@ def fill_base(spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], re
                     tensor[piece.local.size[0] :].zero_()
                 if 0 in piece.box.size:
                     continue
-                value = reader.read(piece.name, "weight", piece.box) if reader else _random(spec.seed, piece)
-                tensor[piece.local.slices].copy_(value)
+                tensor[piece.local.slices].copy_(base_values(spec, reader, piece))
+            if spec.quantise is not None:
+                layers = zip(chunk_layers(spec, groups, virtual), chunk.decoder.layers, strict=True)
+                quantised.fill(spec, groups, layers, lambda piece: base_values(spec, reader, piece))
+
+
+def base_values(spec: EngineSpec, reader: TensorReader | None, piece: Piece) -> torch.Tensor:
+    """The base's values of a piece, as they are stored or (without a reader) drawn."""
+    return reader.read(piece.name, "weight", piece.box) if reader else _random(spec.seed, piece)
+
+
+def start_adapters(chunks: list[HiddenGPTModel]) -> None:
+    """Give adapters the start that depends on the base's weights; all tensor-parallel ranks call it, after the fill."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, DoraLinear):
+                module.start()
 
 
 def _random(seed: int, piece: Piece) -> torch.Tensor:

@@ -98,7 +98,8 @@ def _flat_shards(
             if common is None:
                 continue
             inside = common.shift(tuple(-offset for offset in box.offset))
-            yield Shard(piece.name, kind, piece.shape, _to_logical(common, piece), part[inside.slices])
+            shape_there = piece.state_shape or piece.shape
+            yield Shard(piece.name, kind, shape_there, _to_logical(common, piece), part[inside.slices])
 
 
 def _to_logical(local: Box, piece: Piece) -> Box:

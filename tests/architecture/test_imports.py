@@ -33,9 +33,10 @@ ADAPTERS = {
         "orchestrator/certify/outside.py",
     ),
     "huggingface_hub": ("orchestrator/models.py",),
+    "bitsandbytes": ("parallel/nf4.py",),
     "wandb": ("orchestrator/metrics.py",),
 }
-LAZY = {"deepspeed", "hydra", "omegaconf", "peft", "transformers", "huggingface_hub", "wandb", "rich"}
+LAZY = {"deepspeed", "hydra", "omegaconf", "peft", "transformers", "huggingface_hub", "wandb", "rich", "bitsandbytes"}
 WITHOUT_TORCH = tuple(f"parallel/{name}.py" for name in ("specs", "topology", "stages", "shards", "capabilities"))
 READS_ENVIRONMENT = {"launch/environment.py"}
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8

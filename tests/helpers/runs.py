@@ -13,6 +13,7 @@ import torch.distributed as dist
 from parallel.engine import IGNORED_LABEL, AdamSpec, EngineSpec, MicroBatch
 from parallel.lora_spec import LoraSpec
 from parallel.names import resolve_targets
+from parallel.selection import frozen_weights, rate_ratios, saved_weights
 from parallel.specs import ModelSpec
 from parallel.topology import Topology
 
@@ -83,7 +84,14 @@ class Run:
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
+    dora: bool = False
+    lr_ratio: float = 1.0
+    init: str = "default"
+    quantise: str | None = None
+    modules_to_save: tuple[str, ...] = ()
     full: bool = False
+    freeze: tuple[str, ...] = ()
+    lr_ratios: tuple[tuple[str, float], ...] = ()
     sp: bool = False
     vpp: int | None = None
     stages: tuple[tuple[int, ...], ...] | None = None
@@ -126,7 +134,8 @@ def engine_spec(run: Run) -> EngineSpec:
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
     attention_only = run.model.is_moe and targets == "all-linear"
     resolved = resolve_targets(["q_proj", "k_proj", "v_proj", "o_proj"] if attention_only else targets, run.model)
-    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved)
+    saved = saved_weights(run.modules_to_save, run.model)
+    lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved, run.dora, run.lr_ratio, run.init, saved)
     stages = run.stages or even_stages(run.model.layers, run.topology.pp * (run.vpp or 1))
     return EngineSpec(
         model=run.model,
@@ -141,6 +150,9 @@ def engine_spec(run: Run) -> EngineSpec:
         sequence_tokens=run.tokens,
         cp_comm=run.cp_comm,
         balancing_loss=run.balancing_loss,
+        quantise=run.quantise,
+        frozen=frozen_weights(run.freeze, run.model),
+        lr_ratios=rate_ratios(dict(run.lr_ratios), run.model),
     )
 
 
@@ -173,8 +185,8 @@ def microbatches(run: Run, step: int, dp_rank: int) -> list[MicroBatch]:
     ]
 
 
-def open_engine(run: Run, base_folder: str | None = None) -> tuple[Any, Any]:
-    """Open groups and an engine on this rank (None, None on ranks beyond the topology)."""
+def open_engine(run: Run, base_folder: str | None = None, watch: Any = None) -> tuple[Any, Any]:
+    """Open groups and an engine on this rank (None, None on ranks beyond the topology); ``watch`` wraps the reader."""
     if dist.get_rank() >= run.topology.world_size:
         return None, None
     from parallel.engines.megatron import MegatronEngine
@@ -186,6 +198,7 @@ def open_engine(run: Run, base_folder: str | None = None) -> tuple[Any, Any]:
         from orchestrator.checkpoint.hf_reader import HfReader
 
         reader = HfReader(Path(base_folder))
+        reader = watch(reader) if watch else reader
     return MegatronEngine(engine_spec(run), groups, reader), groups
 
 

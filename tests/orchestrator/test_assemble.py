@@ -72,7 +72,7 @@ def test_the_hint_makes_the_job_fit_the_adapter(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "has use_dora=True, only plain LoRA is supported"),
+        ({"use_dora": True}, "has use_dora=True, but no base_model.model.model.layers.0.self_attn.q_proj.lora_mag"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save="),
         ({"alpha_pattern": {"v_proj": 32}}, "v_proj.weight has rank 4 and scale 8, but the job has rank 4 and scale 2"),
         ({"peft_type": "IA3"}, "adapter of type 'IA3'"),

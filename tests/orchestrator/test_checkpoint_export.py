@@ -224,8 +224,8 @@ def test_a_damaged_adapter_is_not_exported(tmp_path: Path, base: Path) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "is an adapter of type 'IA3'"),
-        ({"use_dora": True}, "use_dora=True, only plain LoRA is supported"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\], only plain LoRA"),
+        ({"use_dora": True}, "has use_dora=True, but no .*down_proj.lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, r"has modules_to_save=\['lm_head'\], but no weight of lm_head"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', only plain LoRA"),
     ],
 )
@@ -240,7 +240,8 @@ def test_adapters_that_mean_something_else_are_refused(tmp_path: Path, base: Pat
     [
         ({"lm_head.lora_A.weight": (2, 16), "lm_head.lora_B.weight": (40, 2)}, r"has no lm_head\.weight, which"),
         ({"model.norm.lora_A.weight": (2, 16)}, "model.norm.lora_A.weight without its partner"),
-        ({"model.norm.lora_magnitude_vector": (2,)}, "lora_magnitude_vector, which is no LoRA matrix"),
+        ({"model.norm.lora_magnitude_vector": (2,)}, "model.norm.lora_magnitude_vector without its partner"),
+        ({"model.norm.lora_embedding_A": (2,)}, "lora_embedding_A, which is no LoRA matrix"),
         (
             {"model.layers.0.mlp.up_proj.lora_A.weight": (2, 5), "model.layers.0.mlp.up_proj.lora_B.weight": (24, 2)},
             r"up_proj.weight has shape \(24, 16\) in .*, the adapter's update is \(24, 2\) @ \(2, 5\)",

@@ -91,7 +91,7 @@ def test_overrides_follow_the_grammar_of_hydra(override: str, key: str, value: A
         ("tuner.lora_rank=8", "here it is 'tuner.r'", "tuner.r=8"),
         ("num_train_epochs=3", "here it is 'steps'", "steps=VALUE"),
         ("clutser=laptop", "the nearest is 'cluster'", "cluster=laptop"),
-        ("~tuner", "nothing can be left out of a job", "tuner=full"),
+        ("~tuner", "nothing can be left out of a job", "tuner="),
         ("qqq.zzz=1", "unknown key 'qqq.zzz'; there are run_dir, steps", "run_dir=VALUE"),
         ("steps=x", "steps='x' should be a whole number", "for example steps=100"),
         ("steps=1.5", "steps=1.5 should be a whole number", "for example steps=100"),

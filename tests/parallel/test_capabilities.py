@@ -103,6 +103,19 @@ def with_hint(proposal: Proposal, hint: str) -> Proposal:
             "topology.etp=1",
         ),
         (
+            replace(SMOLLM2, heads=12, kv_heads=12, ffn=1600),
+            Proposal(Topology(tp=4), quantise="nf4"),
+            "tuner.quantise=nf4 with topology.tp=4 would cut rows of 768 (o_proj) and 1600 (down_proj) elements inside "
+            "a block of 64; legal are 1",
+            "topology.tp=1",
+        ),
+        (
+            replace(SMOLLM2, hidden=96),
+            Proposal(Topology(), quantise="nf4"),
+            "tuner.quantise=nf4 needs rows of whole blocks of 64 elements, but the model's have 96, 576 (o_proj) and",
+            "tuner.quantise=null",
+        ),
+        (
             MOE,
             Proposal(Topology(dp=4, ep=4), global_sequences=4),
             "model has 6 experts, which topology.ep=4 does not divide",

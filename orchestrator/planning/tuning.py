@@ -1,0 +1,68 @@
+"""What a job's tuner means for its model, found out before anything is started."""
+
+from __future__ import annotations
+
+from orchestrator.config.job import JobConfig
+from orchestrator.errors import ConfigError
+from parallel.names import TargetError, resolve_targets
+from parallel.selection import frozen_weights, rate_ratios, saved_weights, weight_shapes
+from parallel.specs import ModelSpec
+
+
+def adapted_linears(job: JobConfig, model: ModelSpec) -> frozenset[str]:
+    """Paths of the linears that get an adapter; none in full tuning.
+
+    Raises:
+        ConfigError: ``tuner.targets`` names nothing, or what this kind of adapter cannot sit on.
+    """
+    if job.tuner.name == "full":
+        return frozenset()
+    try:
+        adapted = resolve_targets(job.tuner.targets, model)
+    except TargetError as error:
+        raise ConfigError(str(error), error.hint) from error
+    _check_special(job, model, adapted)
+    return adapted
+
+
+def chosen_weights(job: JobConfig, model: ModelSpec) -> frozenset[str]:
+    """Names of the weights that full tuning leaves as they are, or that learn whole beside an adapter.
+
+    Raises:
+        ConfigError: a pattern fits nothing, or parts a fused linear.
+    """
+    try:
+        if job.tuner.name != "full":
+            return saved_weights(job.tuner.modules_to_save, model)
+        rate_ratios(job.optimizer.lr_ratios, model)
+        return frozen_weights(job.tuner.freeze, model)
+    except TargetError as error:
+        raise ConfigError(str(error), error.hint) from error
+
+
+def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) -> None:
+    """Dropout, DoRA and PiSSA are built for the dense linears; PiSSA's rank is at most that of the weights."""
+    tuner = job.tuner
+    sparse = sorted(path for path in adapted if ".experts." in path or path.endswith(".mlp.gate"))
+    if tuner.dropout and sparse:
+        raise ConfigError(
+            f"tuner.dropout={tuner.dropout:g} is not built for adapters of experts and routers "
+            f"({len(sparse)} are adapted, first {sparse[0]}); PEFT refuses it too",
+            "tuner.dropout=0",
+        )
+    asked = {"tuner.dora=true": tuner.dora, "tuner.init=pissa": tuner.init == "pissa"}
+    for setting in (setting for setting, is_asked in asked.items() if is_asked):
+        if sparse:
+            raise ConfigError(
+                f"{setting} is not built for experts and routers, and tuner.targets chooses {len(sparse)}, first "
+                f"{sparse[0]}",
+                "tuner.targets=[q_proj,k_proj,v_proj,o_proj]",
+            )
+    if tuner.init == "pissa":
+        shapes = weight_shapes(model)
+        smallest = min(adapted, key=lambda path: (min(shapes[f"{path}.weight"]), path))
+        if tuner.r > (most := min(shapes[f"{smallest}.weight"])):
+            raise ConfigError(
+                f"tuner.init=pissa needs tuner.r={tuner.r} singular values, but {smallest} has {most}",
+                f"tuner.r={most}",
+            )

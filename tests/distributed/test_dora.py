@@ -1,0 +1,76 @@
+"""DoRA: the same run as in PEFT, on every topology, from any checkpoint; its magnitudes are never lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.topology import Topology
+from tests.helpers import peft_loop, runs
+from tests.helpers.pool import Pool
+from tests.helpers.runs import Run
+
+LOSS_RTOL, TENSOR_RTOL = 1e-5, 1e-4
+STEPS = 4
+PLACES: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tp2": {"topology": Topology(tp=2)},
+    "tp3": {"topology": Topology(tp=3)},
+    "tp2-sp-pp2": {"topology": Topology(tp=2, pp=2), "sp": True},
+    "dp2-distributed": {"topology": Topology(dp=2), "distributed": True},
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "rslora": ("llama", {"rslora": True}),
+    "some-targets": ("llama", {"targets": ("k_proj", "up_proj", "o_proj")}),
+    "dropout": ("llama", {"dropout": 0.3}),
+    "bias": ("qwen2", {}),
+    "bias-dropout": ("qwen2", {"dropout": 0.3, "targets": ("q_proj", "v_proj", "down_proj")}),
+    "grouped-heads": ("qwen3", {}),
+}
+RUNS = [
+    *((case, place) for case in ("llama", "dropout") for place in PLACES),
+    *((case, place) for case in ("some-targets", "bias", "bias-dropout") for place in ("one", "tp2-sp-pp2")),
+    ("bias", "tp3"),
+    ("rslora", "one"),
+    ("grouped-heads", "tp2-sp-pp2"),
+]
+
+
+def weights(states: list[list[tuple[Any, ...]]]) -> dict[str, torch.Tensor]:
+    return {name: value for (name, kind), value in runs.merge(states).items() if kind == "weight"}
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model: Callable[..., Path]) -> Callable[[str], Any]:
+    """PEFT's losses, norms and adapter of a case, computed once."""
+    known: dict[str, Any] = {}
+
+    def of(case: str) -> Any:
+        if case not in known:
+            family, changes = CASES[case]
+            run = Run(family, steps=STEPS, dora=True, learning_rate=1e-2, **changes)
+            model, clock = peft_loop.make_model(run, tiny_model(family))
+            known[case] = (*peft_loop.train(run, model, clock), peft_loop.adapter(model))
+        return known[case]
+
+    return of
+
+
+@pytest.mark.parametrize(("case", "place"), RUNS, ids=["-".join(each) for each in RUNS])
+def test_training_equals_peft(
+    pool: Pool, tiny_model: Callable[..., Path], oracle: Callable[[str], Any], case: str, place: str
+) -> None:
+    """At a rate at which directions turn far enough that |V| matters: without it, losses differ in the third digit."""
+    losses, norms, adapter = oracle(case)
+    family, changes = CASES[case]
+    run = Run(family, steps=STEPS, dora=True, learning_rate=1e-2, **changes, **PLACES[place])
+    found = pool.run(run.topology.world_size, runs.train, run, str(tiny_model(family)))
+    for theirs, ours, _ in found:
+        assert theirs == pytest.approx(losses, rel=LOSS_RTOL)
+        assert ours == pytest.approx(norms, rel=1e-4)
+    peft_loop.assert_equal(weights([state for _, _, state in found]), adapter, TENSOR_RTOL)

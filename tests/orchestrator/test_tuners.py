@@ -1,0 +1,122 @@
+"""Tuners as users ask for them: each composes, plans, and is refused where it cannot mean anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from orchestrator.assemble import engine_spec
+from orchestrator.checkpoint.adapter import adapter_config
+from orchestrator.commands import plan_job
+from orchestrator.config.building import job_from_yaml, job_to_yaml
+from orchestrator.config.job import JobConfig, TunerConfig
+from orchestrator.config.loading import compose_job
+from orchestrator.errors import ConfigError
+from orchestrator.planning.counts import TunerExtras, stage_counts
+from orchestrator.planning.show import render
+from parallel.topology import Topology
+from tests.orchestrator.test_plan_estimates import QWEN3, SMOLLM2, work_of
+
+SMOLLM2_JOB = ["model=smollm2_135m", "cluster=one"]
+MOE_JOB = ["model=qwen3_30b_a3b", "cluster=h100x8", "tuner.targets=[q_proj,v_proj]"]
+
+
+def planned(*overrides: str) -> Any:
+    return plan_job(compose_job([*SMOLLM2_JOB, *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "adapter"),
+    [
+        (["tuner=dora"], {"dora": True, "init": "default", "lr_ratio": 1.0}),
+        (["tuner=pissa"], {"dora": False, "init": "pissa"}),
+        (["tuner=dora", "tuner.init=pissa", "tuner.rslora=true"], {"dora": True, "init": "pissa", "rslora": True}),
+        (["tuner.loraplus_lr_ratio=16"], {"lr_ratio": 16.0}),
+        (["tuner=qlora", "topology.tp=3", "cluster=laptop"], {"dora": False}),
+    ],
+)
+def test_what_is_asked_reaches_the_engine(overrides: list[str], adapter: dict[str, Any]) -> None:
+    found = planned(*overrides)
+    spec = engine_spec(found.job, found.plan, found.model)
+    assert {name: getattr(spec.lora, name) for name in adapter} == adapter
+    assert spec.quantise == ("nf4" if "tuner=qlora" in overrides else None)
+    assert job_from_yaml(job_to_yaml(found.job)) == found.job
+
+
+def test_frozen_weights_and_rates_reach_the_engine() -> None:
+    found = planned("tuner=full", "tuner.freeze=[embed_tokens]", "optimizer.lr_ratios={mlp.down_proj:0.5,norm:2}")
+    spec = engine_spec(found.job, found.plan, found.model)
+    assert spec.lora is None and spec.frozen == {"model.embed_tokens.weight"}
+    assert spec.lr_ratios["model.layers.29.mlp.down_proj.weight"] == 0.5 and spec.lr_ratios["model.norm.weight"] == 2.0
+    assert len(spec.lr_ratios) == 31
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "hint"),
+    [
+        (["tuner=full", "tuner.dora=true"], "tuner.dora=true is for adapters", "tuner=lora tuner.dora=true"),
+        (["tuner=full", "tuner.init=pissa"], "tuner.init=pissa is for adapters", "tuner=lora tuner.init=pissa"),
+        (["tuner=full", "tuner.loraplus_lr_ratio=4"], "tuner.loraplus_lr_ratio=4 is for ad", "tuner=lora tuner.lorapl"),
+        (["tuner=full", "tuner.quantise=nf4"], "freezes the base, but tuner=full trains it", "tuner=qlora"),
+        (["tuner=full", "optimizer.lr_ratios={norm:0}"], "lr_ratios has norm: 0, which", "tuner.freeze=[norm]"),
+        (["tuner=full", "tuner.freeze=[head]"], "'head' matches no weight", "near names"),
+        (["tuner.freeze=[norm]"], "is for full tuning", "tuner.freeze=[]"),
+        (["optimizer.lr_ratios={norm:2}"], "is for full tuning", "optimizer.lr_ratios={} tuner.loraplus_lr_ratio=16"),
+        (["tuner.init=pissa", "tuner.dropout=0.1"], "largest components at random", "tuner.dropout=0"),
+        (["tuner.init=pissa", "tuner.path=a"], "are two starts", "tuner.init=default"),
+        (["tuner.init=pissa", "tuner.quantise=nf4"], "is not built", "tuner.init=default"),
+        (
+            ["tuner.init=pissa", "tuner.r=200"],
+            "but model.layers.0.self_attn.k_proj has 192",
+            "tuner.r=192",
+        ),
+        (["tuner.init=pisa"], "tuner.init=pisa is none of default, pissa", "tuner.init=pissa"),
+        (["tuner.loraplus_lr_ratio=0"], "should be above 0", "tuner.loraplus_lr_ratio=16"),
+        ([*MOE_JOB, "tuner.quantise=nf4"], "tuner.quantise=nf4 is not built for experts", "tuner.quantise=null"),
+    ],
+)
+def test_what_means_nothing_is_refused(overrides: list[str], message: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(*overrides)
+    assert message in str(caught.value) and caught.value.hint.startswith(hint)
+
+
+def test_special_adapters_on_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.planning import tuning
+
+    monkeypatch.setattr(tuning, "resolve_targets", lambda *_: frozenset({"model.layers.0.mlp.experts.0.up_proj"}))
+    job = JobConfig(tuner=TunerConfig(dora=True))
+    with pytest.raises(ConfigError, match=r"tuner\.dora=true is not built for experts, and tuner\.targets chooses 1"):
+        tuning.adapted_linears(job, SMOLLM2)
+
+
+@pytest.mark.parametrize(("rslora", "alpha"), [(False, 16), (True, pytest.approx(8 * 2**0.5))])
+def test_pissa_is_written_as_an_adapter_of_twice_the_rank(rslora: bool, alpha: Any) -> None:
+    """PEFT's scale of rank 2 r is ours of rank r."""
+    config = adapter_config(TunerConfig(r=4, alpha=8.0, rslora=rslora, init="pissa"), ["q_proj"], "base")
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, alpha, True)
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=2), Topology(pp=2)])
+def test_counts_of_magnitudes_and_frozen_weights(topology: Topology) -> None:
+    stages = range(topology.pp)
+    plain = sum(stage_counts(work_of(QWEN3, topology), stage).trainable for stage in stages)
+    dora = work_of(QWEN3, topology, extras=TunerExtras(magnitudes=True))
+    rows = 6 * (128 + 64 + 64 + 96 + 96) // topology.tp + 6 * (64 + 64)  # columns-cut; o_proj and down_proj whole
+    assert sum(stage_counts(dora, stage).trainable for stage in stages) == plain + rows
+    extras = TunerExtras(chosen=frozenset({"model.embed_tokens.weight", "model.layers.5.mlp.down_proj.weight"}))
+    full = work_of(QWEN3, topology)
+    full = replace(full, proposal=replace(full.proposal, tuner="full"), extras=extras)
+    counts = [stage_counts(full, stage) for stage in stages]
+    assert sum(each.base - each.trainable for each in counts) == (512 * 64 + 64 * 96) // topology.tp
+
+
+def test_a_plan_says_which_adapter() -> None:
+    found = planned("tuner=qlora", "tuner.dora=true")
+    console = Console(width=120)
+    with console.capture() as caught:
+        console.print(render(found.plan, found.job, found.model))
+    assert "dora on nf4 r=16" in caught.get()
