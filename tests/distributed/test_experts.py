@@ -72,8 +72,13 @@ def assert_same(pool: Pool, expected: Outcome, there: Run) -> None:
     assert distance(runs.merge([state for _, _, state in found]), expected[2]) <= TENSOR_RTOL
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
-@pytest.mark.parametrize("what", ["experts", "full"])
+SUBSUMED = ("ep2-dp4", "tp2-etp2", "ep2-tp2-dp2")  # for full tuning, by the cases that hold all of them
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [("experts", name) for name in TOPOLOGIES] + [("full", name) for name in TOPOLOGIES if name not in SUBSUMED],
+)
 def test_a_run_equals_one_process(pool: Pool, one_process: Callable[[Run], Outcome], what: str, name: str) -> None:
     assert_same(pool, one_process(RUNS[what]), RUNS[what].on(**TOPOLOGIES[name]))
 
@@ -121,7 +126,7 @@ def train_with_fault(run: Run, fault: str) -> list[tuple[Any, ...]]:
     return state
 
 
-@pytest.mark.parametrize("name", ["etp2", "tp2-etp2", "ep2-etp2"])
+@pytest.mark.parametrize("name", ["etp2", "ep2-etp2"])
 def test_fault_5_adapters_on_experts_under_etp_are_right(
     pool: Pool, one_process: Callable[[Run], Outcome], name: str
 ) -> None:

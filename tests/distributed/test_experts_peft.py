@@ -87,8 +87,6 @@ def train_with_peft(run: Run, folder: Path) -> tuple[list[float], list[float], d
     ("topology", "sp"),
     [
         (Topology(), False),
-        (Topology(dp=2, ep=2), False),
-        (Topology(dp=2, etp=2), False),
         (Topology(tp=2, dp=2, ep=2, etp=2), True),
         (Topology(pp=2, dp=2, ep=2), False),
     ],
