@@ -17,7 +17,7 @@ from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.plan import Plan
 from parallel.engine import AdamSpec, Engine, EngineSpec
 from parallel.lora_spec import LoraSpec
-from parallel.names import resolve_targets, target_modules
+from parallel.names import EMBEDDING, HEAD, resolve_targets, target_modules
 from parallel.selection import frozen_weights, rate_ratios, saved_weights
 from parallel.specs import ModelSpec
 
@@ -166,8 +166,14 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
 
 
 def _check_saved(job: JobConfig, model: ModelSpec, there: set[str]) -> None:
+    """Where the head is the embedding, PEFT writes it twice if they were trained as one."""
     wanted = saved_weights(job.tuner.modules_to_save, model)
-    if there != wanted:
+    if model.tied_embeddings and EMBEDDING in there and HEAD not in there:
+        raise ConfigError(
+            f"tuner.path={job.tuner.path} has trained the embedding apart from the head, which are one in this model",
+            "train it in PEFT with ensure_weight_tying=True",
+        )
+    if there - ({HEAD} if model.tied_embeddings else set()) != wanted:
         leaves = ",".join(sorted({name.split(".")[-2] for name in there}))
         raise ConfigError(
             f"tuner.path={job.tuner.path} holds {len(there)} whole weights, but "

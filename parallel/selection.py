@@ -62,6 +62,9 @@ def frozen_weights(patterns: Sequence[str], spec: ModelSpec) -> frozenset[str]:
 def saved_weights(modules: Sequence[str], spec: ModelSpec) -> frozenset[str]:
     """The weights that ``tuner.modules_to_save`` names: embedding, head and norms may learn whole beside an adapter.
 
+    As in PEFT a name chooses every module whose path ends with it: ``norm`` chooses ``input_layernorm`` too. A tied
+    head is the embedding.
+
     Raises:
         SelectionError: a name chooses nothing, or a linear of a layer.
     Example:
@@ -69,7 +72,17 @@ def saved_weights(modules: Sequence[str], spec: ModelSpec) -> frozenset[str]:
         >>> sorted(saved_weights(["embed_tokens"], tiny))
         ['model.embed_tokens.weight']
     """
-    chosen = {name for module in modules for name in _chosen(module, spec, "tuner.modules_to_save")}
+    chosen: set[str] = set()
+    for module in modules:
+        found = {name for name in weight_shapes(spec) if name.rpartition(".")[0].endswith(module)}
+        if not found:
+            tied = spec.tied_embeddings and module == "lm_head"
+            raise SelectionError(
+                f"tuner.modules_to_save: {module!r} matches no weight of its own of this {spec.family} model"
+                + (": its head is its embedding" if tied else ""),
+                "tuner.modules_to_save=[embed_tokens]",
+            )
+        chosen |= found
     linears = sorted(chosen & {f"{path}.weight" for path in names.target_modules(spec)})
     if linears:
         raise SelectionError(

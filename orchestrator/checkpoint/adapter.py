@@ -137,15 +137,15 @@ def saved_tensors(adapter: AdapterReader, folder: Path) -> dict[str, str]:
     Raises:
         ConfigError: a module that the configuration names has no weight there.
     """
-    modules = adapter.config.get("modules_to_save") or []
+    modules = list(adapter.config.get("modules_to_save") or [])
+    tied = ["lm_head"] if adapter.config.get("ensure_weight_tying") else []  # PEFT writes the embedding as head again
     found = {}
     for name in adapter.names:
         inner = name.removeprefix(PREFIX)
-        module = inner.rpartition(".")[0]
-        if MATRIX.fullmatch(name) is None and any(f".{module}".endswith(f".{each}") for each in modules):
+        if MATRIX.fullmatch(name) is None and inner.rpartition(".")[0].endswith((*modules, *tied)):
             found[inner] = name
     for module in modules:
-        if not any(f".{name.rpartition('.')[0]}".endswith(f".{module}") for name in found):
+        if not any(name.rpartition(".")[0].endswith(module) for name in found):
             raise ConfigError(f"{folder} has modules_to_save={modules}, but no weight of {module}", "export it again")
     return found
 

@@ -134,6 +134,10 @@ class MegatronEngine:
         self._start()
         for parameter, pieces in self._trained():
             yield from states.state_shards(self._optimizer, parameter, pieces)
+            if self._spec.model.tied_embeddings and pieces[0].name == names.ADAPTER + names.EMBEDDING:
+                for piece in pieces:  # PEFT wants a tied head beside the embedding that it is
+                    name = names.ADAPTER + names.HEAD
+                    yield Shard(name, "weight", piece.shape, piece.box, parameter.data[piece.local.slices])
 
     def load(self, reader: TensorReader, *, moments: bool) -> None:
         """Fill the training state from logical tensors."""
