@@ -30,6 +30,8 @@ Tick = Callable[[int, int, str], None]
 Train = Callable[..., Any]
 STEPS, SEED, BATCH = 3, 5, 12  # rows per step: dp may be 1, 2, 3, 4, 6, 12
 CELL_LIMIT_S = 180.0
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["gate", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class _Bench:
     request: Request
     pool: Pool
     train: Train
+    moe: bool
     probe: list[list[int]]
 
     @classmethod
@@ -144,7 +147,7 @@ class _Bench:
         make_model(config, folder / "model", SEED)
         write_rows(folder / "rows", VOCABULARY, SEED)
         probe = np.random.Generator(np.random.PCG64(SEED)).integers(0, VOCABULARY, (2, LONGEST_ROW)).tolist()
-        return cls(folder, request, pool, train, probe)
+        return cls(folder, request, pool, train, ModelSpec.from_hf(config).is_moe, probe)
 
     def reference(self, tuner: str, words: Sequence[str]) -> Cell:
         """The row's run in one process; green when transformers or peft say the same of what it saved."""
@@ -203,11 +206,19 @@ class _Bench:
             *("optimizer.lr=1e-3", "optimizer.schedule=constant", "metrics=jsonl", "metrics.progress=false"),
             *("checkpoint.every_steps=1", "checkpoint.keep=0", "tuner.r=4", "tuner.alpha=8"),
         ]
-        if asked.targets != TunerConfig().targets:
-            fixed.append(f"tuner.targets={as_override(asked.targets)}")
+        targets = asked.targets if asked.targets != TunerConfig().targets else self._targets(words)
+        fixed.append(f"tuner.targets={as_override(targets)}")
         tuner = [word for word in words if word.startswith("tuner=")]
         rest = [word for word in words if not word.startswith("tuner=")]
         return override_job(job_to_yaml(self.request.job), [*tuner, *fixed, *rest])
+
+    def _targets(self, words: Sequence[str]) -> str | list[str]:
+        """All linears; of a mixture of experts by name, and those of the experts only for plain LoRA."""
+        if not self.moe:
+            return "all-linear"
+        return (
+            [*ATTENTION, *EXPERTS] if list(words[:1]) == ["tuner=lora"] and "dropout" not in str(words) else ATTENTION
+        )
 
     def _run_dir(self, tuner: str, name: str) -> Path:
         return self.folder / tuner / name

@@ -24,8 +24,8 @@ class Layout:
 def layouts(ranks: int, moe: bool) -> list[Layout]:
     """Every topology of 2 to ``ranks`` processes, and its variants; what a model forbids is found by planning.
 
-    Variants: sequence parallelism with tp, virtual chunks with pp, the distributed optimizer with dp or cp, full
-    recompute on the first of each kind.
+    Variants: sequence parallelism with tp, virtual chunks with pp, all-to-all attention with cp, the distributed
+    optimizer with dp or cp, full recompute on two processes.
 
     Example:
         >>> [layout.name for layout in layouts(2, moe=False) if "dp2" in layout.name]
@@ -64,6 +64,10 @@ def _variants(topology: Topology, moe: bool) -> Iterator[Layout]:
         variants.append(("+sp", ["topology.sp=true"]))
     if topology.pp > 1:
         variants.append(("+vpp2", ["topology.vpp=2", f"topology.sp={str(moe and topology.tp > 1).lower()}"]))
+    if topology.cp > 1:
+        variants.append(
+            ("+ulysses", ["topology.cp_comm=ulysses", f"topology.sp={str(moe and topology.tp > 1).lower()}"])
+        )
     if topology.dp * topology.cp > 1:
         variants.append(("+distributed", ["optimizer.distributed=true"]))
     if sum(size > 1 for size in sizes.values()) == 1 and topology.world_size == 2:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from parallel.capabilities import quantised_tensor_sizes
 from parallel.specs import ModelSpec
 
-HEAD_DIM, VOCABULARY, POSITIONS, FEWEST_LAYERS = 8, 101, 256, 5
+HEAD_DIMS, BLOCK = (8, 16, 32, 64, 128), 64  # of NF4: elements with one scale
+VOCABULARY, POSITIONS, FEWEST_LAYERS = 101, 256, 5
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # beyond the small vocabulary
 
 
@@ -37,9 +39,7 @@ def shrunken(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
         "num_hidden_layers": min(model.layers, max(ranks + 1, FEWEST_LAYERS)),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": HEAD_DIM,
-        "hidden_size": heads * HEAD_DIM if model.hidden == model.heads * model.head_dim else 48,
-        "intermediate_size": _same_cuts(model.ffn, ranks) * _coprime(ranks),
+        "intermediate_size": _small_ffn(model.ffn, ranks),
         "vocab_size": VOCABULARY,
         "max_position_embeddings": POSITIONS,
     }
@@ -48,9 +48,24 @@ def shrunken(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
         small |= {
             "num_experts": experts,
             "num_experts_per_tok": min(model.experts_per_token, max(1, experts // 2)),
-            "moe_intermediate_size": _same_cuts(model.expert_ffn, ranks) * _coprime(ranks),
+            "moe_intermediate_size": _small_ffn(model.expert_ffn, ranks),
         }
-    return small
+    wide = model.hidden == model.heads * model.head_dim
+    sizes = [{"head_dim": head, "hidden_size": heads * head if wide else BLOCK} for head in HEAD_DIMS]
+    legal = _quantised_cuts(model, ranks)
+    fitting = (one for one in sizes if _quantised_cuts(ModelSpec.from_hf(small | one), ranks) == legal)
+    return small | next(fitting, sizes[0])
+
+
+def _quantised_cuts(model: ModelSpec, ranks: int) -> list[int]:
+    return [] if model.is_moe else [size for size in quantised_tensor_sizes(model) if size <= ranks]
+
+
+def _small_ffn(ffn: int, ranks: int) -> int:
+    """Rows of a small MLP: whole blocks of 64 where ``ffn`` is, so that a quantised one is cut by the same sizes."""
+    if ffn % BLOCK == 0:
+        return BLOCK * _same_cuts(ffn // BLOCK, ranks)
+    return _same_cuts(ffn, ranks) * _coprime(ranks)
 
 
 def _several(size: int, ranks: int) -> int:

@@ -89,9 +89,7 @@ def test_special_adapters_on_experts_are_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tuning, "resolve_targets", lambda *_: frozenset({"model.layers.0.mlp.experts.0.up_proj"}))
     job = JobConfig(tuner=TunerConfig(dora=True))
-    with pytest.raises(
-        ConfigError, match=r"tuner\.dora=true is not built for experts and routers.* chooses 1"
-    ):
+    with pytest.raises(ConfigError, match=r"tuner\.dora=true is not built for experts and routers.* chooses 1"):
         tuning.adapted_linears(job, SMOLLM2)
 
 
