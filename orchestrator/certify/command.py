@@ -216,9 +216,8 @@ class _Bench:
         """All linears; of a mixture of experts by name, and those of the experts only for plain LoRA."""
         if not self.moe:
             return "all-linear"
-        return (
-            [*ATTENTION, *EXPERTS] if list(words[:1]) == ["tuner=lora"] and "dropout" not in str(words) else ATTENTION
-        )
+        everything = "tuner=lora" in words and "tuner.dropout=0.2" not in words
+        return [*ATTENTION, *EXPERTS] if everything else ATTENTION
 
     def _run_dir(self, tuner: str, name: str) -> Path:
         return self.folder / tuner / name

@@ -59,18 +59,18 @@ def _variants(topology: Topology, moe: bool) -> Iterator[Layout]:
     sizes = {axis: getattr(topology, axis) for axis in ("tp", "pp", "dp", "cp", "ep", "etp")}
     name = "·".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
     words = tuple(f"topology.{axis}={size}" for axis, size in sizes.items())
-    variants: list[tuple[str, Sequence[str]]] = [] if moe and topology.tp > 1 else [("", ["topology.sp=false"])]
+    must_sp = moe and topology.tp > 1
+    plain = f"topology.sp={str(must_sp).lower()}"
+    variants: list[tuple[str, Sequence[str]]] = [] if must_sp else [("", [plain])]
     if topology.tp > 1:
         variants.append(("+sp", ["topology.sp=true"]))
     if topology.pp > 1:
-        variants.append(("+vpp2", ["topology.vpp=2", f"topology.sp={str(moe and topology.tp > 1).lower()}"]))
+        variants.append(("+vpp2", ["topology.vpp=2", plain]))
     if topology.cp > 1:
-        variants.append(
-            ("+ulysses", ["topology.cp_comm=ulysses", f"topology.sp={str(moe and topology.tp > 1).lower()}"])
-        )
+        variants.append(("+ulysses", ["topology.cp_comm=ulysses", plain]))
     if topology.dp * topology.cp > 1:
-        variants.append(("+distributed", ["optimizer.distributed=true"]))
+        variants.append(("+distributed", ["optimizer.distributed=true", plain]))
     if sum(size > 1 for size in sizes.values()) == 1 and topology.world_size == 2:
-        variants.append(("+recompute", ["memory.recompute=full"]))
+        variants.append(("+recompute", ["memory.recompute=full", plain]))
     for suffix, more in variants:
         yield Layout(name + suffix, (*words, *more), topology.world_size)

@@ -18,7 +18,7 @@ from orchestrator.certify.shrinking import shrunken
 from orchestrator.checkpoint.save import Contents, save
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError
-from parallel.capabilities import legal_tensor_sizes
+from parallel.capabilities import legal_tensor_sizes, quantised_tensor_sizes
 from parallel.shards import Box, Shard
 from parallel.specs import ModelSpec
 from tests.helpers.runs import config
@@ -42,7 +42,16 @@ def test_a_small_model_is_cut_by_the_same_sizes(kv: int, group: int, ffn: int, l
         return [size for size in legal_tensor_sizes(model) if size <= ranks]
 
     assert cuts(small) == cuts(large) and small.heads // small.kv_heads == group
-    assert small.layers == min(layers, max(ranks + 1, 5)) and small.hidden <= max(large.hidden, 8 * small.heads)
+    assert small.layers == min(layers, max(ranks + 1, 5))
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m", "llama3_8b", "qwen3_8b"])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_quantised_small_model_is_cut_by_the_same_sizes_too(name: str, ranks: int) -> None:
+    given = compose_job([f"model={name}"]).model.config or {}
+    large, small = (ModelSpec.from_hf(each) for each in (given, shrunken(given, ranks)))
+    legal = [[size for size in quantised_tensor_sizes(model) if size <= ranks] for model in (large, small)]
+    assert legal[0] == legal[1] != []
 
 
 def test_a_small_mixture_of_experts_keeps_its_cuts() -> None:
