@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(shell (pwd; cat constraints.txt pyproject.toml
 DEMO_DIR ?= runs/demo
 ARGS ?=
 
-.PHONY: help setup model demo test lint format bench-train clean
+.PHONY: help setup model demo test lint format certify bench-train clean
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s '@'
 
@@ -44,6 +44,11 @@ lint: setup  ## ruff and mypy; all three, also after the first complaint
 format: setup  ## let ruff format and mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+CERTIFIED := llama3_8b qwen3_8b qwen3_30b_a3b
+certify: setup  ## every tuner on every topology of 4 processes against one (an hour); fills docs/certified.md
+	@for model in $(CERTIFIED); do $(BIN)/isotrain certify model=$$model --ship --write docs/certified.md \
+	  --out runs/certificates/$$model.json $(ARGS) || exit $$?; done
 
 bench-train: setup model  ## tokens/s and memory against transformers + peft; fills the tables in README.md and docs/
 	@$(BIN)/python -m orchestrator.bench train --steps 4 --write README.md --write docs/benchmarks.md

@@ -159,7 +159,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     from orchestrator.commands import plan_job
     from orchestrator.config.loading import compose_job
 
-    _show_plan(plan_job(compose_job(arguments.overrides)), arguments.json, {})
+    planned = plan_job(compose_job(arguments.overrides))
+    _show_plan(planned, arguments.json, {"warning": planned.warning} if planned.warning else {})
     return 0
 
 
@@ -282,6 +283,7 @@ def _add_certify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="topologies with this in their name, such as tp2")
     parser.add_argument("--out", type=Path, default=Path("certificate.json"), metavar="FILE", help="certificate.json")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the grid between a page's marks")
+    parser.add_argument("--ship", action="store_true", help="make it the certificate that plans are held against")
 
 
 def _certify(arguments: argparse.Namespace) -> int:
@@ -290,7 +292,7 @@ def _certify(arguments: argparse.Namespace) -> int:
     from orchestrator.config.loading import compose_job
 
     request = Request(compose_job(arguments.overrides), arguments.up_to, tuple(arguments.tuner), arguments.only)
-    return certified(request, arguments.out, arguments.write, arguments.json)
+    return certified(request, arguments.out, arguments.write, arguments.json, arguments.ship)
 
 
 COMMANDS = {

@@ -38,6 +38,13 @@ class Planned:
     model: ModelSpec
     plan: Plan
 
+    @property
+    def warning(self) -> str:
+        """What speaks against the plan without forbidding it; empty when nothing does."""
+        from orchestrator.planning.certified import warning
+
+        return warning(self.job, self.plan, self.model.family)
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -129,6 +136,8 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     rendered = rendered_launch(planned, run_dir)
     make_folder(run_dir)
     say(decision.message)
+    if planned.warning:
+        say(planned.warning)
     with locked(run_dir):
         write_run(run_dir, dataclasses.replace(job, run_dir=str(run_dir)), planned.plan.to_json())
         result = launch(rendered, run_dir, planned.plan.ranks_used, say)

@@ -25,7 +25,7 @@ def layouts(ranks: int, moe: bool) -> list[Layout]:
     """Every topology of 2 to ``ranks`` processes, and its variants; what a model forbids is found by planning.
 
     Variants: sequence parallelism with tp, virtual chunks with pp, all-to-all attention with cp, the distributed
-    optimizer with dp or cp, full recompute on two processes.
+    optimizer with dp or cp, full recompute on two processes; all of these at once where two axes meet.
 
     Example:
         >>> [layout.name for layout in layouts(2, moe=False) if "dp2" in layout.name]
@@ -72,5 +72,10 @@ def _variants(topology: Topology, moe: bool) -> Iterator[Layout]:
         variants.append(("+distributed", ["optimizer.distributed=true", plain]))
     if sum(size > 1 for size in sizes.values()) == 1 and topology.world_size == 2:
         variants.append(("+recompute", ["memory.recompute=full", plain]))
+    if sum(size > 1 for size in (topology.tp, topology.pp, topology.dp, topology.cp)) > 1:
+        switches = [*(["topology.sp=true"] if topology.tp > 1 else [plain]), "memory.recompute=full"]
+        switches += ["topology.vpp=2"] * (topology.pp > 1)
+        switches += ["optimizer.distributed=true"] * (topology.dp * topology.cp > 1)
+        variants.append(("+all", switches))
     for suffix, more in variants:
         yield Layout(name + suffix, (*words, *more), topology.world_size)

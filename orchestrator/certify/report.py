@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from orchestrator.certify.command import BATCH, SEED, STEPS, Cell, Request
 from orchestrator.certify.comparing import LOGITS_ATOL, LOSS_RTOL, TENSOR_RTOL
 from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.planning.certified import SHIPPED, Pair, layout_features, pairs, with_family
 from orchestrator.runs import write_whole
+from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -27,11 +29,12 @@ COLUMN_WIDTH, PAGE_WIDTH = 12, 120
 MARK = "<!-- certified {name} -->"
 
 
-def certified(request: Request, out: Path, page: Path | None, as_json: bool) -> int:
+def certified(request: Request, out: Path, page: Path | None, as_json: bool, for_package: bool = False) -> int:
     """Certify, show the grid, write the certificate; 1 when a cell is red.
 
     Args:
         page: a page with two marks ``<!-- certified FAMILY -->``, between which the grid is put.
+        for_package: this is the certificate that the package shall carry.
     Raises:
         ConfigError: as :func:`orchestrator.certify.command.certify`, or the page has no such marks.
     """
@@ -51,6 +54,8 @@ def certified(request: Request, out: Path, page: Path | None, as_json: bool) -> 
     if page is not None:
         before, _, after = page.read_text(encoding="utf-8").split(mark_of_page)
         write_whole(page, f"{before}{mark_of_page}\n{markdown(cells)}\n{mark_of_page}{after}")
+    if for_package:
+        ship(ModelSpec.from_hf(config).family, cells)
     if as_json:
         print(json.dumps(_finite({"code": int(bool(counts(cells)["red"])), "certificate": str(out), **value})))
     else:
@@ -116,6 +121,18 @@ def write_certificate(file: Path, value: dict[str, Any]) -> None:
 def counts(cells: Sequence[Cell]) -> dict[str, int]:
     """How many cells are green, red and refused."""
     return {verdict: sum(cell.verdict == verdict for cell in cells) for verdict in ("green", "red", "refused")}
+
+
+def ship(family: str, cells: Sequence[Cell]) -> None:
+    """Write into the package which pairs of features a whole certificate covers: green together, and nowhere red."""
+    green: dict[str, set[Pair]] = {}
+    for cell in cells:
+        if cell.verdict == "green":
+            green.setdefault(cell.tuner, set()).update(pairs(layout_features(cell.layout.words)))
+    for cell in cells:
+        if cell.verdict == "red" and cell.tuner in green:
+            green[cell.tuner] -= pairs(layout_features(cell.layout.words))
+    write_whole(SHIPPED, with_family(family, green))
 
 
 def mark(cell: Cell) -> str:
