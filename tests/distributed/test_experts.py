@@ -241,3 +241,17 @@ def test_a_checkpoint_of_experts_is_the_same_bytes_from_every_cut(pool: Pool, tm
         assert len(files) == 2  # weights, moments
         digests.add(tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", ["ep2", "etp2-tp2-dp2-distributed"])
+def test_a_16_bit_run_of_experts_goes_on_bit_for_bit(pool: Pool, name: str) -> None:
+    """The fp32 masters of experts are state too."""
+    run = RUNS["full"].on(steps=3, precision="bf16", **TOPOLOGIES[name])
+    whole = pool.run(run.topology.world_size, runs.train, run)
+    cut = runs.merge([state for _, _, state in pool.run(run.topology.world_size, runs.train, run.on(steps=2))])
+    assert {kind for key, kind in cut if ".experts." in key} == {"weight", "exp_avg", "exp_avg_sq", "master"}
+    saved = {key: value.numpy() for key, value in cut.items()}
+    found = pool.run(run.topology.world_size, runs.go_on, run, saved, 2)
+    assert found[0][0] == whole[0][0][2:]
+    reached, expected = runs.merge([state for _, state in found]), runs.merge([state for _, _, state in whole])
+    assert all(torch.equal(reached[key], value) for key, value in expected.items())

@@ -27,6 +27,7 @@ TOPOLOGIES = {
     "tp2-sp": Topology(tp=2),
     "tp3-sp": Topology(tp=3),
     "tp2-sp-etp2": Topology(tp=2, etp=2),
+    "tp2-sp-ep2": Topology(tp=2, ep=2),
 }
 
 
@@ -54,7 +55,7 @@ def assert_same_logits(pool: Pool, folder: Path, run: runs.Run, tokens: list[lis
     [
         *((family, name) for family in ("llama", "qwen2") for name in ("one", "tp3", "pp3")),
         *(("qwen3", name) for name in ("one", "tp2", "pp3", "tp2-pp2", "cp2-tp2-sp")),
-        *(("qwen3_moe", name) for name in ("one", "pp2", "tp2-sp", "tp2-sp-etp2", "tp3-sp")),
+        *(("qwen3_moe", name) for name in ("one", "pp2", "tp2-sp", "tp2-sp-etp2", "tp2-sp-ep2", "tp3-sp")),
     ],
 )
 def test_tiny_models(pool: Pool, tiny_model: Callable[..., Path], family: str, name: str) -> None:
