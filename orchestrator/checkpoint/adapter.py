@@ -75,7 +75,7 @@ def adapter_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": sorted(tuner.modules_to_save) or None,
-        "ensure_weight_tying": tied_embeddings and bool(tuner.modules_to_save),
+        **({"ensure_weight_tying": True} if tied_embeddings and tuner.modules_to_save else {}),  # older PEFT lacks it
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_dora": tuner.dora,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from orchestrator.assemble import check_adapter, lora_spec, room
 from orchestrator.checkpoint.adapter import adapter_config
@@ -108,3 +108,18 @@ def test_a_full_model_folder_carries_config_and_tokenizer(tmp_path: Path) -> Non
     assert lora_spec(full.tuner, MODEL) is None
     scratch = room(replace(full, model=JOB.model), MODEL)
     assert scratch.name == "model" and json.loads(bytes(scratch.files["config.json"])) == CONFIG  # type: ignore[arg-type]
+
+
+def test_whole_weights_in_an_adapter_are_compared_with_the_job(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", modules_to_save=["embed_tokens"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(101, 48)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="has trained the embedding apart from the head") as caught:
+        check_adapter(starting_from(folder), MODEL)
+    assert caught.value.hint == "train it in PEFT with ensure_weight_tying=True"
+    untied = replace(MODEL, tied_embeddings=False)
+    with pytest.raises(ConfigError, match=r"holds 1 whole weights, but tuner.modules_to_save=\[\] names 0") as caught:
+        check_adapter(starting_from(folder), untied)
+    assert caught.value.hint == "tuner.modules_to_save=[embed_tokens]"
+    check_adapter(starting_from(folder, modules_to_save=["embed_tokens"]), untied)

@@ -73,6 +73,8 @@ def test_frozen_weights_and_rates_reach_the_engine() -> None:
             "but model.layers.0.self_attn.k_proj has 192",
             "tuner.r=192",
         ),
+        (["tuner=full", "tuner.modules_to_save=[norm]"], "is for adapters", "tuner=lora tuner.modules_to_save=[norm]"),
+        (["tuner.modules_to_save=[lm_head]"], "its head is its embedding", "tuner.modules_to_save=[embed_tokens]"),
         (["tuner.init=pisa"], "tuner.init=pisa is none of default, pissa", "tuner.init=pissa"),
         (["tuner.loraplus_lr_ratio=0"], "should be above 0", "tuner.loraplus_lr_ratio=16"),
         ([*MOE_JOB, "tuner.quantise=nf4"], "tuner.quantise=nf4 is not built for experts", "tuner.quantise=null"),

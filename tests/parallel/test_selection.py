@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parallel.selection import SelectionError, frozen_weights, rate_ratios, weight_shapes
+from parallel.selection import SelectionError, frozen_weights, rate_ratios, saved_weights, weight_shapes
 from parallel.specs import ModelSpec
 from tests.helpers import runs
 
@@ -66,3 +66,26 @@ def test_what_cannot_be_kept_is_refused(patterns: list[str], message: str, hint:
 def test_two_rates_for_one_tensor_are_refused() -> None:
     with pytest.raises(SelectionError, match=r"optimizer\.lr_ratios: gate_proj, up_proj of layer 0 are one"):
         rate_ratios({"gate_proj": 0.5, "up_proj": 0.25}, spec("llama"))
+
+
+def test_modules_to_save_are_matched_as_peft_matches_them() -> None:
+    assert saved_weights(["embed_tokens", "lm_head"], spec("qwen2")) == {"model.embed_tokens.weight", "lm_head.weight"}
+    norms = saved_weights(["norm"], spec("qwen2"))
+    assert len(norms) == 2 * 4 + 1 and "model.layers.0.input_layernorm.weight" in norms
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["lm_head"], "'lm_head' matches no weight of its own of this llama model: its head is its embedding"),
+        (["score"], "'score' matches no weight of its own of this llama model"),
+        (
+            ["norm", "q_proj"],
+            "chooses 4 linears, first model.layers.0.self_attn.q_proj.weight: they learn by an adapter",
+        ),
+    ],
+)
+def test_modules_that_cannot_be_saved_are_refused(modules: list[str], message: str) -> None:
+    with pytest.raises(SelectionError, match=message) as caught:
+        saved_weights(modules, spec("llama"))
+    assert caught.value.hint == "tuner.modules_to_save=[embed_tokens]"
