@@ -26,15 +26,15 @@ def write_rows(folder: Path, vocabulary: int, seed: int) -> None:
         writer.finish(DataSummary("certify", "certify", f"seed-{seed}", *counts, 0, LONGEST_ROW, 0))
 
 
-def train_cell(run_dir: str, rows: str, probe: list[list[int]] | None = None) -> Any:
+def train_cell(run_dir: str, rows: str, probe: list[list[int]]) -> Any:
     """Train the run of ``run_dir`` as this rank; leaves metrics.jsonl and a checkpoint of every step there.
 
     Args:
         run_dir: holds job.yaml and plan.json.
         rows: a folder of :func:`write_rows`.
-        probe: token ids ``[rows, tokens]``; only in one process.
+        probe: token ids ``[rows, tokens]``, of a length that the topology can cut.
     Returns:
-        The trained model's logits of ``probe`` as an array ``[rows, tokens, vocabulary]``, or None.
+        The trained model's logits of ``probe`` as an array ``[rows, tokens, vocabulary]``; None before the last stage.
     """
     import torch
     import torch.distributed as dist
@@ -60,7 +60,7 @@ def train_cell(run_dir: str, rows: str, probe: list[list[int]] | None = None) ->
     train(Run(job, plan, folder, groups, cpu_group, engine, data, files, metrics), 0, StopRequest())
     if metrics is not None:
         metrics.close()
-    logits = None if probe is None else engine.logits(torch.tensor(probe)).numpy()
+    logits = engine.logits(torch.tensor(probe))
     engine.close()
     groups.close()
-    return logits
+    return None if logits is None else logits.numpy()

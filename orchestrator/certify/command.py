@@ -23,13 +23,14 @@ from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.config.loading import group_choices, override_job
 from orchestrator.errors import ConfigError
 from orchestrator.models import resolve_model
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import write_run
 from parallel.specs import ModelSpec, SpecError, read_hf_config
 
 Tick = Callable[[int, int, str], None]
 Train = Callable[..., Any]
 STEPS, SEED, BATCH = 3, 5, 12  # rows per step: dp may be 1, 2, 3, 4, 6, 12
-CELL_LIMIT_S = 180.0
+LIMIT_S = 180.0
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["gate", "gate_proj", "up_proj", "down_proj"]
 
@@ -138,7 +139,6 @@ class _Bench:
     pool: Pool
     train: Train
     moe: bool
-    probe: list[list[int]]
 
     @classmethod
     def prepared(cls, folder: Path, request: Request, config: dict[str, Any], pool: Pool, train: Train) -> _Bench:
@@ -146,48 +146,55 @@ class _Bench:
 
         make_model(config, folder / "model", SEED)
         write_rows(folder / "rows", VOCABULARY, SEED)
-        probe = np.random.Generator(np.random.PCG64(SEED)).integers(0, VOCABULARY, (2, LONGEST_ROW)).tolist()
-        return cls(folder, request, pool, train, ModelSpec.from_hf(config).is_moe, probe)
+        return cls(folder, request, pool, train, ModelSpec.from_hf(config).is_moe)
 
     def reference(self, tuner: str, words: Sequence[str]) -> Cell:
         """The row's run in one process; green when transformers or peft say the same of what it saved."""
-        layout = Layout("one", (), 1)
-        run, refused = self._planned(tuner, words, layout)
-        if refused:
-            return refused
-        try:
-            ours = self.pool.run(1, self.train, str(run), str(self.folder / "rows"), self.probe, timeout_s=CELL_LIMIT_S)
-        except RankError as error:
-            return Cell(tuner, layout, "red", reason=str(error))
-        return self._judged(tuner, layout, (self._outside(run, ours[0]),))
+        return self._trained(tuner, words, Layout("one", (), 1), lambda run: [])
 
     def cell(self, tuner: str, words: Sequence[str], layout: Layout) -> Cell:
         """One cell, compared with the row's reference."""
-        run, refused = self._planned(tuner, words, layout)
-        if refused:
-            return refused
+        one = self._run_dir(tuner, "one")
+        made = self._trained(tuner, words, layout, lambda run: errors(one, run, STEPS))
+        shutil.rmtree(self._run_dir(tuner, layout.name), ignore_errors=True)
+        return made
+
+    def _trained(
+        self, tuner: str, words: Sequence[str], layout: Layout, compared: Callable[[Path], list[Error]]
+    ) -> Cell:
+        """Plan and train a cell; its own logits must be those of its export, whatever else is compared."""
+        run, plan = self._planned(tuner, words, layout)
+        if isinstance(plan, Cell):
+            return plan
+        probe = self._probe(plan.length_multiple)
         try:
-            self.pool.run(layout.ranks, self.train, str(run), str(self.folder / "rows"), timeout_s=CELL_LIMIT_S)
+            said = self.pool.run(
+                layout.ranks, self.train, str(run), str(self.folder / "rows"), probe, timeout_s=LIMIT_S
+            )
         except RankError as error:
             return Cell(tuner, layout, "red", reason=str(error))
-        one = self._run_dir(tuner, "one")
-        found = (*errors(one, run, STEPS), self._outside(run, self._said(one)))
-        shutil.rmtree(run)
-        return self._judged(tuner, layout, found)
+        ours = next(each for each in said if each is not None)
+        return self._judged(tuner, layout, (*compared(run), self._outside(run, probe, ours)))
+
+    def _probe(self, multiple: int) -> list[list[int]]:
+        """Two rows of token ids of about the longest row's length, which is one that the topology can cut."""
+        tokens = -(-LONGEST_ROW // multiple) * multiple
+        return np.random.Generator(np.random.PCG64(SEED)).integers(0, VOCABULARY, (2, tokens)).tolist()
 
     def _judged(self, tuner: str, layout: Layout, found: tuple[Error, ...]) -> Cell:
         good = all(error.value <= error.limit for error in found)
         return Cell(tuner, layout, "green" if good else "red", found)
 
-    def _planned(self, tuner: str, words: Sequence[str], layout: Layout) -> tuple[Path, Cell | None]:
+    def _planned(self, tuner: str, words: Sequence[str], layout: Layout) -> tuple[Path, Plan | Cell]:
         """A run folder with job.yaml and plan.json; or the cell that says why there is no plan."""
         run = self._run_dir(tuner, layout.name)
         try:
             job = self._job([*words, *layout.words], layout.ranks)
-            write_run(run, replace(job, run_dir=str(run)), plan_job(job).plan.to_json())
+            plan = plan_job(job).plan
         except (ConfigError, SpecError) as error:
             return run, Cell(tuner, layout, "refused", reason=str(error))
-        return run, None
+        write_run(run, replace(job, run_dir=str(run)), plan.to_json())
+        return run, plan
 
     def _job(self, words: Sequence[str], ranks: int) -> JobConfig:
         """The user's job with the small model, on this many processes; what decides the numbers is the same in all."""
@@ -222,12 +229,9 @@ class _Bench:
     def _run_dir(self, tuner: str, name: str) -> Path:
         return self.folder / tuner / name
 
-    def _said(self, run: Path) -> Any:
-        """What transformers or peft say of the run's last checkpoint."""
+    def _outside(self, run: Path, probe: list[list[int]], ours: Any) -> Error:
+        """How far our logits are from what transformers or peft make of the run's last checkpoint."""
         from orchestrator.certify.outside import logits
 
-        return logits(self.folder / "model", run / "checkpoints" / step_name(STEPS), self.probe)
-
-    def _outside(self, run: Path, expected: Any) -> Error:
-        gap = float(np.abs(self._said(run) - expected).max())
-        return Error("logits", "of the export in transformers and peft", gap, LOGITS_ATOL)
+        said = logits(self.folder / "model", run / "checkpoints" / step_name(STEPS), probe)
+        return Error("logits", "of the export in transformers and peft", float(np.abs(said - ours).max()), LOGITS_ATOL)

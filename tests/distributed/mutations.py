@@ -64,7 +64,7 @@ def recompute_cuts_the_graph(*cell: Any) -> Any:
     from parallel.engines import megatron, megatron_model
 
     with (
-        patch.object(megatron_model, "_let_hidden_states_require_grad", lambda chunk: None),
+        patch.object(megatron_model, "_let_hidden_states_require_grad", lambda *_: None),
         patch.object(megatron._GradientWatch, "finish", lambda self: [handle.remove() for handle in self._handles]),
     ):
         return train_cell(*cell)

@@ -7,7 +7,7 @@ import torch
 
 from parallel.sequence import in_order
 from tests.helpers.attention import Case, attend_on_a_rank, whole_results
-from tests.helpers.pool import Pool
+from tests.helpers.pool import Pool, RankError
 
 CASES = {
     "as-many-groups-as-heads": Case(heads=12, groups=12),
@@ -40,7 +40,7 @@ def test_heads_that_the_ranks_do_not_divide(pool: Pool, kind: str) -> None:
     if kind == "ring":
         assert pool.run(2, attend_on_a_rank, case, kind, 2)[0][0].shape == (12, 2, 3, 8)
         return
-    with pytest.raises(AssertionError, match="ulysses over 2 ranks cannot deal out 3 heads"):
+    with pytest.raises(RankError, match="ulysses over 2 ranks cannot deal out 3 heads"):
         pool.run(2, attend_on_a_rank, case, kind, 2)
 
 
