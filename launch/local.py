@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,13 +15,13 @@ from types import FrameType
 
 from launch.environment import TERMINAL_VARIABLE, child_environment
 from launch.exits import INTERNAL, INTERRUPTED, RankExit, clear_exits, first_cause, read_exits, silent_exit
+from launch.parent import dying_with_parent
 from launch.request import Rendered
 from launch.states import clear_states, rank_pids, signal_ranks
 
 ABORTED = 130
 ORPHAN_GRACE_S = 5.0
 FAILED_RANK = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,8 @@ def _start(rendered: Rendered, log: int) -> subprocess.Popen[bytes]:
         stderr=log,
         env=child_environment(environment),
         start_new_session=True,
-        preexec_fn=_die_with_parent() if sys.platform == "linux" else None,  # safe: the launcher has no threads
+        preexec_fn=dying_with_parent(signal.SIGTERM),  # safe: the launcher has no threads
     )
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """When the launcher is killed, its child gets SIGTERM, so that ranks save and end instead of training on unseen."""
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _wait(process: subprocess.Popen[bytes], run_dir: Path, stops: Stops, say: Callable[[str], None]) -> bool:

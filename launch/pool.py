@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import queue
+import signal
 import tempfile
 import time
 import traceback
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import become_rank
+from launch.parent import dying_with_parent
 
 PEER_TIMEOUT = timedelta(seconds=120)
 
@@ -105,6 +107,8 @@ def _serve(index: int, tasks: Any, results: Any, log: Path | None) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+    if end := dying_with_parent(signal.SIGKILL):
+        end()
     become_rank(index, 1)
     import torch
 

@@ -1,0 +1,61 @@
+"""The pool: results by rank, errors with their traceback, nothing that outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.pool import Pool, RankError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rank_and_world() -> tuple[str, int]:
+    import torch.distributed as dist
+
+    return os.environ["RANK"], dist.get_world_size()
+
+
+def fail_on_rank_one() -> None:
+    if os.environ["RANK"] == "1":
+        raise ValueError("no more")
+
+
+def test_ranks_answer_in_their_order_and_a_failure_is_told(pool: Pool) -> None:
+    assert pool.run(2, rank_and_world) == [("0", 2), ("1", 2)]
+    with pytest.raises(RankError, match="rank 1 of 2:(.|\n)*ValueError: no more"):
+        pool.run(2, fail_on_rank_one)
+    assert pool.run(1, rank_and_world) == [("0", 1)]
+    with pytest.raises(ValueError, match="the pool has 4 workers, 5 asked for"):
+        pool.run(5, rank_and_world)
+
+
+def test_workers_end_with_their_parent_and_print_into_the_log(tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+from pathlib import Path
+from launch.pool import Pool
+from tests.launch.test_pool import print_pid
+pool = Pool(1, Path({str(tmp_path / "log")!r}))
+print(pool.run(1, print_pid)[0], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = [sys.executable, "-c", program]
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=120)
+    pid = int(done.stdout)
+    assert (tmp_path / "log").read_text().strip().endswith(f"worker {pid}") and "worker" not in done.stderr
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def print_pid() -> int:
+    print(f"worker {os.getpid()}", flush=True)
+    return os.getpid()
