@@ -28,7 +28,7 @@ def fail_on_rank_one() -> None:
 
 def test_ranks_answer_in_their_order_and_a_failure_is_told(pool: Pool) -> None:
     assert pool.run(2, rank_and_world) == [("0", 2), ("1", 2)]
-    with pytest.raises(RankError, match="rank 1 of 2:(.|\n)*ValueError: no more"):
+    with pytest.raises(RankError, match=r"rank 1 of 2:(.|\n)*ValueError: no more"):
         pool.run(2, fail_on_rank_one)
     assert pool.run(1, rank_and_world) == [("0", 1)]
     with pytest.raises(ValueError, match="the pool has 4 workers, 5 asked for"):
