@@ -119,7 +119,11 @@ def test_two_launches_do_not_train_in_one_folder(tmp_path: Path) -> None:
         ("tuner.targets=[q_proj]", "was trained with tuner.targets=all-linear", "tuner.targets=all-linear   or"),
         ("tuner.dora=true", "was trained with tuner.dora=false", "tuner.dora=false   or"),
         ("tuner.init=pissa", "was trained with tuner.init=default", "tuner.init=default   or"),
-        ("tuner.modules_to_save=[norm]", "was trained with tuner.modules_to_save=[]", "tuner.modules_to_save=[]   or"),
+        (
+            "tuner.modules_to_save=[norm]",
+            "was trained with tuner.modules_to_save=[]",
+            "'tuner.modules_to_save=[]'   or",
+        ),
         ("tuner=full", "was trained with tuner.name=lora", "tuner.name=lora   or"),
     ],
 )
