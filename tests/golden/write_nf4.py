@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import save_file
 
 
 def main() -> None:
     """One weight of rows of very unequal size, a row of zeros among them, and one in bf16."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # not among the project's dependencies
+
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(96, 320, generator=generator) * torch.linspace(0.001, 2, 96)[:, None]
     weight[7] = 0
