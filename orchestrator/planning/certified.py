@@ -91,7 +91,9 @@ def with_family(family: str, green: Mapping[str, set[Pair]]) -> str:
 
 
 def warning(job: JobConfig, plan: Plan, family: str) -> str:
-    """What to tell the user of a plan that the shipped certificate does not cover; empty when it does."""
+    """What to tell the user of a plan that the shipped certificate does not cover; empty when it does, or none is."""
+    if not SHIPPED.is_file():
+        return ""
     missing, tuner = uncovered(job, plan, family), tuner_name(job)
     if missing is None:
         return f"not certified: {tuner} on {family} (isotrain certify with the same model shows whether it holds)"

@@ -10,14 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.certify import report
 from orchestrator.certify.command import Cell, Request, certify, tuner_rows
 from orchestrator.certify.comparing import Error, errors
 from orchestrator.certify.grid import Layout, layouts
 from orchestrator.certify.report import MARK, certificate, certified, counts, markdown, render, write_certificate
 from orchestrator.certify.shrinking import shrunken
 from orchestrator.checkpoint.save import Contents, save
+from orchestrator.commands import plan_job
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError
+from orchestrator.planning import certified as certified_plans
 from parallel.capabilities import legal_tensor_sizes, quantised_tensor_sizes
 from parallel.shards import Box, Shard
 from parallel.specs import ModelSpec
@@ -131,3 +134,30 @@ def test_a_page_without_marks_is_refused_before_anything_is_trained(tmp_path: Pa
     with pytest.raises(ConfigError, match="has no two marks"):
         certified(Request(compose_job(["model=smollm2_135m"])), tmp_path / "c.json", page, as_json=False)
     assert MARK.format(name="llama") == "<!-- certified llama -->"
+
+
+def test_what_is_shipped_is_what_was_green_together_and_nowhere_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certified_plans, "SHIPPED", tmp_path / "certified.json")
+    monkeypatch.setattr(report, "SHIPPED", tmp_path / "certified.json")
+
+    def warned(*words: str) -> str:
+        alone = ["topology.tp=1", "topology.pp=1", "topology.dp=1"]
+        return plan_job(compose_job(["model=qwen3_8b", "cluster.memory_gib=600", *alone, *words])).warning
+
+    assert warned("topology.tp=2") == ""  # nothing is shipped
+
+    def cell(verdict: str, *words: str) -> Cell:
+        return Cell("lora", Layout("-", words, 2), verdict)
+
+    tp, pp, sp = "topology.tp=2", "topology.pp=2", "topology.sp=true"
+    report.ship("qwen3", [cell("green"), cell("green", tp, sp), cell("green", tp, pp), cell("green", "topology.dp=2")])
+    assert [warned("topology.tp=2"), warned("topology.tp=2", sp)] == ["", ""]
+    words = "lora on qwen3 with pp with sp (isotrain certify shows whether it holds)"
+    assert warned("topology.tp=2", "topology.pp=2", sp).endswith(words)
+    assert warned("tuner=full").startswith("not certified: full on qwen3 (isotrain certify")
+    report.ship("qwen3", [cell("green", tp), cell("red", tp, pp)])
+    assert "with pp, pp with tp, tp (" in warned("topology.tp=2", "topology.pp=2")
+    report.ship("llama", [cell("green")])
+    assert set(certified_plans.shipped()) == {"qwen3", "llama"}
