@@ -243,10 +243,17 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} should be at least 1")
+    return number
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="DIR", help="a run folder, a checkpoint, an adapter or a model")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)")
+    parser.add_argument("--max-new-tokens", type=_at_least_one, default=64, metavar="N", help="longest answer (64)")
     parser.add_argument("--compare", action="store_true", help="show what the base model says, too")
 
 

@@ -19,7 +19,7 @@ from launch.states import clear_states
 from orchestrator.config.building import read_job
 from orchestrator.config.job import ClusterConfig, JobConfig
 from orchestrator.config.loading import compose_job, override_job
-from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.errors import ConfigError, DataError, ExitCode
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, locked, write_run
 from parallel.specs import ClusterSpec, ModelSpec, SpecError
@@ -37,6 +37,13 @@ class Planned:
     job: JobConfig
     model: ModelSpec
     plan: Plan
+
+    @property
+    def words(self) -> str:
+        """What will run, in a line."""
+        plan = self.plan
+        idle = f", {plan.ranks_idle} idle" if plan.ranks_idle else ""
+        return f"plan: {plan.topology} on {plan.ranks_used} ranks{idle}, {plan.precision} on {plan.device}"
 
     @property
     def warning(self) -> str:
@@ -136,6 +143,7 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     rendered = rendered_launch(planned, run_dir)
     make_folder(run_dir)
     say(decision.message)
+    say(planned.words)
     if planned.warning:
         say(planned.warning)
     with locked(run_dir):
@@ -203,6 +211,7 @@ def prepare_by_hand(overrides: Sequence[str], nodes: int, ranks_per_node: int, s
         make_folder(run_dir)
         stack.enter_context(locked(run_dir))
         write_run(run_dir, job, planned.plan.to_json())
+        print(planned.words, file=sys.stderr, flush=True)
         clear_exits(run_dir)
         clear_states(run_dir)
     print(decision.message, file=sys.stderr, flush=True)
@@ -282,12 +291,24 @@ def export(path: Path, to: str, out: Path) -> Path:
     from orchestrator.checkpoint.export import export_adapter, export_merged
     from orchestrator.checkpoint.load import open_checkpoint
 
-    checkpoint = open_checkpoint(path.expanduser(), verify=True).folder
+    try:
+        checkpoint = open_checkpoint(path.expanduser(), verify=True).folder
+    except DataError as error:
+        raise _with_older(error, path, to, out) from error
     if to == "peft":
         export_adapter(checkpoint, out)
     else:
         export_merged(checkpoint, base_folder(checkpoint), out)
     return out
+
+
+def _with_older(error: DataError, path: Path, to: str, out: Path) -> DataError:
+    """The same error, with the newest checkpoint that is whole as its hint."""
+    from orchestrator.checkpoint.load import find_latest_good
+
+    folder = path.expanduser() / "checkpoints"
+    good = find_latest_good(folder)[0] if folder.is_dir() and not error.hint else None
+    return DataError(str(error), f"isotrain export {good.folder} --to {to} {out}") if good else error
 
 
 def base_folder(checkpoint: Path) -> Path:

@@ -102,7 +102,7 @@ def decide_train(run_dir: Path, job: JobConfig) -> Decision:
     if blocking:
         more = [("steps", before.steps, job.steps)] if job.steps > before.steps else []
         raise _another_run(run_dir, step, blocking + more)
-    return _go_on(run_dir, step, job)
+    return _go_on(run_dir, step, before, job)
 
 
 def is_ours(run_dir: Path) -> bool:
@@ -150,23 +150,39 @@ def decide_resume(run_dir: Path, job: JobConfig) -> Decision:
     if step >= job.steps and (changed or job.steps < step):
         words = f"{run_dir} has done {step} steps, and steps={job.steps} asks for no more"
         changes = "".join(f" {quote_override(key, new)}" for key, (_, new) in changed.items())
-        raise ConfigError(words, f"isotrain resume {run_dir}{changes} steps={step + max(1, before.steps)}")
-    return _go_on(run_dir, step, job)
+        raise ConfigError(words, f"isotrain resume {run_dir}{changes} steps={step + 1}")
+    return _go_on(run_dir, step, before, job)
 
 
-def _go_on(run_dir: Path, step: int, job: JobConfig) -> Decision:
+def _go_on(run_dir: Path, step: int, before: JobConfig, job: JobConfig) -> Decision:
+    if step >= job.steps and not is_whole(run_dir, step):
+        return Decision("resume", 0, f"the checkpoint of step {step} in {run_dir} is damaged: going on before it")
     if step >= job.steps:
         return Decision(
             "finished",
             step,
             f"{run_dir} is finished: {step} of {job.steps} steps (more: isotrain resume {run_dir} steps=N)",
         )
-    return Decision("resume", step, f"resuming {run_dir} after step {step} of {job.steps}")
+    words = f"resuming {run_dir} after step {step} of {job.steps}"
+    if job.steps != before.steps and job.optimizer.schedule != "constant":
+        words += f" (the {job.optimizer.schedule} schedule ended at step {before.steps} until now)"
+    return Decision("resume", step, words)
+
+
+def is_whole(run_dir: Path, step: int) -> bool:
+    """Whether a checkpoint is all there and unchanged; its files are hashed."""
+    from orchestrator.checkpoint.load import open_checkpoint  # imports torch, which takes two seconds
+
+    try:
+        open_checkpoint(run_dir, step, verify=True)
+    except DataError:
+        return False
+    return True
 
 
 def _another_run(run_dir: Path, step: int, blocking: list[tuple[str, Any, Any]]) -> ConfigError:
     lines = [f"  {key}: {as_override(old)} -> {as_override(new)}" for key, old, new in blocking]
-    changes = " ".join(quote_override(key, new) for key, _, new in blocking)
+    changes = " ".join(quote_override(key, new) for key, _, new in blocking if key != "steps" or new > step)
     goes_on = not any(key in SHAPE_KEYS for key, _, _ in blocking)
     return ConfigError(
         f"run_dir={run_dir} holds another run, at step {step}; it differs in\n" + "\n".join(lines),

@@ -181,7 +181,7 @@ def _open_data(me: RankEnvironment, job: JobConfig, cpu_group: dist.ProcessGroup
     dist.monitored_barrier(group=cpu_group, timeout=DATA_TIMEOUT)
     data = data or prepared()
     if me.rank == 0:
-        for line in data.summary.messages():
+        for line in [data.summary.epochs(job.steps, job.batch.global_sequences), *data.summary.messages()]:
             print(line, file=sys.stderr, flush=True)
     return data
 

@@ -214,7 +214,8 @@ class _Bench:
             *("checkpoint.every_steps=1", "checkpoint.keep=0", "tuner.r=4", "tuner.alpha=8"),
         ]
         targets = asked.targets if asked.targets != TunerConfig().targets else self._targets(words)
-        fixed.append(f"tuner.targets={as_override(targets)}")
+        if "tuner=full" not in words:
+            fixed.append(f"tuner.targets={as_override(targets)}")
         tuner = [word for word in words if word.startswith("tuner=")]
         rest = [word for word in words if not word.startswith("tuner=")]
         return override_job(job_to_yaml(self.request.job), [*tuner, *fixed, *rest])

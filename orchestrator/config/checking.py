@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.config.job import JobConfig
+from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -66,7 +66,8 @@ def check_values(job: JobConfig) -> None:
         value = _value(job, key)
         for item in value if isinstance(value, list) else [value]:
             if item is not None and item not in choices:
-                near = (difflib.get_close_matches(item, choices, n=1) or [choices[0]])[0]
+                meant = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32"}.get(str(item), str(item))
+                near = (difflib.get_close_matches(meant, choices, n=1) or [choices[0]])[0]
                 proposal = f"[{near}]" if isinstance(value, list) else near
                 raise ConfigError(f"{key}={item} is none of {', '.join(choices)}", f"{key}={proposal}")
     for key, (asked, is_right, example) in RANGES.items():
@@ -86,6 +87,9 @@ def _check_tuner(job: JobConfig) -> None:
     tuner, ratios = job.tuner, job.optimizer.lr_ratios
     if tuner.name == "full":
         asked = {"dora=true": tuner.dora, "init=pissa": tuner.init == "pissa"}
+        asked[f"targets={tuner.targets if isinstance(tuner.targets, str) else as_list(tuner.targets)}"] = (
+            tuner.targets != TunerConfig().targets  # somebody means that only these learn, and everything would
+        )
         asked[f"modules_to_save={as_list(tuner.modules_to_save)}"] = bool(tuner.modules_to_save)
         asked[f"loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}"] = tuner.loraplus_lr_ratio != 1
         for setting in (setting for setting, is_asked in asked.items() if is_asked):

@@ -74,6 +74,8 @@ def unknown_key(key: str, keys: Sequence[str], groups: Collection[str] = (), val
     for known, names in ELSEWHERE.items():
         if last in names and known in keys:
             typed = "VALUE" if last in OTHER_VALUES else value
+            if known == "precision" and last in ("bf16", "fp32") and value.lower() == "true":
+                typed = last
             return ConfigError(f"unknown key {key!r}; here it is {known!r}", f"{known}={typed}")
     near = difflib.get_close_matches(key, [*keys, *groups], n=1, cutoff=0.6)
     if not near:  # perhaps the section is missing or wrong: lr instead of optimizer.lr

@@ -57,12 +57,22 @@ def to_messages(row: Any, format_name: str) -> Messages:
             raise BadRow("missing field", f"no {column!r} (rows of this file are read as {format_name})")
     if row.get("tools"):
         raise BadRow("unsupported", "'tools' is not supported")
-    messages = read(row)
+    messages = _with_system(row, read(row))
     if all(message["role"] != "assistant" for message in messages):
         raise BadRow("no assistant turn", "no assistant turn: there is nothing to learn")
     if messages[0]["role"] == "assistant":
         raise BadRow("no question", "the conversation starts with an assistant turn: it answers nothing")
     return messages
+
+
+def _with_system(row: Mapping[str, Any], messages: Messages) -> Messages:
+    """A ``system`` column beside the turns speaks first, as elsewhere."""
+    system = row.get("system")
+    if system is None or system == "":
+        return messages
+    if messages[0]["role"] == "system":
+        raise BadRow("two systems", "there is a 'system' column, and the first turn is a system turn too")
+    return [{"role": "system", "content": _text(system, "system", may_be_empty=True)}, *messages]
 
 
 def _from_messages(row: Mapping[str, Any]) -> Messages:
@@ -82,7 +92,19 @@ def _from_alpaca(row: Mapping[str, Any]) -> Messages:
         raise BadRow("wrong type", f"'input' is {_kind(details)}, not text")
     if details and details.strip():
         question = f"{question}\n\n{_text(details, 'input')}"
-    return _exchange(question, _text(row["output"], "output"))
+    return [*_history(row.get("history")), *_exchange(question, _text(row["output"], "output"))]
+
+
+def _history(value: Any) -> Messages:
+    """Earlier exchanges of an alpaca row: a list of ``[question, answer]``."""
+    if value is None or value in ("", []):
+        return []
+    messages: Messages = []
+    for index, pair in enumerate(_listed(value, "history")):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow("wrong type", f"history[{index}] is no pair of a question and an answer")
+        messages += _exchange(*(_text(text, f"history[{index}][{side}]") for side, text in enumerate(pair)))
+    return messages
 
 
 def _from_completion(row: Mapping[str, Any]) -> Messages:

@@ -34,6 +34,10 @@ TRAIN_ON = ("assistant", "last", "all")
 CHOICES = {"data.on_bad_row": ("error", "skip"), "objective.name": ("sft",), "objective.train_on": TRAIN_ON}
 BATCH_ROWS = 512
 SKIP_HINT = "mend the row, or skip and count such rows with data.on_bad_row=skip"
+HINTS = {
+    "unknown columns": "rename the columns, for example to prompt and completion (docs: data.md lists the formats)",
+    "nothing to learn after the cut": "a larger batch.sequence_tokens=N, or data.on_bad_row=skip",
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class _Tally:
     on_bad_row: str
     skipped: dict[str, SkippedRows] = field(default_factory=dict)
 
-    def bad(self, place: str, row: BadRow, hint: str = SKIP_HINT) -> None:
+    def bad(self, place: str, row: BadRow) -> None:
         if self.on_bad_row == "error":
-            raise DataError(f"{self.file}, {place}: {row}", hint)
+            raise DataError(f"{self.file}, {place}: {row}", HINTS.get(row.kind, SKIP_HINT))
         before = self.skipped.get(row.kind) or SkippedRows(row.kind, 0, place, str(row))
         self.skipped[row.kind] = SkippedRows(row.kind, before.count + 1, before.first_place, before.first_message)
 

@@ -52,6 +52,19 @@ class DataSummary:
         """How many rows were skipped, for any reason."""
         return sum(skipped.count for skipped in self.skipped)
 
+    def epochs(self, steps: int, global_sequences: int) -> str:
+        """How much there is, and how often a run goes through it.
+
+        Example:
+            >>> DataSummary("", "", "", 6, 600, 120, 200, 0, 512, 0).epochs(steps=3, global_sequences=4)
+            'data: 6 rows, 600 tokens, of which 120 are learned; 3 steps of 4 rows are 2 epochs'
+        """
+        epochs = steps * global_sequences / self.rows
+        return (
+            f"data: {self.rows} rows, {self.tokens} tokens, of which {self.label_tokens} are learned; "
+            f"{steps} steps of {global_sequences} rows are {epochs:.3g} epochs"
+        )
+
     def messages(self) -> list[str]:
         """What the user should know, a line each; empty when every row was taken whole."""
         lines = []

@@ -21,10 +21,10 @@ BEFORE_ANYTHING_STARTS: dict[str, tuple[dict[str, object], int, str, str]] = {
         "nowhere.jsonl: there is no such file",
         "data=lighthouse",
     ),
-    "no model folder": ({"model__path": "nowhere"}, 64, "model.path=nowhere: no such folder", "model.path="),
+    "no model folder": ({"model__path": "nowhere"}, 64, "model.path=nowhere is no folder here", "model.path="),
     "no model in the folder": ({"model__path": "."}, 64, "no Hugging Face model", "model.path="),
-    "unknown key": ({"optimizer__lrr": 1}, 64, "'optimizer.lr'", "optimizer.lr=VALUE"),
-    "unknown section": ({"optimiser__lr": 1}, 64, "'optimizer.lr'", "optimizer.lr=VALUE"),
+    "unknown key": ({"optimizer__lrr": 1}, 64, "'optimizer.lr'", "optimizer.lr=1"),
+    "unknown section": ({"optimiser__lr": 1}, 64, "'optimizer.lr'", "optimizer.lr=1"),
     "unknown choice": ({"cluster": "laptpo"}, 64, "no configs/cluster/laptpo.yaml", "cluster=laptop"),
     "wrong type": ({"steps": "many"}, 64, "steps='many' should be a whole number", "steps=100"),
     "out of range": ({"steps": 0}, 64, "steps=0 should be at least 1", "steps=1"),
@@ -169,6 +169,21 @@ def test_no_space_left_ends_with_71_and_leaves_the_last_good_checkpoint(
     shell.isotrain(*argv[3:])  # with room again the same command goes on
     assert close(uninterrupted.losses, {step: loss for step, loss in run.losses.items() if step < 7}, 0)
     assert run.steps[-1] == 7
+
+
+def test_a_finished_run_whose_end_is_damaged_is_not_finished(
+    shell: Shell, uninterrupted: Folder, tmp_path: Path
+) -> None:
+    run = uninterrupted.copied(tmp_path / "run")
+    flip_a_bit(run.checkpoint(6) / "adapter/adapter_model.safetensors")
+    out = tmp_path / "adapter"
+    refused = shell.isotrain("export", str(run.path), "--to", "peft", str(out), code=65)
+    assert refused.hint == f"isotrain export {run.path}/checkpoints/step-000003 --to peft {out}"
+    shell.isotrain(*shlex.split(refused.hint)[1:])
+    done = shell.isotrain("resume", str(run.path), "--json")
+    assert "the checkpoint of step 6" in done.err and "is damaged: going on before it" in done.err
+    assert done.json["step"] == 6 and close(uninterrupted.losses, run.losses)
+    assert "is finished: 6 of 6" in shell.isotrain("resume", str(run.path), "--json").json["message"]
 
 
 def flip_a_bit(file: Path) -> None:

@@ -61,6 +61,7 @@ def fake_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         return Rendered((sys.executable, "-c", RANK, str(run_dir)), tuple(one.items()))
 
     monkeypatch.setattr(commands, "rendered_launch", rendered)
+    monkeypatch.setattr("orchestrator.runs.is_whole", lambda run_dir, step: True)  # it leaves empty checkpoints
     monkeypatch.chdir(ROOT)
 
 
@@ -121,6 +122,7 @@ def test_every_command_helps_with_an_example_and_the_exit_codes(name: str, capsy
         ),
         (["train", *TINY, "run_dir=/proc/nope"], "run_dir=/proc/nope cannot be made", "run_dir=ANOTHER"),
         (["resume", "/no/run"], "is no run folder", "isotrain train"),
+        (["generate", "x", "--prompt", "y", "--max-new-tokens", "0"], "0 should be at least 1", "isotrain generate"),
         (["resume"], "isotrain resume: the following arguments are required: DIR\n", "isotrain resume runs/first"),
         (["plan"], "model.path is not set", "model=smollm2_135m"),
         (["generate", "/no/run", "--prompt", "x"], "there is no folder /no/run", "isotrain generate"),

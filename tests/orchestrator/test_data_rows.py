@@ -316,3 +316,18 @@ def test_alpaca_rows_reach_the_tokens(tmp_path: Path, tokenizer_folder: Path) ->
     tokenizer = load(tokenizer_folder)
     assert tokenizer.decode(tokens[learned]) == ANSWER + "<|im_end|>"
     assert tokenizer.decode(tokens).startswith(f"<|im_start|>user\n{QUESTION}<|im_end|>")
+
+
+def test_system_and_history_columns_are_not_lost() -> None:
+    row = {"instruction": "q", "output": "a", "history": [["old q", "old a"]], "system": "be brief"}
+    turns = [(message["role"], message["content"]) for message in to_messages(row, "alpaca")]
+    earlier = [("system", "be brief"), ("user", "old q"), ("assistant", "old a")]
+    assert turns == [*earlier, ("user", "q"), ("assistant", "a")]
+    given = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "be brief"}
+    assert to_messages(given, "sharegpt")[0] == {"role": "system", "content": "be brief"}
+    assert to_messages({"prompt": "q", "completion": "a", "system": ""}, "prompt/completion")[0]["role"] == "user"
+    twice = {"messages": [{"role": "system", "content": "x"}, *to_messages(row, "alpaca")[1:]], "system": "y"}
+    with pytest.raises(BadRow, match="a 'system' column, and the first turn is a system turn too"):
+        to_messages(twice, "messages")
+    with pytest.raises(BadRow, match=r"history\[0\] is no pair"):
+        to_messages(row | {"history": ["q"]}, "alpaca")

@@ -16,6 +16,12 @@ from orchestrator.runs import decide_resume, decide_train, latest_step, locked, 
 JOB = JobConfig(steps=10)
 
 
+@pytest.fixture(autouse=True)
+def empty_checkpoints_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real thing: tests/end_to_end/test_bad_input.py."""
+    monkeypatch.setattr("orchestrator.runs.is_whole", lambda run_dir, step: True)
+
+
 def make_run(run_dir: Path, *steps: int, latest: str | None = None, job: JobConfig = JOB) -> Path:
     write_run(run_dir, job, "{}")
     for step in steps:

@@ -86,6 +86,12 @@ def test_what_means_nothing_is_refused(overrides: list[str], message: str, hint:
     assert message in str(caught.value) and caught.value.hint.startswith(hint)
 
 
+def test_targets_beside_full_tuning_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tuner\.targets=\[q_proj\] is for adapters") as caught:
+        compose_job(["tuner=full", "tuner.targets=[q_proj]"])
+    assert caught.value.hint == "tuner=lora tuner.targets=[q_proj]"
+
+
 def test_special_adapters_on_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.planning import tuning
 
