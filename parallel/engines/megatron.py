@@ -126,7 +126,8 @@ class MegatronEngine:
             chunk.eval()
         with torch.no_grad():
             batch = MicroBatch(tokens, torch.full_like(tokens, -100), tuple(range(tokens.shape[0])))
-            self._run_schedule([batch], forward_only=True, loss=collect)
+            rounds = self._groups.topology.pp if self._spec.vpp else 1  # the interleaved schedule runs so many at least
+            self._run_schedule([batch] * rounds, forward_only=True, loss=collect)
         return found[0] if found else None
 
     def shards(self) -> Iterator[Shard]:
