@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(shell (pwd; cat constraints.txt pyproject.toml
 DEMO_DIR ?= runs/demo
 ARGS ?=
 
-.PHONY: help setup model demo test lint format certify bench-train clean
+.PHONY: help setup model demo test grid lint format certify bench-train clean
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s '@'
 
@@ -34,9 +34,12 @@ model: setup  ## put SmolLM2-135M-Instruct into the cache, once (25 s)
 demo: setup  ## plan, train, resume elsewhere, export, compare; checks its own result (under 10 minutes)
 	@$(BIN)/python -m orchestrator.demo $(DEMO_DIR)
 
-test: setup  ## all tests with coverage of every process; ARGS="-k name" for some
+test: setup  ## all tests but the finer grid, with coverage of every process; ARGS="-k name" for some
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+	@$(BIN)/python -m pytest -m "not grid" --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+
+grid: setup  ## the finer grid of topologies: more cells of what make test holds
+	@$(BIN)/python -m pytest -m grid $(ARGS)
 
 lint: setup  ## ruff and mypy; all three, also after the first complaint
 	@code=0; $(BIN)/ruff check . || code=1; $(BIN)/ruff format --check . || code=1; $(BIN)/mypy || code=1; exit $$code
