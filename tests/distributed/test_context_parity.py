@@ -29,7 +29,12 @@ LORA = Run(tokens=24, dropout=0.3, changes=GROUPED)
 FULL = Run(tokens=24, full=True, changes=GROUPED)
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+FINER = ("cp3", "cp4-ulysses", "cp2-pp2")  # of the topologies: for make grid
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.grid] * (name in FINER)) for name in TOPOLOGIES]
+)
 def test_lora_with_dropout_on_cut_rows_equals_one_process(pool: Pool, name: str) -> None:
     assert_same(pool, LORA, LORA.on(**TOPOLOGIES[name]))
 

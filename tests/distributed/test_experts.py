@@ -77,7 +77,12 @@ SUBSUMED = ("ep2-dp4", "tp2-etp2", "ep2-tp2-dp2")  # for full tuning, by the cas
 
 @pytest.mark.parametrize(
     ("what", "name"),
-    [("experts", name) for name in TOPOLOGIES] + [("full", name) for name in TOPOLOGIES if name not in SUBSUMED],
+    [("experts", name) for name in TOPOLOGIES]
+    + [
+        pytest.param("full", name, marks=[pytest.mark.grid] * ("distributed" not in name and name != "ep2-pp2"))
+        for name in TOPOLOGIES
+        if name not in SUBSUMED
+    ],
 )
 def test_a_run_equals_one_process(pool: Pool, one_process: Callable[[Run], Outcome], what: str, name: str) -> None:
     assert_same(pool, one_process(RUNS[what]), RUNS[what].on(**TOPOLOGIES[name]))
