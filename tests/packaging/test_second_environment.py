@@ -86,7 +86,7 @@ def test_a_run_of_one_step_on_the_shipped_data(
     installed: Installed, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
-    shutil.copytree(tiny_model("llama", vocab_size=270), model)
+    shutil.copytree(tiny_model("llama", vocab_size=270, max_position_embeddings=512), model)
     write_tokenizer(model)
     words = ("data=lighthouse", "cluster=one", "steps=1", f"batch.global_sequences={ROWS}", "run_dir=runs/one")
     installed.run("isotrain", "train", f"model.path={model}", *words)
