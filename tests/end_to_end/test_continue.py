@@ -71,7 +71,7 @@ def test_by_hand_on_two_nodes_every_rank_is_used_and_the_run_is_the_same(
     done = shell.torchrun_nodes(2, 1, "train", *words)
     assert close(uninterrupted.losses, run.losses) and run.steps == uninterrupted.steps
     assert [node.err.count("step 6/6") for node in done] == [1, 0]
-    one = tiny_run_model.words(topology__pp=1, topology__dp=1, run_dir=tmp_path / "refused")
+    one = tiny_run_model.words(topology__tp=1, topology__pp=1, topology__dp=1, run_dir=tmp_path / "refused")
     refused = shell.torchrun_nodes(2, 1, "train", *one, code=1)
     assert "on cluster.nodes=2 all must be used" in refused[0].err
 
