@@ -15,6 +15,7 @@ from pathlib import Path
 
 # The codes that this package must tell apart; the orchestrator's ExitCode has the same numbers (a test compares).
 INTERNAL, RESOURCES, INTERRUPTED, PEER_LOST = 70, 71, 85, 86
+RUN_AGAIN = "run the same command again: it goes on from what is saved"
 OWN_CODES = frozenset({1, 64, 65, INTERNAL, RESOURCES, INTERRUPTED, PEER_LOST, 93, 130})
 
 
@@ -130,9 +131,7 @@ def silent_exit(rank: int, return_code: int | None, out_of_memory: bool) -> Rank
     if return_code is not None and return_code > 0:
         code = return_code if return_code in OWN_CODES else INTERNAL
         return _silent(rank, code, "Unsaid", f"rank {rank} {how}", hint)
-    return _silent(
-        rank, PEER_LOST, "Killed", f"rank {rank} {how}", "run the same command again: it goes on from what is saved"
-    )
+    return _silent(rank, PEER_LOST, "Killed", f"rank {rank} {how}", RUN_AGAIN)
 
 
 def _silent(rank: int, code: int, cause: str, message: str, hint: str) -> RankExit:

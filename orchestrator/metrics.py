@@ -91,7 +91,7 @@ class _Jsonl:
         self._stream = file.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        line = {"step": step} | {name: _jsonable(value) for name, value in values.items()}
+        line = {"step": step} | {name: jsonable(value) for name, value in values.items()}
         self._stream.write(json.dumps(line, allow_nan=False) + "\n")
         self._stream.flush()
 
@@ -106,7 +106,7 @@ def _is_before(line: str, first_step: int) -> bool:
         return False  # half a line
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """JSON knows no nan and no infinity: null stands for both."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

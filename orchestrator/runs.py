@@ -156,7 +156,7 @@ def decide_resume(run_dir: Path, job: JobConfig) -> Decision:
 
 def _go_on(run_dir: Path, step: int, before: JobConfig, job: JobConfig) -> Decision:
     if step >= job.steps and not is_whole(run_dir, step):
-        return Decision("resume", 0, f"the checkpoint of step {step} in {run_dir} is damaged: going on before it")
+        return Decision("resume", step, f"the checkpoint of step {step} in {run_dir} is damaged: going on before it")
     if step >= job.steps:
         return Decision(
             "finished",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.environment import LaunchError, terminal_descriptor
-from launch.exits import write_exit
+from launch.exits import RUN_AGAIN, write_exit
 from launch.output import redirect
 from launch.states import enter, leave
 from launch.stop import StopRequest
@@ -74,8 +74,7 @@ def explain(error: BaseException) -> Explanation:
         return Explanation(ExitCode.RESOURCES, "NoSpace", _no_space(error), "free some space, or run_dir=ELSEWHERE")
     if _is_lost_peer(error):
         first = message.splitlines()[0]
-        hint = "run the same command again: it goes on from what is saved"
-        return Explanation(ExitCode.PEER_LOST, "PeerLost", f"another rank is gone: {first}", hint)
+        return Explanation(ExitCode.PEER_LOST, "PeerLost", f"another rank is gone: {first}", RUN_AGAIN)
     return Explanation(ExitCode.INTERNAL, cause, f"{cause}: {message}".rstrip(": "), unexpected=True)
 
 

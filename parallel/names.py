@@ -262,7 +262,7 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
     for target in [targets] if isinstance(targets, str) else targets:
         found = {module for module in modules if module == target or module.endswith("." + target)}
         if not found:
-            near = difflib.get_close_matches(target, leaves, n=3, cutoff=0.3) or leaves
+            near = near_names(target, leaves)
             raise TargetError(
                 f"tuner.targets: {target!r} matches no linear layer of this {spec.family} model",
                 f"near names: {', '.join(near)}; for example tuner.targets=[{near[0]}] or tuner.targets=all-linear",
@@ -290,6 +290,16 @@ def _whole_experts(chosen: frozenset[str], spec: ModelSpec) -> frozenset[str]:
     return chosen
 
 
+def near_names(word: str, known: list[str]) -> list[str]:
+    """Up to three names that look like ``word``; all where none does.
+
+    Example:
+        >>> near_names("q_prj", ["q_proj", "up_proj", "lm_head"])[0]
+        'q_proj'
+    """
+    return difflib.get_close_matches(word, known, n=3, cutoff=0.3) or known
+
+
 def _by_expression(expression: str, modules: list[str], leaves: list[str]) -> frozenset[str]:
     try:
         pattern = re.compile(expression)
@@ -299,7 +309,7 @@ def _by_expression(expression: str, modules: list[str], leaves: list[str]) -> fr
         ) from error
     found = frozenset(module for module in modules if pattern.fullmatch(module))
     if not found:
-        near = difflib.get_close_matches(expression, leaves, n=3, cutoff=0.3) or leaves
+        near = near_names(expression, leaves)
         raise TargetError(
             f"tuner.targets: {expression!r} matches no linear layer (a string must match the whole path, such as "
             f"{modules[0]})",

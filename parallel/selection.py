@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -52,6 +51,8 @@ def frozen_weights(patterns: Sequence[str], spec: ModelSpec) -> frozenset[str]:
         >>> sorted(frozen_weights(["embed_tokens", ".*norm"], tiny))[:2]
         ['model.embed_tokens.weight', 'model.layers.0.input_layernorm.weight']
     """
+    if not patterns:
+        return frozenset()
     chosen = {name: 1.0 for pattern in patterns for name in _chosen(pattern, spec, "tuner.freeze")}
     if len(chosen) == len(weight_shapes(spec)):
         raise SelectionError(f"tuner.freeze={list(patterns)} leaves nothing to train", "tuner.freeze=[embed_tokens]")
@@ -103,7 +104,8 @@ def rate_ratios(patterns: Mapping[str, float], spec: ModelSpec) -> dict[str, flo
         for pattern, ratio in patterns.items()
         for name in _chosen(pattern, spec, "optimizer.lr_ratios")
     }
-    _check_fused(chosen, spec, "optimizer.lr_ratios")
+    if chosen:
+        _check_fused(chosen, spec, "optimizer.lr_ratios")
     return chosen
 
 
@@ -120,7 +122,7 @@ def _chosen(pattern: str, spec: ModelSpec, key: str) -> list[str]:
             found.append(name)
     if not found:
         leaves = sorted({name.split(".")[-2] for name in every})
-        near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3) or leaves
+        near = names.near_names(pattern, leaves)
         raise SelectionError(
             f"{key}: {pattern!r} matches no weight of this {spec.family} model (a regular expression must match the "
             f"whole name, such as {every[1]})",

@@ -44,19 +44,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def _save_tiny(mapping: dict[str, Any], folder: Path) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from orchestrator.certify.outside import make_model
 
-    torch.manual_seed(7)
-    kind = mapping["model_type"]
-    rest = {key: value for key, value in mapping.items() if key != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **rest))
-    with torch.no_grad():  # norms and biases that are not ones and zeros, so that losing one shows
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            else:
-                parameter.mul_(4)
-            assert "inv_freq" not in name
-    model.save_pretrained(folder)
+    make_model(mapping, folder, seed=7)
     return folder

@@ -19,6 +19,7 @@ from typing import Any
 from launch.environment import child_environment, rank_variables
 from orchestrator.bench.case import SHAPES, Case, Measured
 from orchestrator.errors import ResourceError
+from orchestrator.pages import between_marks
 
 SIDES = ("theirs", "ours")
 PRECISIONS = ("fp32", "bf16")
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = {"first_step_s": times, "median_s": statistics.median(times)}
     print(json.dumps(summary) if options.json else text)
     for path in options.write:
-        path.write_text(replaced(path.read_text(encoding="utf-8"), options.what, text), encoding="utf-8")
+        page = between_marks(path.read_text(encoding="utf-8"), MARK.format(name=options.what), text)
+        path.write_text(page, encoding="utf-8")
     return 0
 
 
@@ -127,19 +129,6 @@ def table(rows: Sequence[Row]) -> str:
         memory = f"{each.theirs_peak_mb:.0f} | {each.ours_peak_mb:.0f} | {each.memory_ratio:.2f}"
         lines.append(f"| {each.precision} | {each.labels} | {speed} | {memory} | {each.loss_gap:.0e} |")
     return "\n".join(lines)
-
-
-def replaced(page: str, name: str, text: str) -> str:
-    """A page with ``text`` between its two marks of this name.
-
-    Example:
-        >>> mark = MARK.format(name="train")
-        >>> replaced(f"a {mark} old {mark} b", "train", "new") == f"a {mark}\\nnew\\n{mark} b"
-        True
-    """
-    mark = MARK.format(name=name)
-    before, _, after = page.split(mark)
-    return f"{before}{mark}\n{text}\n{mark}{after}"
 
 
 def first_step_s() -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from launch.pool import Pool, RankError
 from orchestrator.certify.cell import LONGEST_ROW, train_cell, write_rows
 from orchestrator.certify.comparing import LOGITS_ATOL, Error, errors
-from orchestrator.certify.grid import Layout, layouts
+from orchestrator.certify.grid import REFERENCE, Layout, layouts
 from orchestrator.certify.shrinking import VOCABULARY, shrunken
 from orchestrator.checkpoint.folder import step_name
 from orchestrator.commands import plan_job
@@ -23,7 +23,7 @@ from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.config.loading import group_choices, override_job
 from orchestrator.errors import ConfigError
 from orchestrator.models import resolve_model
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.certified import plan_features
 from orchestrator.runs import write_run
 from parallel.specs import ModelSpec, SpecError, read_hf_config
 
@@ -37,13 +37,17 @@ EXPERTS = ["gate", "gate_proj", "up_proj", "down_proj"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One tuner on one topology. ``verdict``: ``green``, ``red`` or ``refused`` (by the plan; ``reason`` says why)."""
+    """One tuner on one topology. ``verdict``: ``green``, ``red`` or ``refused`` (by the plan; ``reason`` says why).
+
+    ``features``: what the plan used (:func:`orchestrator.planning.certified.plan_features`), empty where there is none.
+    """
 
     tuner: str
     layout: Layout
     verdict: str
     errors: tuple[Error, ...] = ()
     reason: str = ""
+    features: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Error | None:
@@ -99,7 +103,6 @@ def certify(
     """
     config = small_config(request.job, request.ranks)
     columns = [one for one in layouts(request.ranks, ModelSpec.from_hf(config).is_moe) if request.only in one.name]
-    columns = [one for one in columns if one.ranks > 1]
     if not columns:
         raise ConfigError(f"--only {request.only} leaves no topology of up to {request.ranks} processes", "--up-to 4")
     with tempfile.TemporaryDirectory(prefix="isotrain-certify-") as name:
@@ -150,11 +153,11 @@ class _Bench:
 
     def reference(self, tuner: str, words: Sequence[str]) -> Cell:
         """The row's run in one process; green when transformers or peft say the same of what it saved."""
-        return self._trained(tuner, words, Layout("one", (), 1), lambda run: [])
+        return self._trained(tuner, words, REFERENCE, lambda run: [])
 
     def cell(self, tuner: str, words: Sequence[str], layout: Layout) -> Cell:
         """One cell, compared with the row's reference."""
-        one = self._run_dir(tuner, "one")
+        one = self._run_dir(tuner, REFERENCE.name)
         made = self._trained(tuner, words, layout, lambda run: errors(one, run, STEPS))
         shutil.rmtree(self._run_dir(tuner, layout.name), ignore_errors=True)
         return made
@@ -163,69 +166,52 @@ class _Bench:
         self, tuner: str, words: Sequence[str], layout: Layout, compared: Callable[[Path], list[Error]]
     ) -> Cell:
         """Plan and train a cell; its own logits must be those of its export, whatever else is compared."""
-        run, plan = self._planned(tuner, words, layout)
-        if isinstance(plan, Cell):
-            return plan
-        probe = self._probe(plan.length_multiple)
+        run = self._run_dir(tuner, layout.name)
+        try:
+            planned = plan_job(self._job(tuner, [*words, *layout.words], layout.ranks))
+        except (ConfigError, SpecError) as error:
+            return Cell(tuner, layout, "refused", reason=str(error))
+        write_run(run, replace(planned.job, run_dir=str(run)), planned.plan.to_json())
+        features = tuple(plan_features(planned.job, planned.plan))
+        probe = self._probe(planned.plan.length_multiple)
         try:
             said = self.pool.run(
                 layout.ranks, self.train, str(run), str(self.folder / "rows"), probe, timeout_s=LIMIT_S
             )
         except RankError as error:
-            return Cell(tuner, layout, "red", reason=str(error))
+            return Cell(tuner, layout, "red", reason=str(error), features=features)
         ours = next(each for each in said if each is not None)
-        return self._judged(tuner, layout, (*compared(run), self._outside(run, probe, ours)))
+        found = (*compared(run), self._outside(run, probe, ours))
+        good = all(error.value <= error.limit for error in found)
+        return Cell(tuner, layout, "green" if good else "red", found, features=features)
 
     def _probe(self, multiple: int) -> list[list[int]]:
         """Two rows of token ids of about the longest row's length, which is one that the topology can cut."""
         tokens = -(-LONGEST_ROW // multiple) * multiple
         return np.random.Generator(np.random.PCG64(SEED)).integers(0, VOCABULARY, (2, tokens)).tolist()
 
-    def _judged(self, tuner: str, layout: Layout, found: tuple[Error, ...]) -> Cell:
-        good = all(error.value <= error.limit for error in found)
-        return Cell(tuner, layout, "green" if good else "red", found)
-
-    def _planned(self, tuner: str, words: Sequence[str], layout: Layout) -> tuple[Path, Plan | Cell]:
-        """A run folder with job.yaml and plan.json; or the cell that says why there is no plan."""
-        run = self._run_dir(tuner, layout.name)
-        try:
-            job = self._job([*words, *layout.words], layout.ranks)
-            plan = plan_job(job).plan
-        except (ConfigError, SpecError) as error:
-            return run, Cell(tuner, layout, "refused", reason=str(error))
-        write_run(run, replace(job, run_dir=str(run)), plan.to_json())
-        return run, plan
-
-    def _job(self, words: Sequence[str], ranks: int) -> JobConfig:
+    def _job(self, tuner: str, words: Sequence[str], ranks: int) -> JobConfig:
         """The user's job with the small model, on this many processes; what decides the numbers is the same in all."""
-        asked = self.request.job.tuner
+        choice, *rest = words  # tuner=NAME comes first, and takes the place of the whole section
         fixed = [
-            *(
-                "cluster=one",
-                f"cluster.gpus_per_node={ranks}",
-                "cluster.memory_gib=64",
-                "topology=auto",
-                "optimizer=adamw",
-            ),
+            *("cluster=one", f"cluster.gpus_per_node={ranks}", "cluster.memory_gib=64"),
+            *("topology=auto", "memory.recompute=none", "precision=fp32", f"steps={STEPS}", f"seed={SEED}"),
             *(f"model.path={self.folder / 'model'}", "model.weights=load", "model.config=null", "tuner.path=null"),
-            *("precision=fp32", "memory.recompute=none", f"steps={STEPS}", f"seed={SEED}"),
             *(f"batch.global_sequences={BATCH}", "batch.micro_sequences=1", f"batch.sequence_tokens={LONGEST_ROW}"),
-            *("optimizer.lr=1e-3", "optimizer.schedule=constant", "metrics=jsonl", "metrics.progress=false"),
-            *("checkpoint.every_steps=1", "checkpoint.keep=0", "tuner.r=4", "tuner.alpha=8"),
+            *("optimizer=adamw", "optimizer.lr=1e-3", "optimizer.schedule=constant"),
+            *("metrics=jsonl", "metrics.progress=false", "checkpoint.every_steps=1", "checkpoint.keep=0"),
+            *("tuner.r=4", "tuner.alpha=8"),
         ]
-        targets = asked.targets if asked.targets != TunerConfig().targets else self._targets(words)
-        if "tuner=full" not in words:
-            fixed.append(f"tuner.targets={as_override(targets)}")
-        tuner = [word for word in words if word.startswith("tuner=")]
-        rest = [word for word in words if not word.startswith("tuner=")]
-        return override_job(job_to_yaml(self.request.job), [*tuner, *fixed, *rest])
+        if tuner != "full":
+            fixed.append(f"tuner.targets={as_override(self._targets(tuner))}")
+        return override_job(job_to_yaml(self.request.job), [choice, *fixed, *rest])
 
-    def _targets(self, words: Sequence[str]) -> str | list[str]:
-        """All linears; of a mixture of experts by name, and those of the experts only for plain LoRA."""
-        if not self.moe:
-            return "all-linear"
-        everything = "tuner=lora" in words and "tuner.dropout=0.2" not in words
-        return [*ATTENTION, *EXPERTS] if everything else ATTENTION
+    def _targets(self, tuner: str) -> str | list[str]:
+        """The user's; else all linears, of a mixture of experts by name, and its experts only for plain LoRA."""
+        asked = self.request.job.tuner.targets
+        if asked != TunerConfig().targets or not self.moe:
+            return asked
+        return [*ATTENTION, *EXPERTS] if tuner == "lora" else ATTENTION
 
     def _run_dir(self, tuner: str, name: str) -> Path:
         return self.folder / tuner / name

@@ -9,8 +9,6 @@ from itertools import product
 from parallel.capabilities import BUILT
 from parallel.topology import Topology, TopologyError
 
-REFERENCE = "one"
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -19,6 +17,9 @@ class Layout:
     name: str
     words: tuple[str, ...]
     ranks: int
+
+
+REFERENCE = Layout("one", (), 1)
 
 
 def layouts(ranks: int, moe: bool) -> list[Layout]:
@@ -31,10 +32,7 @@ def layouts(ranks: int, moe: bool) -> list[Layout]:
         >>> [layout.name for layout in layouts(2, moe=False) if "dp2" in layout.name]
         ['dp2', 'dp2+distributed', 'dp2+recompute']
     """
-    found = [Layout(REFERENCE, (), 1)]
-    for topology in _topologies(ranks, moe):
-        found += _variants(topology, moe)
-    return found
+    return [layout for topology in _topologies(ranks, moe) for layout in _variants(topology, moe)]
 
 
 def _topologies(ranks: int, moe: bool) -> Iterator[Topology]:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from orchestrator.certify.command import BATCH, SEED, STEPS, Cell, Request
 from orchestrator.certify.comparing import LOGITS_ATOL, LOSS_RTOL, TENSOR_RTOL
 from orchestrator.errors import ConfigError, ExitCode
-from orchestrator.planning.certified import SHIPPED, Pair, layout_features, pairs, with_family
+from orchestrator.metrics import jsonable
+from orchestrator.pages import between_marks
+from orchestrator.planning.certified import SHIPPED, Pair, pairs, with_family
 from orchestrator.runs import write_whole
 from parallel.specs import ModelSpec
 
@@ -52,8 +54,7 @@ def certified(request: Request, out: Path, page: Path | None, as_json: bool, for
     value = certificate(cells, config, request.ranks, time.monotonic() - began)
     write_certificate(out, value)
     if page is not None:
-        before, _, after = page.read_text(encoding="utf-8").split(mark_of_page)
-        write_whole(page, f"{before}{mark_of_page}\n{markdown(cells)}\n{mark_of_page}{after}")
+        write_whole(page, between_marks(page.read_text(encoding="utf-8"), mark_of_page, markdown(cells)))
     if for_package:
         ship(ModelSpec.from_hf(config).family, cells)
     if as_json:
@@ -128,10 +129,10 @@ def ship(family: str, cells: Sequence[Cell]) -> None:
     green: dict[str, set[Pair]] = {}
     for cell in cells:
         if cell.verdict == "green":
-            green.setdefault(cell.tuner, set()).update(pairs(layout_features(cell.layout.words)))
+            green.setdefault(cell.tuner, set()).update(pairs(cell.features))
     for cell in cells:
         if cell.verdict == "red" and cell.tuner in green:
-            green[cell.tuner] -= pairs(layout_features(cell.layout.words))
+            green[cell.tuner] -= pairs(cell.features)
     write_whole(SHIPPED, with_family(family, green))
 
 
@@ -209,6 +210,4 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else jsonable(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from orchestrator.config.building import (
     all_keys,
@@ -136,7 +136,8 @@ def _well_typed(text: str, rest: Sequence[str]) -> str:
 def _one_run(text: str) -> str:
     """The first of several values; all of them as one list where the key takes a list."""
     key, _, value = text.partition("=")
-    takes_list = "list" in str(all_keys().get(key, ""))
+    expected = all_keys().get(key)
+    takes_list = any(get_origin(choice) is list for choice in (expected, *get_args(expected)))
     return f"'{key}=[{value}]'" if takes_list else f"{key}={value.split(',')[0]}   (one run at a time)"
 
 

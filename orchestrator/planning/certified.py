@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
 
@@ -11,13 +11,6 @@ from orchestrator.config.job import JobConfig
 from orchestrator.planning.plan import Plan
 
 SHIPPED = Path(__file__).resolve().parent / "certified.json"
-SWITCHES = {
-    "topology.sp=true": "sp",
-    "topology.vpp=2": "vpp",
-    "topology.cp_comm=ulysses": "ulysses",
-    "optimizer.distributed=true": "distributed",
-    "memory.recompute=full": "recompute",
-}
 AXES = ("tp", "pp", "dp", "cp", "ep", "etp")
 
 Pair = tuple[str, str]
@@ -34,19 +27,8 @@ def pairs(features: Iterable[str]) -> set[Pair]:
     return {*combinations(chosen, 2), *((one, one) for one in chosen)}
 
 
-def layout_features(words: Sequence[str]) -> list[str]:
-    """The features of a column, by its overrides.
-
-    Example:
-        >>> layout_features(["topology.tp=2", "topology.pp=1", "topology.sp=true"])
-        ['tp', 'sp']
-    """
-    axes = [axis for axis in AXES for word in words if word.startswith(f"topology.{axis}=") and word[-2:] != "=1"]
-    return axes + [SWITCHES[word] for word in words if word in SWITCHES]
-
-
 def plan_features(job: JobConfig, plan: Plan) -> list[str]:
-    """The features of a plan, as :func:`layout_features` names them."""
+    """What a plan uses: the axes that are larger than 1, and what is switched on."""
     asked = {
         "sp": plan.sp,
         "vpp": (plan.vpp or 1) > 1,

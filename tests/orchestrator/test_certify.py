@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.certify import report
 from orchestrator.certify.command import Cell, Request, certify, tuner_rows
 from orchestrator.certify.comparing import Error, errors
-from orchestrator.certify.grid import Layout, layouts
+from orchestrator.certify.grid import REFERENCE, Layout, layouts
 from orchestrator.certify.report import MARK, certificate, certified, counts, markdown, render, write_certificate
 from orchestrator.certify.shrinking import shrunken
 from orchestrator.checkpoint.save import Contents, save
@@ -65,7 +65,7 @@ def test_a_small_mixture_of_experts_keeps_its_cuts() -> None:
 
 def test_columns_are_every_topology_once() -> None:
     names = [layout.name for layout in layouts(4, moe=False)]
-    assert len(names) == len(set(names)) and names[0] == "one"
+    assert len(names) == len(set(names)) and REFERENCE.name not in names
     assert {"tp2", "tp4+sp", "tp2·pp2+vpp2", "pp2·dp2+distributed", "dp3"} <= set(names)
     assert not any("ep" in name for name in names)
     assert all(layout.ranks <= 4 for layout in layouts(4, moe=True))
@@ -148,16 +148,16 @@ def test_what_is_shipped_is_what_was_green_together_and_nowhere_red(
 
     assert warned("topology.tp=2") == ""  # nothing is shipped
 
-    def cell(verdict: str, *words: str) -> Cell:
-        return Cell("lora", Layout("-", words, 2), verdict)
+    def cell(verdict: str, *features: str) -> Cell:
+        return Cell("lora", Layout("-", (), 2), verdict, features=features)
 
-    tp, pp, sp = "topology.tp=2", "topology.pp=2", "topology.sp=true"
-    report.ship("qwen3", [cell("green"), cell("green", tp, sp), cell("green", tp, pp), cell("green", "topology.dp=2")])
+    sp = "topology.sp=true"
+    report.ship("qwen3", [cell("green"), cell("green", "tp", "sp"), cell("green", "tp", "pp"), cell("green", "dp")])
     assert [warned("topology.tp=2"), warned("topology.tp=2", sp)] == ["", ""]
     words = "lora on qwen3 with pp with sp (isotrain certify shows whether it holds)"
     assert warned("topology.tp=2", "topology.pp=2", sp).endswith(words)
     assert warned("tuner=full").startswith("not certified: full on qwen3 (isotrain certify")
-    report.ship("qwen3", [cell("green", tp), cell("red", tp, pp)])
+    report.ship("qwen3", [cell("green", "tp"), cell("red", "tp", "pp")])
     assert "with pp, pp with tp, tp (" in warned("topology.tp=2", "topology.pp=2")
     report.ship("llama", [cell("green")])
     assert set(certified_plans.shipped()) == {"qwen3", "llama"}
