@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint.adapter import adapter_config, lora_pairs, saved_tensors
-from orchestrator.checkpoint.experts import loadable_config
+from orchestrator.checkpoint.experts import common_name, loadable_config
 from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader
 from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.errors import ConfigError
@@ -152,7 +152,7 @@ def check_adapter(job: JobConfig, model: ModelSpec) -> None:
             f"tuner.path={job.tuner.path} does not fit the job: {there}",
             " ".join(f"{keys[name]}={str(value).lower()}" for name, value in other.items()),
         )
-    _check_modules(job, model, {name.removesuffix(".weight") for name in pairs})
+    _check_modules(job, model, {_common_module(name.removesuffix(".weight")) for name in pairs})
     _check_saved(job, model, set(saved_tensors(reader, folder)))
     scale = LoraSpec(job.tuner.r, job.tuner.alpha, rslora=job.tuner.rslora).scale
     for pair in pairs.values():  # rank_pattern and alpha_pattern give modules their own
@@ -182,8 +182,12 @@ def _check_saved(job: JobConfig, model: ModelSpec, there: set[str]) -> None:
         )
 
 
+def _common_module(path: str) -> str:
+    return common_name(f"{path}.weight").removesuffix(".weight")
+
+
 def _check_modules(job: JobConfig, model: ModelSpec, there: set[str]) -> None:
-    wanted = resolve_targets(job.tuner.targets, model)
+    wanted = {_common_module(name) for name in resolve_targets(job.tuner.targets, model)}
     if there != wanted:
         missing, extra = sorted(wanted - there), sorted(there - wanted)
         words = [f"{len(missing)} that it lacks, first {missing[0]}"] if missing else []

@@ -12,6 +12,7 @@ from pathlib import Path
 from launch.environment import hugging_face_cache, isotrain_cache
 from orchestrator.config.job import ModelConfig
 from orchestrator.errors import ConfigError, IsotrainError
+from parallel.families import read_model
 from parallel.specs import ModelSpec, read_hf_config
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")  # old ids have no organisation
@@ -67,13 +68,13 @@ def model_spec(model: ModelConfig) -> ModelSpec:
         SpecError: the config describes no model that we know.
     """
     if model.config is not None and (model.weights == "random" or not model.path):
-        return ModelSpec.from_hf(model.config)
+        return read_model(model.config)
     try:
-        return ModelSpec.from_hf(read_hf_config(resolve_model(model.path, model.download)))
+        return read_model(read_hf_config(resolve_model(model.path, model.download)))
     except ConfigError:
         if model.config is None:
             raise
-        return ModelSpec.from_hf(model.config)
+        return read_model(model.config)
 
 
 def _cached(hub_id: str) -> Path | None:

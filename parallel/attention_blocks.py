@@ -11,7 +11,7 @@ holds each that this host can run against :data:`TILES`, the definition in plain
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,11 +22,63 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Rules:
+    """How a layer scores keys and which it sees beside causality.
+
+    ``scale`` multiplies the scores; ``cap`` bounds them by ``cap * tanh(score / cap)`` (0: nothing does); a query sees
+    the last ``window`` tokens, itself among them (0: all before it).
+    """
+
+    scale: float
+    cap: float = 0.0
+    window: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether fused kernels can do it."""
+        return not self.cap and not self.window
+
+    def over(self, tokens: int) -> Rules:
+        """The rules over rows of ``tokens``: a window that is no shorter hides nothing.
+
+        Example:
+            >>> Rules(1.0, window=8).over(8).is_plain, Rules(1.0, window=8).over(9).is_plain
+            (True, False)
+        """
+        return replace(self, window=0) if self.window >= tokens else self
+
+
+@dataclass(frozen=True)
+class Window:
+    """What queries at some places of a row see of keys at others: themselves and the ``size - 1`` tokens before.
+
+    ``query_at [s]`` and ``key_at [t]`` are ascending positions in the row, on the CPU.
+    """
+
+    size: int
+    query_at: torch.Tensor
+    key_at: torch.Tensor
+
+    def keys_of(self, start: int, stop: int) -> tuple[int, int]:
+        """Between which keys lie all that the queries ``start .. stop`` see."""
+        first, last = int(self.query_at[start]), int(self.query_at[stop - 1])
+        ends = torch.tensor([first - self.size + 1, last + 1])
+        begin, end = torch.searchsorted(self.key_at, ends).tolist()
+        return begin, end
+
+    def hidden(self, queries: slice, keys: slice) -> torch.Tensor:
+        """Which keys each query does not see, ``[queries, keys]``."""
+        distance = self.query_at[queries, None] - self.key_at[keys]
+        return (distance < 0) | (distance >= self.size)
+
+
+@dataclass(frozen=True)
 class Block:
     """A block before it is computed: ``query [b, heads, s, d]``, ``key`` and ``value [b, groups, t, d]``.
 
     ``causal``: query ``i`` sees the keys up to ``i`` (then ``s == t``); otherwise it sees all of them. Query head ``h``
-    uses key/value head ``h // (heads / groups)``. ``scale`` multiplies the scores.
+    uses key/value head ``h // (heads / groups)``. ``scale`` and ``cap`` as in :class:`Rules`; a ``window`` says what is
+    seen in place of ``causal``.
     """
 
     query: torch.Tensor
@@ -34,6 +86,8 @@ class Block:
     value: torch.Tensor
     causal: bool
     scale: float
+    cap: float = 0.0
+    window: Window | None = None
 
     @property
     def repeat(self) -> int:
@@ -54,8 +108,10 @@ class Kernel:
     gradients: Callable[[Block, torch.Tensor, torch.Tensor, torch.Tensor], Triple]
 
 
-def kernel_for(query: torch.Tensor) -> Kernel:
+def kernel_for(query: torch.Tensor, rules: Rules) -> Kernel:
     """The fastest kernel for a tensor's device and type."""
+    if not rules.is_plain:
+        return TILES
     if query.device.type == "cpu":
         return CPU_FLASH
     if query.device.type != "cuda" or query.dtype == torch.float64:
@@ -79,12 +135,14 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _tiles(block: Block) -> list[tuple[int, int, int]]:
-    """For each tile of queries its start and stop, and how many keys it sees."""
+def _tiles(block: Block) -> list[tuple[slice, slice]]:
+    """The tiles of queries, each with the keys that it sees."""
     tokens, keys = block.query.shape[2], block.key.shape[2]
     starts = range(0, tokens, TILE_TOKENS)
-    stops = [min(start + TILE_TOKENS, tokens) for start in starts]
-    return [(start, stop, stop if block.causal else keys) for start, stop in zip(starts, stops, strict=True)]
+    tiles = [(start, min(start + TILE_TOKENS, tokens)) for start in starts]
+    if block.window is not None:
+        return [(slice(*tile), slice(*block.window.keys_of(*tile))) for tile in tiles]
+    return [(slice(*tile), slice(0, tile[1] if block.causal else keys)) for tile in tiles]
 
 
 def _by_group(heads: torch.Tensor, groups: int) -> torch.Tensor:
@@ -92,16 +150,23 @@ def _by_group(heads: torch.Tensor, groups: int) -> torch.Tensor:
     return heads.reshape(heads.shape[0], groups, -1, heads.shape[3])
 
 
-def _scores(block: Block, start: int, stop: int, end: int) -> torch.Tensor:
-    """Scaled scores of a tile, fp32 or wider: ``[b, groups, repeat * tile, end]``."""
-    rows = _by_group(block.query[:, :, start:stop], block.key.shape[1])
-    wide = _wide(rows)
-    scores = (rows.to(wide) @ block.key[:, :, :end].to(wide).mT).mul_(block.scale)
-    if block.causal:
-        tokens = stop - start
+def _scores(block: Block, tile: slice, seen: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores of a tile, fp32 or wider ``[b, groups, repeat * tile, seen]``, and their slope where they are capped."""
+    rows = _by_group(block.query[:, :, tile], block.key.shape[1])
+    wide, slope = _wide(rows), None
+    scores = (rows.to(wide) @ block.key[:, :, seen].to(wide).mT).mul_(block.scale)
+    if block.cap:
+        scores = scores.div_(block.cap).tanh_()
+        slope = 1 - scores.square()
+        scores.mul_(block.cap)
+    tokens = tile.stop - tile.start
+    if block.window is not None:
+        hidden = block.window.hidden(tile, seen).to(rows.device)
+        scores.unflatten(2, (block.repeat, tokens)).masked_fill_(hidden, -torch.inf)
+    elif block.causal:
         hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=rows.device).triu_(1)
         scores[..., -tokens:].unflatten(2, (block.repeat, tokens)).masked_fill_(hidden, -torch.inf)
-    return scores
+    return scores, slope
 
 
 def _tile_attend(block: Block) -> Pair:
@@ -109,13 +174,14 @@ def _tile_attend(block: Block) -> Pair:
     wide = _wide(query)
     out = torch.empty_like(query, dtype=wide)
     lse = query.new_empty(query.shape[:3], dtype=wide)
-    for start, stop, end in _tiles(block):
-        scores = _scores(block, start, stop, end)
+    for tile, seen in _tiles(block):
+        scores, _ = _scores(block, tile, seen)
         total = torch.logsumexp(scores, dim=-1)
-        chances = scores.sub_(total.unsqueeze(-1)).exp_()
-        rows = chances.to(query.dtype) @ block.value[:, :, :end]
-        out[:, :, start:stop] = rows.view(*query.shape[:2], stop - start, -1)
-        lse[:, :, start:stop] = total.view(query.shape[0], groups * block.repeat, -1)
+        found = total.masked_fill(total == -torch.inf, 0)  # of a row that sees no key
+        chances = scores.sub_(found.unsqueeze(-1)).exp_()
+        rows = chances.to(query.dtype) @ block.value[:, :, seen]
+        out[:, :, tile] = rows.view(*query.shape[:2], tile.stop - tile.start, -1)
+        lse[:, :, tile] = total.view(query.shape[0], groups * block.repeat, -1)
     return out, lse
 
 
@@ -125,17 +191,20 @@ def _tile_gradients(block: Block, grad_out: torch.Tensor, out: torch.Tensor, lse
     along = (grad_out.to(wide) * out.to(wide)).sum(dim=-1)
     grad_query = torch.empty_like(query, dtype=wide)
     grad_key, grad_value = (torch.zeros_like(each, dtype=wide) for each in (key, value))
-    for start, stop, end in _tiles(block):
-        rows, grad_rows = (_by_group(each[:, :, start:stop], groups) for each in (query, grad_out))
-        of_row = (each[:, :, start:stop].reshape(*rows.shape[:3], 1) for each in (lse, along))
+    for tile, seen in _tiles(block):
+        rows, grad_rows = (_by_group(each[:, :, tile], groups) for each in (query, grad_out))
+        of_row = (each[:, :, tile].reshape(*rows.shape[:3], 1) for each in (lse, along))
         total, inner = of_row
-        chances = _scores(block, start, stop, end).sub_(total).exp_()
-        grad_value[:, :, :end] += chances.to(value.dtype).mT @ grad_rows
-        grad_scores = (grad_rows.to(wide) @ value[:, :, :end].to(wide).mT).sub_(inner).mul_(chances)
+        scores, slope = _scores(block, tile, seen)
+        chances = scores.sub_(total).exp_()
+        grad_value[:, :, seen] += chances.to(value.dtype).mT @ grad_rows
+        grad_scores = (grad_rows.to(wide) @ value[:, :, seen].to(wide).mT).sub_(inner).mul_(chances)
+        if slope is not None:
+            grad_scores.mul_(slope)
         grad_scores = grad_scores.mul_(block.scale).to(key.dtype)
-        part = grad_scores @ key[:, :, :end]
-        grad_query[:, :, start:stop] = part.view(*query.shape[:2], stop - start, -1)
-        grad_key[:, :, :end] += grad_scores.mT @ rows
+        part = grad_scores @ key[:, :, seen]
+        grad_query[:, :, tile] = part.view(*query.shape[:2], tile.stop - tile.start, -1)
+        grad_key[:, :, seen] += grad_scores.mT @ rows
     return grad_query, grad_key, grad_value
 
 

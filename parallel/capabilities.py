@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from parallel.families import FAMILIES
 from parallel.specs import ModelSpec
 from parallel.topology import Topology
 
@@ -20,7 +21,7 @@ class Capabilities:
 
     axes: tuple[str, ...] = ("tp", "pp", "dp", "cp", "ep", "etp", "vpp")
     sp: bool = True
-    families: tuple[str, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
+    families: tuple[str, ...] = tuple(FAMILIES)
     tuners: tuple[str, ...] = ("lora", "full")
     engines: tuple[str, ...] = ("megatron",)
     recompute: tuple[str, ...] = ("none", "selective", "full")

@@ -22,17 +22,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
 
-from parallel.attention_blocks import Block, kernel_for, merge
-from parallel.sequence import by_rank, in_order
+from parallel.attention_blocks import Block, Rules, Window, kernel_for, merge
+from parallel.sequence import SequenceCut, by_rank, in_order
+from parallel.whole_attention import whole_attention
 
 KINDS = ("ring", "ulysses")
 _KEYS_TAG, _GRADIENTS_TAG = 0, 1
 
 
 def context_attention(
-    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], group: Any, kind: str = "ring", scale: float | None = None
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], group: Any, kind: str = "ring", rules: Rules | None = None
 ) -> torch.Tensor:
     """Attend causally over the rows that the ranks of ``group`` hold together.
 
@@ -41,15 +41,15 @@ def context_attention(
             ``heads`` and ``s`` tokens are two equal chunks of the row.
         group: the context-parallel process group.
         kind: one of ``KINDS``; for ulysses the ranks must divide ``heads``.
-        scale: of the scores; ``1/sqrt(d)`` by default.
+        rules: of the layer; scores times ``1/sqrt(d)`` by default.
     Returns:
         ``[s, b, heads, d]``, differentiable in all three.
     """
-    scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+    rules = (rules or Rules(qkv[0].shape[-1] ** -0.5)).over(qkv[0].shape[0] * dist.get_world_size(group))
     if kind == "ulysses":
-        return _ulysses(qkv, group, scale)
+        return _ulysses(qkv, group, rules)
     query, key, value = (each.permute(1, 2, 0, 3) for each in qkv)
-    out: torch.Tensor = _RingAttention.apply(query, key, value, group, scale)
+    out: torch.Tensor = _RingAttention.apply(query, key, value, group, rules)
     return out.permute(2, 0, 1, 3)
 
 
@@ -65,11 +65,6 @@ def _visible(rank: int, source: int, chunk: int) -> tuple[slice, slice, bool]:
     if source < rank:
         return everything, slice(0, chunk), False
     return slice(chunk, None), everything, False
-
-
-def _block(query: torch.Tensor, pair: torch.Tensor, visible: tuple[slice, slice, bool], scale: float) -> Block:
-    rows, keys, causal = visible
-    return Block(query[:, :, rows], pair[0][:, :, keys], pair[1][:, :, keys], causal, scale)
 
 
 class _Ring:
@@ -99,21 +94,32 @@ class _Ring:
 
         return arrived
 
+    def block(self, query: torch.Tensor, pair: torch.Tensor, source: int, rules: Rules) -> tuple[Block, slice, slice]:
+        """What this rank's queries see of ``source``'s keys and values: which of the queries, and which of the keys."""
+        rows, keys, causal = _visible(self.rank, source, query.shape[2] // 2)
+        window = None
+        if rules.window:
+            row = torch.arange(self.size * query.shape[2])
+            here, there = (SequenceCut(self.size, rank).take(row, 0) for rank in (self.rank, source))
+            window = Window(rules.window, here[rows], there[keys])
+        key, value = pair[0][:, :, keys], pair[1][:, :, keys]
+        return Block(query[:, :, rows], key, value, causal, rules.scale, rules.cap, window), rows, keys
+
 
 class _RingAttention(torch.autograd.Function):
     """``query [b, heads, s, d]``, ``key`` and ``value [b, groups, s, d]`` to ``[b, heads, s, d]``."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Any, scale: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Any, rules: Rules
     ) -> torch.Tensor:
-        ring, kernel, chunk = _Ring(group), kernel_for(query), query.shape[2] // 2
+        ring, kernel = _Ring(group), kernel_for(query, rules)
         here = torch.stack([key, value]).contiguous()
         out = lse = torch.empty(0)
         for source, last in ring.sources():
             arrived = None if last else ring.pass_on(here, _KEYS_TAG)
-            rows, keys, causal = _visible(ring.rank, source, chunk)
-            part, part_lse = kernel.attend(_block(query, here, (rows, keys, causal), scale))
+            block, rows, _ = ring.block(query, here, source, rules)
+            part, part_lse = kernel.attend(block)
             if source == ring.rank:
                 out, lse = part.to(part_lse.dtype), part_lse
             else:
@@ -121,21 +127,20 @@ class _RingAttention(torch.autograd.Function):
             here = arrived() if arrived else here
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.group, ctx.scale = group, scale
+        ctx.group, ctx.rules = group, rules
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        ring, kernel, chunk = _Ring(ctx.group), kernel_for(query), query.shape[2] // 2
+        ring, kernel = _Ring(ctx.group), kernel_for(query, ctx.rules)
         here = torch.stack([key, value]).contiguous()
         grad_query = torch.zeros_like(query, dtype=lse.dtype)
         gradients_here: Callable[[], torch.Tensor] = partial(torch.zeros_like, here, dtype=lse.dtype)
         for source, last in ring.sources():
             arrived = None if last else ring.pass_on(here, _KEYS_TAG)
-            rows, keys, causal = _visible(ring.rank, source, chunk)
-            block = _block(query, here, (rows, keys, causal), ctx.scale)
+            block, rows, keys = ring.block(query, here, source, ctx.rules)
             of_query, *of_keys = kernel.gradients(block, grads[0][:, :, rows], out[:, :, rows], lse[:, :, rows])
             grad_query[:, :, rows] += of_query
             gradients = gradients_here()
@@ -147,7 +152,7 @@ class _RingAttention(torch.autograd.Function):
         return grad_query.to(query.dtype), grad_key, grad_value, None, None
 
 
-def _ulysses(qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], group: Any, scale: float) -> torch.Tensor:
+def _ulysses(qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], group: Any, rules: Rules) -> torch.Tensor:
     size = dist.get_world_size(group)
     heads, groups = qkv[0].shape[2], qkv[1].shape[2]
     if heads % size:
@@ -160,8 +165,7 @@ def _ulysses(qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], group: Any, s
     by_owner = torch.cat([each.unflatten(2, (size, -1)) for each in (query, key, value)], dim=3)
     whole = in_order(_Exchange.apply(by_owner.permute(2, 0, 1, 3, 4).contiguous(), group))
     query, key, value = (each.permute(1, 2, 0, 3) for each in whole.split(widths, dim=2))
-    key, value = (each.repeat_interleave(widths[0] // widths[1], dim=1) for each in (key, value))
-    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    out = whole_attention(query, key, value, rules)
     mine = _Exchange.apply(by_rank(out.permute(2, 0, 1, 3), size).contiguous(), group)
     return mine.permute(1, 2, 0, 3, 4).flatten(2, 3)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -22,6 +22,17 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
         1.0
     """
     return _RmsNorm.apply(hidden, weight, eps)
+
+
+def geglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """``gelu(gate) * up`` of ``[..., gate | up]``, gelu by its tanh approximation (Shazeer 2020, arXiv:2002.05202).
+
+    Example:
+        >>> geglu(torch.tensor([0.0, 5.0])).tolist()
+        [0.0]
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gelu(gate, approximate="tanh") * up
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from parallel import names
+from parallel.families.family import Linear
 from parallel.fused import lora_linear
 from parallel.lora_spec import LoraSpec
 from parallel.pissa import pissa_pieces
@@ -74,7 +75,7 @@ class LoraContext:
     clock: DropoutClock
     experts: ExpertPlace = ExpertPlace()
 
-    def part(self, linear: names.Linear, part: tuple[str, str], layer: int) -> LoraPart:
+    def part(self, linear: Linear, part: tuple[str, str], layer: int) -> LoraPart:
         """The adapter of one logical linear on this rank."""
         cut = (self.experts.etp, self.experts.etp_rank) if linear.expert else (self.tp, self.tp_rank)
         pieces = names.adapter_pieces(linear, part, self.model, layer, self.lora.r, *cut)
@@ -90,9 +91,7 @@ class LoraContext:
 class LoraPart(torch.nn.Module):
     """The two halves of one logical linear's adapter on this rank, in fp32, and where they lie in the whole."""
 
-    def __init__(
-        self, piece_a: Piece, piece_b: Piece, seed: int, linear: names.Linear, sequence_parallel: bool
-    ) -> None:
+    def __init__(self, piece_a: Piece, piece_b: Piece, seed: int, linear: Linear, sequence_parallel: bool) -> None:
         super().__init__()
         whole = kaiming_uniform(piece_a.shape, seed, "lora_A", piece_a.name)  # type: ignore[arg-type]
         self.A = torch.nn.Parameter(whole[piece_a.box.slices].contiguous())
@@ -128,14 +127,14 @@ class LoraPart(torch.nn.Module):
         held = (self.A, self.B, self.fixed_a, self.fixed_b, self.magnitude)
         yield from zip([each for each in held if each is not None], self.pieces, strict=True)
 
-    def add_magnitude(self, piece: Piece, linear: names.Linear, sequence_parallel: bool) -> None:
+    def add_magnitude(self, piece: Piece, linear: Linear, sequence_parallel: bool) -> None:
         """Give the part DoRA's magnitudes, cut over ranks and marked as its B is; they are filled later."""
         self.magnitude = torch.nn.Parameter(torch.ones(piece.box.size))
         self.pieces += (piece,)
         _mark(self.magnitude, linear, linear.cut == "column", sequence_parallel)
 
 
-def _mark(half: torch.nn.Parameter, linear: names.Linear, is_cut: bool, sequence_parallel: bool) -> None:
+def _mark(half: torch.nn.Parameter, linear: Linear, is_cut: bool, sequence_parallel: bool) -> None:
     """Say over which ranks a half's gradient is summed, and whether other ranks hold the same half."""
     half.tensor_model_parallel = is_cut  # type: ignore[attr-defined]
     half.allreduce = not linear.expert  # type: ignore[attr-defined]
@@ -150,7 +149,7 @@ class LoraLinear(torch.nn.Module):
     ``[tokens, in] -> ([tokens, out], bias)``.
     """
 
-    def __init__(self, base: torch.nn.Module, layer: int, linear: names.Linear, context: LoraContext) -> None:
+    def __init__(self, base: torch.nn.Module, layer: int, linear: Linear, context: LoraContext) -> None:
         super().__init__()
         self.base = base
         self.linear = linear

@@ -41,7 +41,7 @@ class VocabShard:
 
 
 def summed_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocab: VocabShard
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocab: VocabShard, cap: float = 0.0
 ) -> tuple[torch.Tensor, int]:
     """Sum of the cross entropies of all labelled rows.
 
@@ -50,6 +50,7 @@ def summed_loss(
             sums it over the group.
         weight: ``[>= vocab.rows, hidden]``, this rank's rows of the output layer (more rows are padding).
         labels: int64, the shape of ``hidden`` without its last axis; ``IGNORED_LABEL`` where there is none.
+        cap: logits are bounded by ``cap * tanh(logit / cap)`` unless it is 0.
     Returns:
         The fp32 scalar sum and the count of labels.
     """
@@ -57,13 +58,28 @@ def summed_loss(
     rows, targets = hidden[chosen], labels[chosen]
     if weight.shape[0] != vocab.rows:
         weight = weight[: vocab.rows]
-    return _SummedLoss.apply(rows, weight, targets, vocab), int(targets.numel())
+    return _SummedLoss.apply(rows, weight, targets, vocab, cap), int(targets.numel())
+
+
+def bound_(logits: torch.Tensor, cap: float) -> torch.Tensor | None:
+    """Bound logits by ``cap * tanh(logit / cap)`` in place, if ``cap`` is not 0; returns the slope of that.
+
+    Example:
+        >>> logits = torch.tensor([0.0, 1000.0])
+        >>> bound_(logits, 30.0).tolist(), logits.tolist()
+        ([1.0, 0.0], [0.0, 30.0])
+    """
+    if not cap:
+        return None
+    slope = 1 - logits.div_(cap).tanh_().square()
+    logits.mul_(cap)
+    return slope
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: VocabShard
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: VocabShard, cap: float
     ) -> torch.Tensor:
         need_rows, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_rows = torch.empty_like(rows) if need_rows else None
@@ -72,7 +88,7 @@ class _SummedLoss(torch.autograd.Function):
         block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[0]))
         for start in range(0, rows.shape[0], block):
             part = slice(start, start + block)
-            part_loss, gradient, total = _block_loss(rows[part], weight, targets[part], vocab)
+            part_loss, gradient, total = _block_loss(rows[part], weight, targets[part], vocab, cap)
             loss += part_loss
             if grad_rows is not None:
                 grad_rows[part] = product(gradient.to(weight.dtype), weight).div_(total)
@@ -90,11 +106,12 @@ class _SummedLoss(torch.autograd.Function):
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
             None,
             None,
+            None,
         )
 
 
 def _block_loss(
-    rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: VocabShard
+    rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: VocabShard, cap: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Make the logits of a block, and from them its loss and gradient.
 
@@ -105,6 +122,7 @@ def _block_loss(
         The summed loss; the gradient with respect to this rank's logits times ``total``, fp32; ``total [rows, 1]``.
     """
     logits = product(rows, weight.t()).float()
+    slope = bound_(logits, cap)
     top = vocab.reduce(logits.amax(dim=-1), dist.ReduceOp.MAX)
     local = targets - vocab.start
     mine = (local >= 0) & (local < vocab.rows)
@@ -116,4 +134,6 @@ def _block_loss(
         total[part] = logits[part].sub_(top[part].unsqueeze(1)).exp_().sum(dim=-1)
     total, target_logit = vocab.reduce(torch.stack([total, target_logit]))
     logits.scatter_add_(1, index, -(mine * total).unsqueeze(1))
+    if slope is not None:
+        logits.mul_(slope)
     return (total.log() - target_logit).sum(), logits, total.unsqueeze(1)

@@ -1,7 +1,6 @@
-"""Names: how a rank's local tensors are made of logical (Hugging Face) ones, as declarative tables.
+"""Names: how a rank's local tensors are made of logical (Hugging Face) ones, by the tables of :mod:`parallel.families`.
 
-Supporting a family means adding one :class:`Family`: its norms, its linears and which logical linears each fused one
-holds. Everything else (import, export, adapters, checkpoints) reads these tables.
+Everything that knows a tensor by its name (import, export, adapters, checkpoints) asks here.
 """
 
 from __future__ import annotations
@@ -9,8 +8,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from parallel.families import FAMILIES
+from parallel.families.family import Linear
 from parallel.shards import Box, Piece
 from parallel.specs import ModelSpec
 
@@ -23,68 +23,6 @@ class TargetError(ValueError):
         self.hint = hint
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One local linear layer.
-
-    Args:
-        path: its module path inside a megatron-core layer.
-        cut: ``column`` (output rows are cut over tp), ``row`` (input columns are) or ``whole`` (every tp rank has all).
-        parts: logical linears fused in it, as ``(role, Hugging Face path inside the layer)``.
-        expert: it belongs to one expert: cut over etp (not tp), and held by one ep rank.
-    """
-
-    path: str
-    cut: str
-    parts: tuple[tuple[str, str], ...]
-    expert: bool = False
-
-
-@dataclass(frozen=True)
-class Family:
-    """The layers of one model family. ``whole``: (local parameter, logical name) held whole by every tp rank."""
-
-    whole: tuple[tuple[str, str], ...]
-    linears: tuple[Linear, ...]
-
-
-_NORMS = (
-    ("input_layernorm.weight", "input_layernorm.weight"),
-    ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
-)
-_QK_NORMS = (
-    ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
-    ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
-)
-_ATTENTION = (
-    Linear(
-        "self_attention.linear_qkv",
-        "column",
-        (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj")),
-    ),
-    Linear("self_attention.linear_proj", "row", (("o", "self_attn.o_proj"),)),
-)
-_MLP = (
-    Linear("mlp.linear_fc1", "column", (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"))),
-    Linear("mlp.linear_fc2", "row", (("down", "mlp.down_proj"),)),
-)
-_EXPERTS = (
-    Linear("mlp.router", "whole", (("router", "mlp.gate"),)),
-    Linear(
-        "mlp.experts.local_experts.{expert}.linear_fc1",
-        "column",
-        (("gate", "mlp.experts.{expert}.gate_proj"), ("up", "mlp.experts.{expert}.up_proj")),
-        expert=True,
-    ),
-    Linear("mlp.experts.local_experts.{expert}.linear_fc2", "row", (("down", "mlp.experts.{expert}.down_proj"),), True),
-)
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(_NORMS, _ATTENTION + _MLP),
-    "qwen2": Family(_NORMS, _ATTENTION + _MLP),
-    "qwen3": Family(_NORMS + _QK_NORMS, _ATTENTION + _MLP),
-    "qwen3_moe": Family(_NORMS + _QK_NORMS, _ATTENTION + _EXPERTS),
-}
 ADAPTER = "base_model.model."  # what PEFT puts before the names of a model's modules
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -126,6 +64,11 @@ def shape(role: str, spec: ModelSpec) -> tuple[int, int]:
         "down": (spec.hidden, ffn),
         "router": (spec.experts, spec.hidden),
     }[role]
+
+
+def whole_shape(name: str, spec: ModelSpec) -> tuple[int, ...]:
+    """The shape of a layer's tensor that is no linear: a norm over the hidden size, or over a head."""
+    return (spec.head_dim,) if name.endswith(("q_norm.weight", "k_norm.weight")) else (spec.hidden,)
 
 
 def local_rows(role: str, spec: ModelSpec, tp: int, rank: int) -> Iterator[tuple[int, int, int]]:
@@ -227,6 +170,17 @@ def magnitude_piece(linear: Linear, part: tuple[str, str], spec: ModelSpec, laye
     return Piece(name, (out,), Box((start,), (local,)), Box.whole((local,)))
 
 
+def leaf_names(spec: ModelSpec, experts: bool = True) -> list[str]:
+    """The last parts of the paths of a layer's linears, in its order; without the router's and the experts' if asked.
+
+    Example:
+        >>> leaf_names(ModelSpec("llama", 1, 8, 2, 2, 4, 16, 32, 64, 1e-5, 1e4, True))[:3]
+        ['q_proj', 'k_proj', 'v_proj']
+    """
+    chosen = [each for each in linears(spec) if experts or not (each.expert or each.cut == "whole")]
+    return list(dict.fromkeys(path.rpartition(".")[2] for linear in chosen for _, path in linear.parts))
+
+
 def target_modules(spec: ModelSpec) -> list[str]:
     """Every logical linear that can carry an adapter, as a full module path, in layer order."""
     every = [path for linear in linears(spec) for _, path in linear.parts]
@@ -251,18 +205,18 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
         raise TargetError(
             "tuner.targets=all-linear trains one dense adapter over gate and up of an expert in PEFT, which is not "
             "built; each has an adapter of its own when they are named",
-            "tuner.targets=[q_proj,k_proj,v_proj,o_proj,gate,gate_proj,up_proj,down_proj]",
+            f"tuner.targets=[{','.join(leaf_names(spec))}]",
         )
     if targets == "all-linear":
         return frozenset(modules)
-    leaves = sorted({module.rsplit(".", 1)[1] for module in modules})
-    if isinstance(targets, str) and targets not in leaves:
-        return _whole_experts(_by_expression(targets, modules, leaves), spec)
+    known = sorted({module.rsplit(".", 1)[1] for module in modules})
+    if isinstance(targets, str) and targets not in known:
+        return _whole_experts(_by_expression(targets, modules, known), spec)
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         found = {module for module in modules if module == target or module.endswith("." + target)}
         if not found:
-            near = near_names(target, leaves)
+            near = near_names(target, known)
             raise TargetError(
                 f"tuner.targets: {target!r} matches no linear layer of this {spec.family} model",
                 f"near names: {', '.join(near)}; for example tuner.targets=[{near[0]}] or tuner.targets=all-linear",

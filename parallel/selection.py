@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from parallel import names
+from parallel.families import FAMILIES
 from parallel.specs import ModelSpec
 
 
@@ -24,8 +25,8 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {names.EMBEDDING: (spec.vocab, spec.hidden)}
     for layer in range(spec.layers):
         prefix = names.layer_prefix(layer)
-        for _, name in names.FAMILIES[spec.family].whole:
-            shapes[prefix + name] = _whole_shape(name, spec)
+        for _, name in FAMILIES[spec.family].whole:
+            shapes[prefix + name] = names.whole_shape(name, spec)
         for group in _fused(spec):
             for role, path in group:
                 shapes[f"{prefix}{path}.weight"] = names.shape(role, spec)
@@ -151,9 +152,3 @@ def _fused(spec: ModelSpec) -> Iterator[tuple[tuple[str, str], ...]]:
     """For each local linear of a layer its logical parts as ``(role, path)``."""
     for linear in names.linears(spec):
         yield linear.parts
-
-
-def _whole_shape(name: str, spec: ModelSpec) -> tuple[int, ...]:
-    if name == "mlp.gate.weight":
-        return (spec.experts, spec.hidden)
-    return (spec.head_dim,) if name.startswith("self_attn.") else (spec.hidden,)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe"}
 
 
 class SpecError(ValueError):
@@ -20,12 +17,38 @@ class SpecError(ValueError):
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for rows longer than a model was first trained on.
+
+    ``kind``: ``linear`` (Chen et al. 2023, arXiv:2306.15595), ``llama3`` (arXiv:2407.21783, section 3.4.3, and the
+    reference code of Llama 3.1) or ``yarn`` (Peng et al. 2023, arXiv:2309.00071). Frequencies that turn more than
+    ``fast`` times over ``original_positions`` stay, those that turn less than ``slow`` times are divided by ``factor``.
+    ``score_factor`` multiplies the attention scores (yarn's temperature).
+    """
+
+    kind: str
+    factor: float
+    original_positions: int = 0
+    slow: float = 1.0
+    fast: float = 4.0
+    whole_turns: bool = True
+    score_factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The shape of a decoder, named as in a Hugging Face ``config.json``.
 
     Sizes are whole-model sizes (not per rank). ``ffn`` is the width of one dense MLP (gate and up have this many rows
     each); ``expert_ffn`` that of one expert. ``experts == 0`` means a dense model. ``router_aux_loss`` is the
     coefficient of the balancing loss that a run has unless it says otherwise.
+
+    ``windows``: for each layer how many of the last tokens a query sees, its own among them (0: all before it); empty
+    where no layer has a window. ``local_rope_theta``: the rotary base of layers with a window, where they have their
+    own (0: they have not). ``norm_offset``: norms multiply with ``1 + weight``. ``sandwich_norms``: attention and MLP
+    are normed before they are added too. ``embedding_scale`` multiplies embedded tokens. ``score_scale`` multiplies
+    the attention scores (0: ``1/sqrt(head_dim)``); ``score_cap`` and ``logit_cap`` bound scores and logits by
+    ``cap * tanh(x / cap)`` (0: they do not).
     """
 
     family: str
@@ -47,89 +70,25 @@ class ModelSpec:
     expert_ffn: int = 0
     normalise_expert_weights: bool = True
     router_aux_loss: float = 0.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float = 0.0
+    windows: tuple[int, ...] = ()
+    activation: str = "silu"
+    norm_offset: bool = False
+    sandwich_norms: bool = False
+    embedding_scale: float = 1.0
+    score_scale: float = 0.0
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
 
     @property
     def is_moe(self) -> bool:
         """Whether the MLPs are mixtures of experts."""
         return self.experts > 0
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """Read a Hugging Face ``config.json`` mapping.
-
-        Raises:
-            SpecError: unknown family, missing key, or a feature (rope scaling, sliding window, ...) not built here.
-        Example:
-            >>> tiny = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2,
-            ...         "intermediate_size": 16, "vocab_size": 32, "max_position_embeddings": 64}
-            >>> ModelSpec.from_hf(tiny).head_dim
-            4
-        """
-        model_type = config.get("model_type")
-        if model_type not in FAMILIES:
-            raise SpecError(
-                f"model_type {model_type!r} is not supported",
-                f"supported families: {', '.join(sorted(FAMILIES))}",
-            )
-        _refuse_unbuilt(config)
-        try:
-            return _build(FAMILIES[model_type], config)
-        except KeyError as error:
-            raise SpecError(f"config.json has no {error.args[0]!r}", "is this folder a Hugging Face model?") from error
-
-
-def _build(family: str, config: Mapping[str, Any]) -> ModelSpec:
-    heads = int(config["num_attention_heads"])
-    hidden = int(config["hidden_size"])
-    rope = config.get("rope_parameters") or {}
-    moe = family == "qwen3_moe"
-    return ModelSpec(
-        family=family,
-        layers=int(config["num_hidden_layers"]),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        ffn=int(config["intermediate_size"]),
-        vocab=int(config["vocab_size"]),
-        max_positions=int(config["max_position_embeddings"]),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or (family == "qwen3" and bool(config.get("attention_bias", False))),
-        qk_norm=family in ("qwen3", "qwen3_moe"),
-        experts=_experts(config) if moe else 0,
-        experts_per_token=int(config["num_experts_per_tok"]) if moe else 0,
-        expert_ffn=int(config["moe_intermediate_size"]) if moe else 0,
-        normalise_expert_weights=bool(config.get("norm_topk_prob", False)) if moe else True,
-        router_aux_loss=_balancing(config) if moe else 0.0,
-    )
-
-
-def _experts(config: Mapping[str, Any]) -> int:
-    """transformers 5 writes ``num_local_experts`` where older versions, and the hub's files, say ``num_experts``."""
-    return int(config["num_local_experts"] if "num_local_experts" in config else config["num_experts"])
-
-
-def _balancing(config: Mapping[str, Any]) -> float:
-    """transformers adds a balancing loss only where the config also asks for the router's logits."""
-    return float(config.get("router_aux_loss_coef", 0.0)) if config.get("output_router_logits") else 0.0
-
-
-def _refuse_unbuilt(config: Mapping[str, Any]) -> None:
-    """Refuse what would be computed wrongly without a word."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise SpecError(f"rope scaling {kind!r} is not supported yet", "use a model with plain rotary embeddings")
-    if config.get("use_sliding_window"):
-        raise SpecError("sliding-window attention is not supported yet", "set use_sliding_window to false")
-    if config.get("model_type") == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
-        raise SpecError("a Llama with attention_bias or mlp_bias is not supported yet")
-    if config.get("hidden_act", "silu") != "silu":
-        raise SpecError(f"hidden_act {config['hidden_act']!r} is not supported (silu is)")
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        raise SpecError("a mixture of experts with dense layers in between is not supported yet")
+    def window(self, layer: int) -> int:
+        """How many tokens a query of this layer (from 0) sees; 0 where it sees all before it."""
+        return self.windows[layer] if self.windows else 0
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[Any, Path] = {}
 
     def make(family: str, **changes: Any) -> Path:
-        key = (family, *sorted(changes.items()))
+        key = (family, json.dumps(changes, sort_keys=True))
         if key not in made:
             made[key] = _save_tiny(runs.config(family, **changes), tmp_path_factory.mktemp(family))
         return made[key]

@@ -25,14 +25,14 @@ from orchestrator.errors import ConfigError
 from orchestrator.models import resolve_model
 from orchestrator.planning.certified import plan_features
 from orchestrator.runs import write_run
+from parallel.families import read_model
+from parallel.names import leaf_names
 from parallel.specs import ModelSpec, SpecError, read_hf_config
 
 Tick = Callable[[int, int, str], None]
 Train = Callable[..., Any]
 STEPS, SEED, BATCH = 3, 5, 12  # rows per step: dp may be 1, 2, 3, 4, 6, 12
 LIMIT_S = 180.0
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-EXPERTS = ["gate", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def certify(
         ConfigError, SpecError: the job names no model that we know, or nothing is left of the columns.
     """
     config = small_config(request.job, request.ranks)
-    columns = [one for one in layouts(request.ranks, ModelSpec.from_hf(config).is_moe) if request.only in one.name]
+    columns = [one for one in layouts(request.ranks, read_model(config).is_moe) if request.only in one.name]
     if not columns:
         raise ConfigError(f"--only {request.only} leaves no topology of up to {request.ranks} processes", "--up-to 4")
     with tempfile.TemporaryDirectory(prefix="isotrain-certify-") as name:
@@ -141,7 +141,7 @@ class _Bench:
     request: Request
     pool: Pool
     train: Train
-    moe: bool
+    model: ModelSpec
 
     @classmethod
     def prepared(cls, folder: Path, request: Request, config: dict[str, Any], pool: Pool, train: Train) -> _Bench:
@@ -149,7 +149,7 @@ class _Bench:
 
         make_model(config, folder / "model", SEED)
         write_rows(folder / "rows", VOCABULARY, SEED)
-        return cls(folder, request, pool, train, ModelSpec.from_hf(config).is_moe)
+        return cls(folder, request, pool, train, read_model(config))
 
     def reference(self, tuner: str, words: Sequence[str]) -> Cell:
         """The row's run in one process; green when transformers or peft say the same of what it saved."""
@@ -209,9 +209,9 @@ class _Bench:
     def _targets(self, tuner: str) -> str | list[str]:
         """The user's; else all linears, of a mixture of experts by name, and its experts only for plain LoRA."""
         asked = self.request.job.tuner.targets
-        if asked != TunerConfig().targets or not self.moe:
+        if asked != TunerConfig().targets or not self.model.is_moe:
             return asked
-        return [*ATTENTION, *EXPERTS] if tuner == "lora" else ATTENTION
+        return leaf_names(self.model, experts=tuner == "lora")
 
     def _run_dir(self, tuner: str, name: str) -> Path:
         return self.folder / tuner / name

@@ -19,7 +19,7 @@ from orchestrator.metrics import jsonable
 from orchestrator.pages import between_marks
 from orchestrator.planning.certified import SHIPPED, Pair, pairs, with_family
 from orchestrator.runs import write_whole
-from parallel.specs import ModelSpec
+from parallel.families import read_model
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -56,7 +56,7 @@ def certified(request: Request, out: Path, page: Path | None, as_json: bool, for
     if page is not None:
         write_whole(page, between_marks(page.read_text(encoding="utf-8"), mark_of_page, markdown(cells)))
     if for_package:
-        ship(ModelSpec.from_hf(config).family, cells)
+        ship(read_model(config).family, cells)
     if as_json:
         print(json.dumps(_finite({"code": int(bool(counts(cells)["red"])), "certificate": str(out), **value})))
     else:

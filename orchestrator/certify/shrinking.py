@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from parallel.capabilities import quantised_tensor_sizes
+from parallel.families import read_model
 from parallel.specs import ModelSpec
 
 HEAD_DIMS, BLOCK = (8, 16, 32, 64, 128), 64  # of NF4: elements with one scale
 VOCABULARY, POSITIONS, FEWEST_LAYERS = 101, 256, 5
+WINDOW = 7  # tokens that a query sees where layers have a window: fewer than a row has
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # beyond the small vocabulary
 
 
 def shrunken(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     """A small ``config.json`` whose heads, groups, experts and MLP are cut by exactly the same sizes up to ``ranks``.
 
-    Queries per key/value group, tied embeddings, norms, biases and rotary base stay as they are. There is a layer more
-    than ranks (fewer where the model has fewer), so that stages are uneven too.
+    Queries per key/value group, tied embeddings, norms, biases and rotary embeddings stay as they are. There is a layer
+    more than ranks (fewer where the model has fewer), so that stages are uneven too. Windows are shorter than a row,
+    and where the model has layers with and without one, so has the small one.
 
     Args:
         config: the model's ``config.json``.
@@ -31,34 +34,50 @@ def shrunken(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
         >>> [small[key] for key in ("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size")]
         [32, 8, 5, 256]
     """
-    model = ModelSpec.from_hf(config)
+    model = read_model(config)
     kv_heads = _several(model.kv_heads, ranks)
     heads = kv_heads * (model.heads // model.kv_heads)
     small = {key: value for key, value in config.items() if key not in TOKEN_KEYS}
+    layers = min(model.layers, max(ranks + 1, FEWEST_LAYERS))
     small |= {
-        "num_hidden_layers": min(model.layers, max(ranks + 1, FEWEST_LAYERS)),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "intermediate_size": _small_ffn(model.ffn, ranks),
         "vocab_size": VOCABULARY,
         "max_position_embeddings": POSITIONS,
+        **_small_windows(model, layers),
     }
     if model.is_moe:
         experts = _several(model.experts, ranks)
         small |= {
-            "num_experts": experts,
+            "num_local_experts" if "num_local_experts" in config else "num_experts": experts,
             "num_experts_per_tok": min(model.experts_per_token, max(1, experts // 2)),
-            "moe_intermediate_size": _small_ffn(model.expert_ffn, ranks),
         }
+        if "moe_intermediate_size" in config:
+            small["moe_intermediate_size"] = _small_ffn(model.expert_ffn, ranks)
     wide = model.hidden == model.heads * model.head_dim
-    sizes = [{"head_dim": head, "hidden_size": heads * head if wide else BLOCK} for head in HEAD_DIMS]
+    sizes = [{"head_dim": head, "hidden_size": heads * head if wide else math.lcm(BLOCK, heads)} for head in HEAD_DIMS]
     legal = _quantised_cuts(model, ranks)
-    fitting = (one for one in sizes if _quantised_cuts(ModelSpec.from_hf(small | one), ranks) == legal)
+    fitting = (one for one in sizes if _quantised_cuts(read_model(small | one), ranks) == legal)
     return small | next(fitting, sizes[0])
 
 
 def _quantised_cuts(model: ModelSpec, ranks: int) -> list[int]:
     return [] if model.is_moe else [size for size in quantised_tensor_sizes(model) if size <= ranks]
+
+
+def _small_windows(model: ModelSpec, layers: int) -> dict[str, Any]:
+    """Keys for shorter windows in the first layers; a kind of layer that only later ones are takes the last place."""
+    if not model.windows:
+        return {}
+    kinds = ["sliding_attention" if window else "full_attention" for window in model.windows]
+    if len(set(kinds)) == 1:
+        return {"sliding_window": WINDOW}
+    chosen = kinds[:layers]
+    if len(set(chosen)) == 1:
+        chosen[-1] = next(kind for kind in kinds if kind != chosen[0])
+    return {"sliding_window": WINDOW, "layer_types": chosen}
 
 
 def _small_ffn(ffn: int, ranks: int) -> int:

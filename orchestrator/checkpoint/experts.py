@@ -4,6 +4,9 @@ Joined weights are ``gate_up_proj [experts, 2 ffn, hidden]`` (gate's rows, then 
 ffn]``. A joined adapter of rank R has A ``[experts * R, in]``, expert by expert, and B ``[out, R * experts]``, where
 the column of rank ``j`` and expert ``e`` is ``j * experts + e``. Gate and up share one of rank 2r: their A lie one
 under the other, their B on the diagonal.
+
+Not joined, an expert's linears have the names of the hub's files: ``mlp.experts.3.gate_proj``, of Mixtral
+``block_sparse_moe.experts.3.w1``. Joined, all families are the same: ``mlp.experts``.
 """
 
 from __future__ import annotations
@@ -19,9 +22,16 @@ from parallel.shards import Box
 
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 ROUTER = "gate"
+MODULE, MIXTRAL_MODULE = "mlp", "block_sparse_moe"
+MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+LEAF_OF = {part: leaf for leaf, parts in PARTS.items() for part in parts}
+LEAF_OF |= {own: LEAF_OF[part] for own, part in MIXTRAL.items()}
 _ONE = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)\.lora_(?P<side>[AB])\.weight")
 _JOINED = re.compile(r"(?P<experts>.+\.experts)(?P<inner>\.base_layer)?\.lora_(?P<side>[AB])\.weight")
-_ROUTER = re.compile(rf"(?P<router>.+\.mlp\.{ROUTER})\.lora_[AB]\.weight")
+_ROUTER = re.compile(rf"(?P<router>.+\.({MODULE}|{MIXTRAL_MODULE})\.{ROUTER})\.lora_[AB]\.weight")
+_OF_MIXTRAL = re.compile(
+    rf"(?P<before>.+)\.{MIXTRAL_MODULE}\.(?P<path>experts\.\d+\.(?P<leaf>w[123])|{ROUTER})\.(?P<rest>.+)"
+)
 _PREFIX = "base_model.model."
 
 
@@ -41,21 +51,34 @@ def weight_places(key: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Box]]
             yield f"{module}.{expert}.{part}.weight", Box((expert, number * rows, 0), (1, rows, shape[2]))
 
 
+def common_name(name: str) -> str:
+    """The name that a tensor of Mixtral would have in a family that names experts by what they do; others as they are.
+
+    Example:
+        >>> common_name("model.layers.0.block_sparse_moe.experts.3.w3.weight")
+        'model.layers.0.mlp.experts.3.up_proj.weight'
+    """
+    match = _OF_MIXTRAL.fullmatch(name)
+    if match is None:
+        return name
+    path = match["path"]
+    if match["leaf"]:
+        path = path.removesuffix(match["leaf"]) + MIXTRAL[match["leaf"]]
+    return f"{match['before']}.{MODULE}.{path}.{match['rest']}"
+
+
 @dataclass(frozen=True)
 class JoinedHalf:
-    """One half (``side`` A or B) of the joined adapter of a layer's ``leaf``, under the ``key`` that PEFT stores."""
+    """One half (``side`` A or B) of the joined adapter of a layer's ``leaf``, under the ``key`` that PEFT stores.
+
+    ``experts``: the joined module. ``parts``: of every expert the names of the logical halves in it.
+    """
 
     experts: str
     leaf: str
     side: str
     key: str
-
-    def names(self, count: int) -> list[list[str]]:
-        """The halves of logical adapters in it: of every expert its parts."""
-        return [
-            [f"{self.experts}.{number}.{part}.lora_{self.side}.weight" for part in PARTS[self.leaf]]
-            for number in range(count)
-        ]
+    parts: tuple[tuple[str, ...], ...]
 
 
 def has_experts(names: Iterable[str]) -> bool:
@@ -63,28 +86,30 @@ def has_experts(names: Iterable[str]) -> bool:
     return any(_ONE.fullmatch(name) or _ROUTER.fullmatch(name) for name in names)
 
 
-def joined_halves(names: Iterable[str]) -> tuple[dict[JoinedHalf, int], list[str]]:
+def joined_halves(names: Iterable[str]) -> tuple[list[JoinedHalf], list[str]]:
     """Which joined halves the logical names of an adapter make.
 
     PEFT wraps down around gate_up where a layer has both, so that gate_up's key says ``base_layer``.
 
     Returns:
-        Each half with its count of experts, and the names that are no experts'.
+        The halves, and the names that are no experts'.
     """
-    counts: dict[tuple[str, str, str], set[int]] = {}
+    found: dict[tuple[str, str, str], dict[tuple[int, int], str]] = {}
     rest = []
-    leaf_of = {part: leaf for leaf, parts in PARTS.items() for part in parts}
     for name in names:
-        match = _ONE.fullmatch(name)
+        match = _ONE.fullmatch(common_name(name))
         if match is None:
             rest.append(name)
         else:
-            key = (match["experts"], leaf_of[match["leaf"]], match["side"])
-            counts.setdefault(key, set()).add(int(match["number"]))
-    halves = {}
-    for (experts, leaf, side), numbers in counts.items():
-        inner = ".base_layer" if leaf == "gate_up_proj" and (experts, "down_proj", side) in counts else ""
-        halves[JoinedHalf(experts, leaf, side, f"{experts}{inner}.lora_{side}.weight")] = len(numbers)
+            leaf = LEAF_OF[match["leaf"]]
+            place = (int(match["number"]), PARTS[leaf].index(match["leaf"]))
+            found.setdefault((match["experts"], leaf, match["side"]), {})[place] = name
+    halves = []
+    for (experts, leaf, side), places in found.items():
+        inner = ".base_layer" if leaf == "gate_up_proj" and (experts, "down_proj", side) in found else ""
+        ordered, size = [places[place] for place in sorted(places)], len(PARTS[leaf])
+        parts = tuple(tuple(ordered[start : start + size]) for start in range(0, len(ordered), size))
+        halves.append(JoinedHalf(experts, leaf, side, f"{experts}{inner}.lora_{side}.weight", parts))
     return halves, rest
 
 
@@ -105,14 +130,15 @@ def loadable_config(config: Mapping[str, Any], adapted: Collection[str]) -> dict
     Args:
         adapted: full paths of the adapted modules.
     """
-    leaves = {ROUTER, *(part for parts in PARTS.values() for part in parts)}
+    leaves = {ROUTER, *LEAF_OF}
     found = {path.rpartition(".")[2] for path in adapted}
     if not found & leaves:
         return dict(config)
     listed = adapted if isinstance(config["target_modules"], str) else config["target_modules"]
     targets = sorted(path for path in listed if path.rpartition(".")[2] not in leaves) + sorted(found & leaves)
-    if "gate_proj" in found and "down_proj" not in found:
-        targets.append("down_proj")
+    for gate, down in (("gate_proj", "down_proj"), ("w1", "w2")):
+        if gate in found and down not in found:
+            targets.append(down)
     pattern = {r"experts\.gate_up_proj": joined_alpha(config)} if config.get("use_rslora") else {}
     return {**config, "target_modules": targets, "alpha_pattern": pattern}
 
@@ -124,8 +150,9 @@ def joined_config(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, 
     """
     names = list(names)
     parameters = {f"{half.experts}.{half.leaf}" for half in joined_halves(names)[0]}
-    parameters |= {f"{match['router']}.weight" for match in map(_ROUTER.fullmatch, names) if match}
-    joined = {ROUTER, *(part for parts in PARTS.values() for part in parts)}
+    routers = (_ROUTER.fullmatch(common_name(name)) for name in names)
+    parameters |= {f"{match['router']}.weight" for match in routers if match}
+    joined = {ROUTER, *LEAF_OF}
     result = {
         **config,
         "target_modules": [name for name in config["target_modules"] if name.rpartition(".")[2] not in joined],

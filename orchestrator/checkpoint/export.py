@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint.adapter import LoraPair, lora_pairs, saved_tensors
-from orchestrator.checkpoint.experts import JoinedHalf, has_experts, join, joined_config, joined_halves, weight_places
+from orchestrator.checkpoint.experts import (
+    JoinedHalf,
+    common_name,
+    has_experts,
+    join,
+    joined_config,
+    joined_halves,
+    weight_places,
+)
 from orchestrator.checkpoint.folder import explain, sync_folder, write_durably
 from orchestrator.checkpoint.hf_reader import (
     ADAPTER_CONFIG,
@@ -71,19 +79,19 @@ def _write_joined(adapter: AdapterReader, folder: Path) -> None:
     def whole(name: str) -> torch.Tensor:
         return adapter.read(name, "weight", Box.whole(adapter.shape(name)))
 
-    def joined(half: JoinedHalf, names: list[list[str]]) -> torch.Tensor:
-        return join(half, [[whole(name) for name in each] for each in names])
+    def joined(half: JoinedHalf) -> torch.Tensor:
+        return join(half, [[whole(name) for name in parts] for parts in half.parts])
 
     halves, rest = joined_halves(adapter.names)
-    made: dict[str, Callable[[], torch.Tensor]] = {name: partial(whole, name) for name in rest}
-    entries = [TensorEntry(name, adapter.dtype(name), adapter.shape(name)) for name in rest]
-    for half, count in halves.items():
-        names = half.names(count)
-        out, r = adapter.shape(names[0][0])
-        parts = len(names[0])
+    made: dict[str, Callable[[], torch.Tensor]] = {common_name(name): partial(whole, name) for name in rest}
+    entries = [TensorEntry(common_name(name), adapter.dtype(name), adapter.shape(name)) for name in rest]
+    for half in halves:
+        first = half.parts[0][0]
+        out, r = adapter.shape(first)
+        count, parts = len(half.parts), len(half.parts[0])
         shape = (count * parts * out, r) if half.side == "A" else (parts * out, parts * r * count)
-        entries.append(TensorEntry(half.key, adapter.dtype(names[0][0]), shape))
-        made[half.key] = partial(joined, half, names)
+        entries.append(TensorEntry(half.key, adapter.dtype(first), shape))
+        made[half.key] = partial(joined, half)
     writer = FileWriter(folder / ADAPTER_WEIGHTS, placed := lay_out(entries))
     try:
         for entry in placed:
@@ -123,7 +131,7 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
         raise ConfigError(
             f"{checkpoint.folder} holds an adapter: a merge needs its base model", "export it with --to peft"
         )
-    pairs = lora_pairs(adapter, room) if adapter else {}
+    pairs = {common_name(name): pair for name, pair in lora_pairs(adapter, room).items()} if adapter else {}
     paths = weight_files(base)
     tensors = TensorFiles(paths)
     _check_targets(tensors, pairs, adapter, base)
@@ -158,14 +166,14 @@ def _check_targets(
     for key in tensors.keys:
         entry = tensors.entry(key)
         held |= {name: (key, box.size[1:]) for name, box in weight_places(key, entry.shape)} or {
-            key: (key, entry.shape)
+            common_name(key): (key, entry.shape)
         }
     for name, pair in pairs.items():
         if name not in held:
             hint = "give the base model that the adapter was trained on"
             if name == "lm_head.weight":
                 hint = "its lm_head is tied to the embedding: merging would change both. Export with --to peft"
-            raise ConfigError(f"{base} has no {name}, which the adapter changes", hint)
+            raise ConfigError(f"{base} has no {pair.base}, which the adapter changes", hint)
         key, shape = held[name]
         entry = tensors.entry(key)
         assert adapter is not None
@@ -209,7 +217,7 @@ def _merged(
     data = source.read(entry.key, rows)
     if adapter is not None:
         wide = torch.promote_types(data.dtype, torch.float32)
-        if (pair := pairs.get(entry.key)) is not None:
+        if (pair := pairs.get(common_name(entry.key))) is not None:
             data = data.to(wide) + _update(adapter, pair, rows.offset[0], rows.size[0]).to(wide)
             if pair.magnitude is not None:  # arXiv:2402.09353, equation 5; a block holds whole rows
                 length = adapter.read(pair.magnitude, "weight", Box(rows.offset[:1], rows.size[:1])).to(wide)

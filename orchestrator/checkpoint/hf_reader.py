@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.checkpoint.experts import (
     LogicalHalf,
+    common_name,
     is_block_diagonal,
     logical_config,
     logical_halves,
@@ -29,7 +30,7 @@ class WeightReader:
     """A ``TensorReader`` over safetensors files that hold weights only, under the names stored there.
 
     Where experts are stored joined (``experts.gate_up_proj``), each has its logical names instead
-    (``experts.3.up_proj.weight``).
+    (``experts.3.up_proj.weight``), which a tensor of Mixtral is found by too.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -40,6 +41,7 @@ class WeightReader:
             places = {name: (key, box) for name, box in weight_places(key, self._files.entry(key).shape)}
             self._places |= places
             self._names += places or [key]
+        self._known = frozenset(self._names)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,12 +50,13 @@ class WeightReader:
 
     def shape(self, name: str, kind: str = "weight") -> tuple[int, ...]:
         """The whole shape. Raises KeyError when there is no such tensor (or ``kind`` is no weight)."""
-        if _weight(name, kind) in self._places:
+        if (name := self._held(_weight(name, kind))) in self._places:
             return self._places[name][1].size[1:]
         return self._files.entry(name).shape
 
     def dtype(self, name: str) -> str:
         """The stored type as a safetensors code ("F32", "BF16"). Raises KeyError when there is no such tensor."""
+        name = self._held(name)
         return self._files.entry(self._places[name][0] if name in self._places else name).dtype
 
     def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
@@ -63,13 +66,17 @@ class WeightReader:
             KeyError: there is no such tensor (or ``kind`` is no weight).
             ValueError: the box does not lie in it.
         """
-        if _weight(name, kind) not in self._places:
+        if (name := self._held(_weight(name, kind))) not in self._places:
             return self._files.read(name, box)
         key, place = self._places[name]
         if box.intersect(Box.whole(place.size[1:])) != box:
             raise ValueError(f"{name} has shape {place.size[1:]}: {box} does not lie in it")
         inside = Box((0, *box.offset), (1, *box.size)).shift(place.offset)
         return self._files.read(key, inside).squeeze(0)
+
+    def _held(self, name: str) -> str:
+        """The name under which a tensor is held here: joined ones have lost their family's."""
+        return name if name in self._known else common_name(name)
 
 
 class HfReader(WeightReader):
@@ -118,15 +125,18 @@ class AdapterReader(WeightReader):
         self._last: dict[str, torch.Tensor] = {}
         if self.config.get("target_parameters"):
             self._split(folder)
+            self._known = frozenset(self._names)
 
     def shape(self, name: str, kind: str = "weight") -> tuple[int, ...]:
         """The whole shape. Raises KeyError when there is no such tensor (or ``kind`` is no weight)."""
-        half = self._halves.get(_weight(name, kind))
+        name = self._held(_weight(name, kind))
+        half = self._halves.get(name)
         return super().shape(name) if half is None else half.shape
 
     def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
         """Read one box; raises as :meth:`WeightReader.read`."""
-        half = self._halves.get(_weight(name, kind))
+        name = self._held(_weight(name, kind))
+        half = self._halves.get(name)
         if half is None:
             return super().read(name, kind, box)
         if box.intersect(Box.whole(half.shape)) != box:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint.tensor_file import TensorFiles
+from parallel.families import read_model
 from parallel.names import target_modules
 from parallel.nf4 import round_trip
 from parallel.shards import Box
-from parallel.specs import ModelSpec, read_hf_config
+from parallel.specs import read_hf_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,7 +28,7 @@ class QuantisedBase:
     def __init__(self, tensors: TensorFiles, base: Path, about: Mapping[str, Any]) -> None:
         self._tensors = tensors
         self._dtype = DTYPES[str(about.get("precision", "fp32"))]
-        model = ModelSpec.from_hf(read_hf_config(base)) if about.get("quantise") == "nf4" else None
+        model = read_model(read_hf_config(base)) if about.get("quantise") == "nf4" else None
         self._names = {f"{path}.weight" for path in target_modules(model)} if model else set()
         self._held: tuple[str, torch.Tensor] | None = None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from parallel import names
 from parallel.capabilities import Proposal
+from parallel.families import FAMILIES
 from parallel.selection import weight_shapes
 from parallel.specs import ModelSpec
 from parallel.stages import stage_layers
@@ -76,7 +77,7 @@ class StageCounts:
 def layer_matmul_parameters(model: ModelSpec) -> int:
     """Weights of one whole layer that one token is multiplied with (of the experts, only the chosen ones)."""
     total = 0
-    for linear in names.FAMILIES[model.family].linears:
+    for linear in FAMILIES[model.family].linears:
         copies = model.experts_per_token if linear.expert else 1
         total += sum(copies * _product(names.shape(role, model)) for role, _ in linear.parts)
     return total
@@ -119,7 +120,7 @@ def dense_linear_shapes(model: ModelSpec) -> list[tuple[int, int]]:
     """``[out, in]`` of the logical linears of one layer that are no experts."""
     return [
         names.shape(role, model)
-        for linear in names.FAMILIES[model.family].linears
+        for linear in FAMILIES[model.family].linears
         if not linear.expert
         for role, _ in linear.parts
     ]
@@ -132,10 +133,10 @@ def _product(shape: tuple[int, int]) -> int:
 def _layer_parameters(work: Workload) -> int:
     """Base weights of one layer on one rank, without experts."""
     model, tp = work.model, work.proposal.topology.tp
-    total = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
+    total = sum(names.whole_shape(name, model)[0] for _, name in FAMILIES[model.family].whole)
     if model.qkv_bias:
         total += (model.heads + 2 * model.kv_heads) * model.head_dim // tp
-    for linear in names.FAMILIES[model.family].linears:
+    for linear in FAMILIES[model.family].linears:
         if not linear.expert:
             whole = sum(_product(names.shape(role, model)) for role, _ in linear.parts)
             total += whole if linear.cut == "whole" else whole // tp
@@ -145,7 +146,7 @@ def _layer_parameters(work: Workload) -> int:
 def _expert_parameters(work: Workload) -> int:
     """Weights of the experts of one layer on one rank."""
     model, topology = work.model, work.proposal.topology
-    parts = [part for linear in names.FAMILIES[model.family].linears if linear.expert for part in linear.parts]
+    parts = [part for linear in FAMILIES[model.family].linears if linear.expert for part in linear.parts]
     return sum(_product(names.shape(role, model)) for role, _ in parts) * (model.experts // topology.ep) // topology.etp
 
 
@@ -164,7 +165,7 @@ def _chosen_parameters(work: Workload, stage: int) -> int:
         size = _product((shape[0], shape[1] if len(shape) > 1 else 1))
         cut = len(shape) > 1 or name.endswith(".bias")
         cuts = topology.ep * topology.etp if ".experts." in name else topology.tp
-        total += size // cuts if cut and not name.endswith("mlp.gate.weight") else size
+        total += size // cuts if cut and not name.endswith(".gate.weight") else size
     return total
 
 
@@ -176,7 +177,7 @@ def _adapter_parameters(work: Workload, layer: int) -> tuple[int, int]:
     """
     topology, r = work.proposal.topology, work.adapter_rank
     dense = sparse = 0
-    for linear in names.FAMILIES[work.model.family].linears:
+    for linear in FAMILIES[work.model.family].linears:
         ranks = topology.etp if linear.expert else topology.tp
         rows, columns = (ranks if linear.cut == cut else 1 for cut in ("column", "row"))
         for role, path in linear.parts:

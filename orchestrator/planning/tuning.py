@@ -43,7 +43,7 @@ def chosen_weights(job: JobConfig, model: ModelSpec) -> frozenset[str]:
 def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) -> None:
     """Dropout, DoRA and PiSSA are built for the dense linears; PiSSA's rank is at most that of the weights."""
     tuner = job.tuner
-    sparse = sorted(path for path in adapted if ".experts." in path or path.endswith(".mlp.gate"))
+    sparse = sorted(path for path in adapted if ".experts." in path or path.endswith(".gate"))
     if tuner.dropout and sparse:
         raise ConfigError(
             f"tuner.dropout={tuner.dropout:g} is not built for adapters of experts and routers "

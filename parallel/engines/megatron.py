@@ -29,7 +29,7 @@ from parallel.engines import megatron_state as states
 from parallel.engines.megatron_experts import balance_routers, count_experts_once
 from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
-from parallel.loss import VocabShard, summed_loss
+from parallel.loss import VocabShard, bound_, summed_loss
 from parallel.seeding import DropoutClock
 from parallel.sequence import SequenceCut, in_order
 from parallel.shards import Piece, Shard
@@ -67,7 +67,8 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.to(self._device)
         models.start_adapters(self._chunks)
-        self._base, self._started = base, spec.lora is None or spec.lora.init == "default"
+        self._started = spec.lora is None or spec.lora.init == "default"
+        self._base = None if self._started else base  # an open reader keeps the pages of its files in memory
         self._config = self._chunks[0].config
         self._wrapped = [self._wrap(chunk) for chunk in self._chunks]
         self._optimizer = self._build_optimizer()
@@ -118,6 +119,7 @@ class MegatronEngine:
             if self._spec.sp:
                 hidden = mappings.gather_from_sequence_parallel_region(hidden, group=self._groups.by_name["tp"])
             local = (hidden @ self._head().t()).float()
+            bound_(local, self._spec.model.logit_cap)
             rows = in_order(self._gathered(torch.cat(self._gathered(local, "tp").unbind(0), dim=-1), "cp"))
             found.append(rows[..., : self._spec.model.vocab].transpose(0, 1))
             return hidden.new_zeros(()), torch.tensor(0, dtype=torch.int), hidden.new_zeros(2)
@@ -142,7 +144,7 @@ class MegatronEngine:
 
     def load(self, reader: TensorReader, *, moments: bool) -> None:
         """Fill the training state from logical tensors."""
-        self._started = True
+        self._started, self._base = True, None
         with torch.no_grad():
             has_master = set()
             for shard in self.shards():
@@ -173,7 +175,7 @@ class MegatronEngine:
         if not self._started:
             pissa.start(self._spec, self._groups, self._chunks, self._base)
             self._optimizer.reload_model_params()
-            self._started = True
+            self._started, self._base = True, None
 
     def _trained(self) -> Iterator[tuple[torch.nn.Parameter, list[Piece]]]:
         every = models.tensors(self._spec, self._groups, self._chunks)
@@ -262,7 +264,7 @@ class MegatronEngine:
         elif self._groups.size("tp") > 1:
             hidden = mappings.copy_to_tensor_model_parallel_region(hidden, group=group)
         labels = self._cut.take(batch.labels.to(self._device), 1).t()
-        total, count = summed_loss(hidden, self._head(), labels, self._vocab_shard())
+        total, count = summed_loss(hidden, self._head(), labels, self._vocab_shard(), self._spec.model.logit_cap)
         tokens = torch.tensor(count, dtype=torch.int, device=self._device)
         return total, tokens, torch.stack([total.detach().double(), tokens.double()])
 

@@ -21,10 +21,12 @@ from parallel.engine import EngineSpec, TensorReader
 from parallel.engines import megatron_quantised as quantised
 from parallel.engines import megatron_rates as rates
 from parallel.engines.megatron_experts import finalize_with_experts
+from parallel.families import FAMILIES
 from parallel.groups import Groups
 from parallel.lora import ExpertPlace, LoraContext, LoraLinear, Regions, adapter_tensors, wrap_layer
 from parallel.provider import block_spec
 from parallel.quantised import QuantisedLinear
+from parallel.rotary import frequencies
 from parallel.seeding import DropoutClock, normal
 from parallel.shards import Piece
 from parallel.specs import ModelSpec
@@ -87,8 +89,10 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
+        layernorm_zero_centered_gamma=model.norm_offset,
+        softmax_scale=_score_scale(model),
         activation_func=torch.nn.functional.silu,
-        use_te_activation_func=True,  # which is megatron-core's name for an activation module: provider.SwiGlu
+        use_te_activation_func=True,  # megatron-core's name for an activation module: the provider's, whatever is above
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=topology.tp,
@@ -116,6 +120,14 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         **_recompute(spec.recompute),
         **_experts(model),
     )
+
+
+def _score_scale(model: ModelSpec) -> float | None:
+    """What attention scores are multiplied with; None for ``1/sqrt(head_dim)``."""
+    factor = model.rope_scaling.score_factor if model.rope_scaling else 1.0
+    if not model.score_scale and factor == 1:
+        return None
+    return factor * (model.score_scale or model.head_dim**-0.5)
 
 
 def _recompute(kind: str) -> dict[str, Any]:
@@ -209,9 +221,9 @@ def _build_chunk(spec: EngineSpec, groups: Groups, config: TransformerConfig, vi
     model, topology = spec.model, groups.topology
     stage, last = groups.coordinate("pp"), (spec.vpp or 1) - 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return HiddenGPTModel(
+    chunk = HiddenGPTModel(
         config=config,
-        transformer_layer_spec=block_spec(model, len(chunk_layers(spec, groups, virtual)), config, device),
+        transformer_layer_spec=block_spec(model, chunk_layers(spec, groups, virtual), config, device),
         vocab_size=names.padded_vocab(model.vocab, topology.tp),
         max_sequence_length=model.max_positions,
         pre_process=stage == 0 and virtual == 0,
@@ -222,6 +234,12 @@ def _build_chunk(spec: EngineSpec, groups: Groups, config: TransformerConfig, vi
         pg_collection=process_groups(groups),
         vp_stage=virtual if spec.vpp else None,
     )
+    if model.rope_scaling is not None:
+        turns = frequencies(model.rope_theta, model.head_dim, model.rope_scaling)
+        chunk.rotary_pos_emb.inv_freq = turns.to(chunk.rotary_pos_emb.inv_freq.device)
+    if model.embedding_scale != 1 and chunk.pre_process:
+        chunk.embedding.register_forward_hook(lambda module, inputs, out: out * out.new_tensor(model.embedding_scale))
+    return chunk
 
 
 def chunk_layers(spec: EngineSpec, groups: Groups, virtual: int) -> tuple[int, ...]:
@@ -251,7 +269,7 @@ def _base_tensors(
     if chunk.pre_process:
         yield chunk.embedding.word_embeddings.weight, names.vocab_piece(names.EMBEDDING, model, tp, rank)
     for layer, index in zip(chunk.decoder.layers, layers, strict=True):
-        for path, name in names.FAMILIES[model.family].whole:
+        for path, name in FAMILIES[model.family].whole:
             parameter = layer.get_parameter(path)
             yield parameter, names.whole_piece(names.layer_prefix(index) + name, tuple(parameter.shape))
         for linear in names.linears(model, groups.topology.ep, groups.index("ep")):
@@ -294,7 +312,7 @@ def fill_base(spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], re
 
 def base_values(spec: EngineSpec, reader: TensorReader | None, piece: Piece) -> torch.Tensor:
     """The base's values of a piece, as they are stored or (without a reader) drawn."""
-    return reader.read(piece.name, "weight", piece.box) if reader else _random(spec.seed, piece)
+    return reader.read(piece.name, "weight", piece.box) if reader else _random(spec, piece)
 
 
 def start_adapters(chunks: list[HiddenGPTModel]) -> None:
@@ -305,9 +323,9 @@ def start_adapters(chunks: list[HiddenGPTModel]) -> None:
                 module.start()
 
 
-def _random(seed: int, piece: Piece) -> torch.Tensor:
+def _random(spec: EngineSpec, piece: Piece) -> torch.Tensor:
     if piece.name.endswith("norm.weight"):
-        return torch.ones(piece.box.size)
+        return torch.full(piece.box.size, 0.0 if spec.model.norm_offset else 1.0)
     if piece.name.endswith(".bias"):
         return torch.zeros(piece.box.size)
-    return normal(piece.shape, INITIAL_STD, seed, "weight", piece.name)[piece.box.slices]
+    return normal(piece.shape, INITIAL_STD, spec.seed, "weight", piece.name)[piece.box.slices]

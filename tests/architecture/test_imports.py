@@ -37,7 +37,10 @@ ADAPTERS = {
     "wandb": ("orchestrator/metrics.py",),
 }
 LAZY = {"deepspeed", "hydra", "omegaconf", "peft", "transformers", "huggingface_hub", "wandb", "rich", "bitsandbytes"}
-WITHOUT_TORCH = tuple(f"parallel/{name}.py" for name in ("specs", "topology", "stages", "shards", "capabilities"))
+WITHOUT_TORCH = (
+    *(f"parallel/{name}.py" for name in ("specs", "topology", "stages", "shards", "capabilities")),
+    *(path for path in TREES if path.startswith("parallel/families/")),
+)
 READS_ENVIRONMENT = {"launch/environment.py"}
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
 

@@ -21,7 +21,11 @@ from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
 R, EXPERTS, STEPS = 4, 4, 4
-PREFIX = "base_model.model.model.layers"
+MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+TARGETS = {
+    "qwen3_moe": ("q_proj", "gate", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("q_proj", "gate", "w1", "w3", "w2"),
+}
 
 
 def logical_halves(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Parameter, Callable]]:
@@ -37,14 +41,18 @@ def logical_halves(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Parameter
         return (lambda joined: joined[rows]), half_b
 
     found: dict[str, tuple[torch.nn.Parameter, Callable]] = {}
+    is_mixtral = model.config.model_type == "mixtral"
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
             continue
         key, side = name.replace(".default", ""), "A" if ".lora_A." in name else "B"
+        key = key.replace(".mlp.", ".block_sparse_moe.") if is_mixtral else key
         if ".experts." not in key:
             found[key] = parameter, lambda whole: whole
             continue
         parts = ("gate_proj", "up_proj") if ".base_layer." in key else ("down_proj",)
+        if is_mixtral:
+            parts = tuple(MIXTRAL[part] for part in parts)
         for expert in range(EXPERTS):
             for number, part in enumerate(parts):
                 cuts = slices(expert, number, len(parts) * R)
@@ -84,20 +92,20 @@ def train_with_peft(run: Run, folder: Path) -> tuple[list[float], list[float], d
 
 
 @pytest.mark.parametrize(
-    ("topology", "sp"),
+    ("family", "topology", "sp"),
     [
-        (Topology(), False),
-        (Topology(tp=2, dp=2, ep=2, etp=2), True),
-        (Topology(pp=2, dp=2, ep=2), False),
+        ("qwen3_moe", Topology(), False),
+        ("qwen3_moe", Topology(tp=2, dp=2, ep=2, etp=2), True),
+        ("qwen3_moe", Topology(pp=2, dp=2, ep=2), False),
+        ("mixtral", Topology(tp=2, dp=2, ep=2), True),
     ],
     ids=str,
 )
 def test_training_adapters_of_experts_and_router_equals_peft(
-    pool: Pool, tiny_model: Callable[..., Path], topology: Topology, sp: bool
+    pool: Pool, tiny_model: Callable[..., Path], family: str, topology: Topology, sp: bool
 ) -> None:
-    folder = tiny_model("qwen3_moe")
-    targets = ("q_proj", "gate", "gate_proj", "up_proj", "down_proj")
-    run = Run("qwen3_moe", topology, steps=STEPS, sp=sp, targets=targets)
+    folder = tiny_model(family)
+    run = Run(family, topology, steps=STEPS, sp=sp, targets=TARGETS[family])
     found = pool.run(topology.world_size, runs.train, run, str(folder))
     losses, norms, adapter = train_with_peft(run, folder)
     assert found[0][0] == pytest.approx(losses, rel=LOSS_RTOL)

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.specs import ModelSpec, read_hf_config
+from orchestrator.checkpoint.hf_reader import HfReader
+from parallel.families import read_model
+from parallel.shards import Box
+from parallel.specs import read_hf_config
 from parallel.topology import Topology
 from tests.helpers import runs
 from tests.helpers.pool import Pool
@@ -55,6 +58,9 @@ def assert_same_logits(pool: Pool, folder: Path, run: runs.Run, tokens: list[lis
     [
         *((family, name) for family in ("llama", "qwen2") for name in ("one", "tp3", "pp3")),
         *(("qwen3", name) for name in ("one", "tp2", "pp3", "tp2-pp2", "cp2-tp2-sp")),
+        *((family, name) for family in ("mistral", "gemma2", "gemma3_text") for name in ("one", "tp2-pp2")),
+        *((family, "cp2-tp2-sp") for family in ("mistral", "gemma2", "gemma3_text")),
+        *(("mixtral", name) for name in ("one", "tp2-sp-ep2")),
         *(("qwen3_moe", name) for name in ("one", "pp2", "tp2-sp", "tp2-sp-etp2", "tp2-sp-ep2", "tp3-sp")),
     ],
 )
@@ -62,6 +68,47 @@ def test_tiny_models(pool: Pool, tiny_model: Callable[..., Path], family: str, n
     tokens = torch.randint(0, 101, (2, 12), generator=torch.Generator().manual_seed(1)).tolist()
     run = runs.Run(family, TOPOLOGIES[name], sp="-sp" in name)
     assert_same_logits(pool, tiny_model(family), run, tokens)
+
+
+STRETCHED = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+@pytest.mark.parametrize("name", ["one", "cp2"])
+def test_stretched_rotary_embeddings(pool: Pool, tiny_model: Callable[..., Path], kind: str, name: str) -> None:
+    changes = {"rope_scaling": STRETCHED[kind], "rope_theta": 100.0}
+    run = runs.Run("llama", TOPOLOGIES[name], changes=tuple(changes.items()))
+    assert_same_logits(pool, tiny_model("llama", **changes), run, [list(range(1, 65))])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_windows_from_a_layer_on(pool: Pool, tiny_model: Callable[..., Path], family: str) -> None:
+    changes = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+    run = runs.Run(family, changes=tuple(changes.items()))
+    assert_same_logits(pool, tiny_model(family, **changes), run, [list(range(1, 17))])
+
+
+@pytest.mark.parametrize("family", runs.FAMILIES)
+def test_weights_come_back_bit_for_bit(pool: Pool, tiny_model: Callable[..., Path], family: str) -> None:
+    """Hugging Face folder -> shards of two stages, two tensor-parallel ranks each -> Hugging Face names."""
+    folder = tiny_model(family)
+    run = runs.Run(family, Topology(tp=2, pp=2), sp=True, full=True, steps=0)
+    state = [pieces for _, _, pieces in pool.run(4, runs.train, run, str(folder))]
+    found = {name: value for (name, kind), value in runs.merge(state).items() if kind == "weight"}
+    stored = HfReader(folder)
+    assert found.keys() == set(stored.names)
+    for name, value in found.items():
+        assert torch.equal(value, stored.read(name, "weight", Box.whole(stored.shape(name)))), name
 
 
 @pytest.mark.parametrize("changes", [{"norm_topk_prob": False}])
@@ -80,11 +127,11 @@ def test_padded_vocabulary_and_untied_head(pool: Pool, tiny_model: Callable[...,
 @pytest.mark.parametrize("name", ["one", "tp3", "pp2", "pp3", "cp2"])
 def test_smollm2(pool: Pool, smollm2: Path, name: str) -> None:
     config = read_hf_config(smollm2)
-    assert ModelSpec.from_hf(config).vocab == 49152
-    theta = ModelSpec.from_hf(config).rope_theta
+    assert read_model(config).vocab == 49152
+    theta = read_model(config).rope_theta
     changes = (*((key, value) for key, value in config.items() if key in runs.TINY), ("rope_theta", theta))
     run = runs.Run("llama", TOPOLOGIES[name], changes=changes)
-    assert run.model == ModelSpec.from_hf(config)
+    assert run.model == read_model(config)
     assert_same_logits(
         pool, smollm2, run, [[1, 9690, 198, 2683, 359, 253, 5356, 5646], [2, 260, 3575, 282, 4649, 314, 1, 4093]]
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from parallel.specs import ModelSpec, read_hf_config
+from parallel.families import read_model
+from parallel.specs import read_hf_config
 from parallel.topology import Topology
 from tests.helpers import runs
 from tests.helpers.pool import Pool
@@ -30,10 +32,10 @@ TOPOLOGIES = {
 }
 
 
-def assert_same(pool: Pool, reference: Run, other: Run) -> None:
+def assert_same(pool: Pool, reference: Run, other: Run, base: str | None = None) -> None:
     """Both runs, and every comparison the thesis makes."""
-    expected = pool.run(1, runs.train, reference)
-    found = pool.run(other.topology.world_size, runs.train, other)
+    expected = pool.run(1, runs.train, reference, base)
+    found = pool.run(other.topology.world_size, runs.train, other, base)
     for losses, norms, _ in found:
         assert losses == pytest.approx(expected[0][0], rel=LOSS_RTOL)
         assert norms == pytest.approx(expected[0][1], rel=1e-4)
@@ -57,6 +59,18 @@ def test_full_run_equals_one_process(pool: Pool, name: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_families_equal_one_process(pool: Pool, family: str, name: str) -> None:
     assert_same(pool, Run(family=family), Run(family=family, **TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+def test_families_with_windows_equal_one_process(
+    pool: Pool, tiny_model: Callable[..., Path], family: str, full: bool
+) -> None:
+    """From weights that attend sharply: our own random ones attend evenly, and gradients of queries are rounding."""
+    reference, base = Run(family=family, full=full), str(tiny_model(family))
+    assert_same(pool, reference, reference.on(topology=Topology(tp=2, pp=2), sp=True), base)
+    assert_same(pool, reference, reference.on(topology=Topology(cp=2, dp=2)), base)
+    assert_same(pool, reference, reference.on(topology=Topology(cp=2), cp_comm="ulysses", recompute="full"), base)
 
 
 @pytest.mark.parametrize("name", ["dp2", "pp2", "tp2-sp"])
@@ -96,7 +110,7 @@ def test_ten_steps_of_smollm2(pool: Pool, smollm2: Path) -> None:
     its first update is rounding noise divided by ``eps``. eps=1e-6 and a warm-up keep that below the tolerance.
     """
     config = read_hf_config(smollm2)
-    theta = ModelSpec.from_hf(config).rope_theta
+    theta = read_model(config).rope_theta
     changes = (*((key, value) for key, value in config.items() if key in runs.TINY), ("rope_theta", theta))
     rows = runs.lighthouse_rows(smollm2, 40, 56)
     run = Run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.engine import IGNORED_LABEL, AdamSpec, EngineSpec, MicroBatch
+from parallel.families import read_model
 from parallel.lora_spec import LoraSpec
 from parallel.names import resolve_targets
 from parallel.selection import frozen_weights, rate_ratios, saved_weights
@@ -30,10 +32,28 @@ TINY = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+GEMMA = {"head_dim": 12, "num_key_value_heads": 2, "num_attention_heads": 4, "query_pre_attn_scalar": 10}
+GEMMA |= {"sliding_window": 5, "hidden_activation": "gelu_pytorch_tanh"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
+    "gemma2": {**GEMMA, "model_type": "gemma2", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0},
+    "gemma3_text": {
+        **GEMMA,
+        "model_type": "gemma3_text",
+        "sliding_window_pattern": 3,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "num_attention_heads": 4},
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "tie_word_embeddings": False,
+    },
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "num_experts": 4,
@@ -107,7 +127,7 @@ class Run:
     @property
     def model(self) -> ModelSpec:
         """The model's shape."""
-        return ModelSpec.from_hf(config(self.family, **dict(self.changes)))
+        return read_model(config(self.family, **dict(self.changes)))
 
     def rate(self, step: int) -> float:
         """The learning rate of step ``step``, counted from 0."""
@@ -289,6 +309,20 @@ def evaluate_and_train(run: Run) -> tuple[float, float, float]:
     engine.close()
     groups.close()
     return before.loss, trained.loss, after.loss
+
+
+def keeps_its_base(run: Run, base_folder: str) -> bool:
+    """Whether the reader of the base, whose mapped files count as memory, outlives the engine's first step."""
+    readers: list[Any] = []
+
+    def watched(reader: Any) -> Any:
+        readers.append(weakref.ref(reader))
+        return reader
+
+    engine, groups = open_engine(run, base_folder, watched)
+    engine.train_step(microbatches(run, 0, groups.coordinate("dp")), run.rate(0))
+    groups.close()
+    return readers[0]() is not None
 
 
 def gradients_that_never_come(run: Run) -> str:

@@ -15,11 +15,11 @@ from orchestrator.assemble import check_adapter, lora_spec, room
 from orchestrator.checkpoint.adapter import adapter_config
 from orchestrator.config.job import JobConfig, ModelConfig, TunerConfig
 from orchestrator.errors import ConfigError
-from parallel.specs import ModelSpec
+from parallel.families import read_model
 from tests.helpers import runs
 
 CONFIG = runs.config("llama")
-MODEL = ModelSpec.from_hf(CONFIG)
+MODEL = read_model(CONFIG)
 JOB = JobConfig(
     model=ModelConfig(weights="random", config=CONFIG), tuner=TunerConfig(r=4, alpha=8.0, targets=["q_proj", "v_proj"])
 )

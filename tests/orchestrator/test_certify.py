@@ -22,6 +22,7 @@ from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError
 from orchestrator.planning import certified as certified_plans
 from parallel.capabilities import legal_tensor_sizes, quantised_tensor_sizes
+from parallel.families import read_model
 from parallel.shards import Box, Shard
 from parallel.specs import ModelSpec
 from tests.helpers.runs import config
@@ -38,8 +39,8 @@ REFUSED = Cell("full", Layout("dp2", (), 2), "refused", reason="3 heads | tp=2")
 )  # fmt: skip
 def test_a_small_model_is_cut_by_the_same_sizes(kv: int, group: int, ffn: int, layers: int, ranks: int) -> None:
     changes = {"num_key_value_heads": kv, "num_attention_heads": kv * group, "intermediate_size": ffn}
-    large = ModelSpec.from_hf(config("llama", num_hidden_layers=layers, **changes))
-    small = ModelSpec.from_hf(shrunken(config("llama", num_hidden_layers=layers, **changes), ranks))
+    large = read_model(config("llama", num_hidden_layers=layers, **changes))
+    small = read_model(shrunken(config("llama", num_hidden_layers=layers, **changes), ranks))
 
     def cuts(model: ModelSpec) -> list[int]:
         return [size for size in legal_tensor_sizes(model) if size <= ranks]
@@ -48,18 +49,26 @@ def test_a_small_model_is_cut_by_the_same_sizes(kv: int, group: int, ffn: int, l
     assert small.layers == min(layers, max(ranks + 1, 5))
 
 
+@pytest.mark.parametrize(("family", "windows"), [
+    ("llama", ()), ("mistral", 5 * (7,)), ("gemma2", (7, 0, 7, 0, 7)), ("gemma3_text", (7, 7, 7, 7, 0)),
+])  # fmt: skip
+def test_a_small_model_has_both_kinds_of_layers(family: str, windows: tuple[int, ...]) -> None:
+    large = config(family, num_hidden_layers=26, sliding_window=4096) | {"sliding_window_pattern": 6}
+    assert read_model(shrunken(large, 4)).windows == windows
+
+
 @pytest.mark.parametrize("name", ["smollm2_135m", "llama3_8b", "qwen3_8b"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_a_quantised_small_model_is_cut_by_the_same_sizes_too(name: str, ranks: int) -> None:
     given = compose_job([f"model={name}"]).model.config or {}
-    large, small = (ModelSpec.from_hf(each) for each in (given, shrunken(given, ranks)))
+    large, small = (read_model(each) for each in (given, shrunken(given, ranks)))
     legal = [[size for size in quantised_tensor_sizes(model) if size <= ranks] for model in (large, small)]
     assert legal[0] == legal[1] != []
 
 
 def test_a_small_mixture_of_experts_keeps_its_cuts() -> None:
     given = compose_job(["model=qwen3_30b_a3b"]).model.config
-    small = ModelSpec.from_hf(shrunken(given or {}, 4))
+    small = read_model(shrunken(given or {}, 4))
     assert (small.experts, small.experts_per_token, small.expert_ffn % 4, small.qk_norm) == (8, 4, 0, True)
 
 

@@ -19,11 +19,13 @@ from orchestrator.checkpoint.save import Contents, save
 from orchestrator.config.job import JobConfig, ModelConfig, TunerConfig
 from orchestrator.errors import ConfigError
 from parallel import names
+from parallel.families import read_model
 from parallel.shards import Box, Shard
 from parallel.specs import ModelSpec, read_hf_config
 
 R, ALPHA = 4, 8.0
 EVERYTHING = ["q_proj", "gate", "gate_proj", "up_proj", "down_proj"]
+EVERYTHING_OF_MIXTRAL = ["q_proj", "gate", "w1", "w3", "w2"]
 TARGETS: dict[str, Any] = {
     "everything": EVERYTHING,
     "gate-and-up": ["gate_proj", "up_proj"],
@@ -94,15 +96,16 @@ def merged_by_hand(base: Path, job: JobConfig, spec: ModelSpec) -> Any:
                 continue
             update = scale * held[name.replace("lora_A", "lora_B")] @ a
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            module = module.replace("block_sparse_moe", "mlp")
             if ".experts." not in module:
                 model.get_submodule(module).weight += update
                 continue
             experts, number, leaf = module.rsplit(".", 2)
             joined = model.get_submodule(experts)
-            if leaf == "down_proj":
+            if leaf in ("down_proj", "w2"):
                 joined.down_proj[int(number)] += update
             else:
-                joined.gate_up_proj[int(number)].chunk(2)[leaf == "up_proj"].add_(update)
+                joined.gate_up_proj[int(number)].chunk(2)[leaf in ("up_proj", "w3")].add_(update)
     return model
 
 
@@ -112,7 +115,7 @@ def test_peft_loads_checkpoint_and_export(tmp_path: Path, base: Path, which: str
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    spec = ModelSpec.from_hf(read_hf_config(base))
+    spec = read_model(read_hf_config(base))
     job = job_of(base, TARGETS[which], rslora=rslora)
     checkpoint = save_checkpoint(tmp_path / "c", job, spec)
     export_adapter(checkpoint, tmp_path / "peft")
@@ -132,12 +135,40 @@ def test_peft_loads_checkpoint_and_export(tmp_path: Path, base: Path, which: str
     check_adapter(job_of(base, TARGETS[which], rslora=rslora, path=str(tmp_path / "peft")), spec)
 
 
+def test_experts_of_mixtral_have_its_names_apart_and_common_ones_joined(tmp_path: Path, tiny_model: Model) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_model("mixtral")
+    joined_base = tmp_path / "joined"
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain.save_pretrained(joined_base, save_original_format=False)
+    spec, job = read_model(read_hf_config(base)), job_of(base, EVERYTHING_OF_MIXTRAL)
+    checkpoint = save_checkpoint(tmp_path / "c", job, spec)
+    export_adapter(checkpoint, tmp_path / "peft")
+    expected = logits_of(merged_by_hand(base, job, spec))
+    for folder in (checkpoint / "adapter", tmp_path / "peft"):
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+        assert (logits_of(loaded) - expected).abs().max() <= 1e-4, folder
+    for stored in (base, joined_base):
+        export_merged(checkpoint, stored, tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        assert (logits_of(merged) - expected).abs().max() <= 1e-4, stored
+    back, apart, joined = AdapterReader(tmp_path / "peft"), HfReader(base), HfReader(joined_base)
+    for name, value in matrices(spec, job.tuner.targets).items():
+        assert torch.equal(back.read(name, "weight", Box.whole(tuple(value.shape))), value), name
+    for name in apart.names:
+        box = Box.whole(apart.shape(name))
+        assert torch.equal(joined.read(name, "weight", box), apart.read(name, "weight", box)), name
+    check_adapter(job_of(base, EVERYTHING_OF_MIXTRAL, path=str(tmp_path / "peft")), spec)
+
+
 def test_an_export_is_what_peft_itself_writes(tmp_path: Path, base: Path) -> None:
     """Same names, shapes, values and settings as PEFT's save_pretrained after it has loaded the checkpoint."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    spec = ModelSpec.from_hf(read_hf_config(base))
+    spec = read_model(read_hf_config(base))
     checkpoint = save_checkpoint(tmp_path / "c", job_of(base, EVERYTHING), spec)
     export_adapter(checkpoint, tmp_path / "ours")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -154,7 +185,7 @@ def test_an_export_is_what_peft_itself_writes(tmp_path: Path, base: Path) -> Non
 
 
 def test_boxes_of_joined_tensors_are_boxes_of_logical_ones(tmp_path: Path, base: Path, joined_base: Path) -> None:
-    spec = ModelSpec.from_hf(read_hf_config(base))
+    spec = read_model(read_hf_config(base))
     apart, joined = HfReader(base), HfReader(joined_base)
     assert set(apart.names) == set(joined.names)
     for name in apart.names:
@@ -181,7 +212,7 @@ def test_boxes_of_joined_tensors_are_boxes_of_logical_ones(tmp_path: Path, base:
 def test_a_merge_into_experts(tmp_path: Path, base: Path, joined_base: Path, stored: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    spec = ModelSpec.from_hf(read_hf_config(base))
+    spec = read_model(read_hf_config(base))
     job = job_of(base, EVERYTHING)
     checkpoint = save_checkpoint(tmp_path / "c", job, spec)
     export_merged(checkpoint, {"apart": base, "joined": joined_base}[stored], tmp_path / "merged")
@@ -204,7 +235,7 @@ def test_an_adapter_that_gate_and_up_share_is_refused(tmp_path: Path, base: Path
 
 
 def test_target_parameters_that_are_not_known_are_refused(tmp_path: Path, base: Path) -> None:
-    spec = ModelSpec.from_hf(read_hf_config(base))
+    spec = read_model(read_hf_config(base))
     export_adapter(save_checkpoint(tmp_path / "c", job_of(base, ["gate"]), spec), tmp_path / "peft")
     path = tmp_path / "peft" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), "target_parameters": ["gate.weight", "mixer.weight"]}))

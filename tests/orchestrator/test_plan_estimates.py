@@ -20,6 +20,7 @@ from orchestrator.planning.plan import make_plan
 from orchestrator.planning.show import batch_arithmetic, group_rejected, plan_summary, render
 from orchestrator.planning.timing import estimate_time
 from parallel.capabilities import Proposal
+from parallel.families import read_model
 from parallel.names import resolve_targets
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import split_layers
@@ -284,7 +285,7 @@ def test_every_shipped_model_and_cluster_has_a_plan_or_an_error_with_a_hint(
     keys = yaml.safe_load((CONFIGS / "model" / f"{model}.yaml").read_text(encoding="utf-8"))["config"]
     if keys is None:
         return
-    spec = ModelSpec.from_hf(keys)
+    spec = read_model(keys)
     machine = ClusterSpec(**yaml.safe_load((CONFIGS / "cluster" / f"{cluster}.yaml").read_text(encoding="utf-8")))
     try:
         plan = make_plan(JobConfig(tuner=TunerConfig(name=tuner)), spec, machine)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parallel import attention_blocks as blocks
-from parallel.attention_blocks import Block, Kernel, merge
+from parallel.attention_blocks import Block, Kernel, Rules, merge
 from tests.helpers.attention import Case, whole_results
 
 CUDA = torch.cuda.is_available()
@@ -108,7 +108,9 @@ def test_the_kernel_follows_device_and_type(device: str, dtype: torch.dtype, ker
 
     query = Query()
     query.device, query.dtype = torch.device(device), dtype  # type: ignore[attr-defined]
-    assert blocks.kernel_for(query) is kernel  # type: ignore[arg-type]
+    assert blocks.kernel_for(query, Rules(1.0)) is kernel  # type: ignore[arg-type]
+    assert blocks.kernel_for(query, Rules(1.0, cap=2.0)) is blocks.TILES  # type: ignore[arg-type]
+    assert blocks.kernel_for(query, Rules(1.0, window=2)) is blocks.TILES  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel", [blocks.CUDA_FLASH, blocks.CUDA_EFFICIENT], ids=["flash", "efficient"])

@@ -24,10 +24,11 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
     return hidden, weight, labels
 
 
-def oracle(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+def oracle(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, cap: float = 0.0) -> list[torch.Tensor]:
     """Loss, gradient of hidden states, gradient of the output layer, in fp64."""
     wide, matrix = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     logits = (wide @ matrix.t()).flatten(0, -2)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
     total = cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
     return [total.detach(), *torch.autograd.grad(total * 0.5, [wide, matrix])]
 
@@ -50,6 +51,15 @@ def test_equals_cross_entropy(
     for found, expected in zip((total, hidden.grad, weight.grad), oracle(hidden, weight, labels), strict=True):
         assert found is not None
         assert_near(found, expected, tolerance)
+
+
+def test_capped_logits() -> None:
+    hidden, weight, labels = problem()
+    total, _ = summed_loss(hidden, weight, labels, VocabShard(0, VOCAB), cap=3.0)
+    (total * 0.5).backward()
+    for found, expected in zip((total, hidden.grad, weight.grad), oracle(hidden, weight, labels, 3.0), strict=True):
+        assert found is not None
+        assert_near(found, expected, 1e-6)
 
 
 def test_rows_that_pad_the_vocabulary_are_no_entries() -> None:
