@@ -27,18 +27,14 @@ def make_model(config: Mapping[str, Any], folder: Path, seed: int) -> None:
     model.float().save_pretrained(folder)
 
 
-def logits(base: Path, checkpoint: Path, probe: list[list[int]]) -> Any:
-    """The logits of what a checkpoint holds, float32 ``[rows, tokens, vocabulary]``: of its adapter on ``base``, or of
-    its whole model."""
+def logits(folder: Path, adapter: Path | None, probe: list[list[int]]) -> Any:
+    """The logits of a model's folder, with an adapter on it if there is one: float32 ``[rows, tokens, vocabulary]``."""
     import torch
     from transformers import AutoModelForCausalLM
 
     _quietly()
-    adapter = checkpoint / "adapter"
-    model = AutoModelForCausalLM.from_pretrained(
-        base if adapter.is_dir() else checkpoint / "model", dtype=torch.float32
-    )
-    if adapter.is_dir():
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter))

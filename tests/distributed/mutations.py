@@ -36,6 +36,40 @@ def fused_adapter_cut_plainly(*cell: Any) -> Any:
         return train_cell(*cell)
 
 
+def one_adapter_per_expert_rank(*cell: Any) -> Any:
+    """Fault 4: the experts of a rank share one adapter, so that the model depends on how many ranks there are."""
+    from parallel import lora
+    from parallel.engines import megatron_model
+
+    right = megatron_model.wrap_layer
+
+    def shared(layer: torch.nn.Module, *args: Any) -> None:
+        right(layer, *args)
+        first, *others = layer.get_submodule("mlp.experts.local_experts").children()
+        for other in others:
+            for path, part in other.named_modules():
+                if isinstance(part, lora.LoraPart):
+                    of_first: Any = first.get_submodule(path)
+                    part.A, part.B = of_first.A, of_first.B
+
+    with patch.object(megatron_model, "wrap_layer", shared):
+        return train_cell(*cell)
+
+
+def expert_shares_not_summed(*cell: Any) -> Any:
+    """Fault 5: under ETP the replicated half of an expert's adapter keeps its own rank's share of the gradient."""
+    from parallel import lora
+
+    right = lora._mark
+
+    def unmarked(half: Any, *args: Any) -> None:
+        right(half, *args)
+        half.sum_over_expert_tp = False
+
+    with patch.object(lora, "_mark", unmarked):
+        return train_cell(*cell)
+
+
 def adapters_of_each_rank(*cell: Any) -> Any:
     """Fault 8: what an adapter starts from depends on the global rank."""
     from parallel import lora

@@ -12,6 +12,7 @@ from orchestrator.config.loading import compose_job
 from tests.distributed import mutations
 from tests.helpers.pool import Pool
 
+DENSE, EXPERTS = "llama3_8b", "qwen3_30b_a3b"
 # The fault, the tuner and the topology on which it must show.
 PLANTED: list[tuple[Callable[..., Any], str, str]] = [
     (mutations.fused_adapter_cut_plainly, "lora", "tp2"),
@@ -21,22 +22,32 @@ PLANTED: list[tuple[Callable[..., Any], str, str]] = [
     (mutations.lost_all_reduce, "lora", "tp2"),
     (mutations.dropped_sequence_reduction, "lora", "tp2+sp"),
     (mutations.groups_cut_wrongly, "full", "tp2"),
+    (mutations.one_adapter_per_expert_rank, "lora", "dp2·ep2"),
+    (mutations.expert_shares_not_summed, "lora", "dp2·etp2"),
 ]
 
 
-def cells(pool: Pool, tuner: str, layout: str, **more: Any) -> dict[str, Cell]:
-    """The cells of one tuner on topologies of two processes with ``layout`` in their name, by name."""
-    request = Request(compose_job(["model=llama3_8b"]), ranks=2, tuners=(tuner,), only=layout)
+def cells(pool: Pool, tuner: str, layout: str, ranks: int = 2, **more: Any) -> dict[str, Cell]:
+    """The cells of one tuner on topologies of so many processes with ``layout`` in their name, by name."""
+    job = compose_job([f"model={EXPERTS if 'ep2' in layout or 'etp2' in layout else DENSE}"])
+    request = Request(job, ranks=ranks, tuners=(tuner,), only=layout)
     return {cell.layout.name: cell for cell in certify(request, pool=pool, **more)}
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("tuner", "layout"), [("lora", ""), ("full", "pp2")])
-def test_two_processes_are_green(pool: Pool, tuner: str, layout: str) -> None:
-    found = cells(pool, tuner, layout)
-    assert {name: cell.verdict for name, cell in found.items()} == dict.fromkeys(found, "green")
-    expected = {"tp2", "tp2+sp", "pp2", "pp2+vpp2", "dp2", "dp2+distributed", "pp2+recompute", "cp2", "cp2+ulysses"}
-    assert {name for name in expected if layout in name} | {"one"} <= set(found)
+@pytest.mark.parametrize(
+    ("tuner", "layout", "ranks", "cells_there"),
+    [
+        ("lora", "tp2·pp2", 4, {"tp2·pp2", "tp2·pp2+sp", "tp2·pp2+vpp2", "tp2·pp2+all"}),
+        ("lora", "cp2", 2, {"cp2", "cp2+ulysses", "cp2+distributed", "cp2+recompute"}),
+        ("lora", "dp2·ep2", 2, {"dp2·ep2", "dp2·ep2+distributed"}),
+        ("full", "pp2", 2, {"pp2", "pp2+vpp2", "pp2+recompute"}),
+        ("qlora", "tp2", 2, {"tp2", "tp2+sp", "tp2+recompute"}),
+    ],
+)
+def test_what_is_right_is_green(pool: Pool, tuner: str, layout: str, ranks: int, cells_there: set[str]) -> None:
+    found = cells(pool, tuner, layout, ranks)
+    assert {name: cell.verdict for name, cell in found.items()} == dict.fromkeys(cells_there | {"one"}, "green")
     for name, cell in found.items():
         kinds = {error.what for error in cell.errors}
         assert kinds >= {"gradient", "weight", "logits"} or name == "one"

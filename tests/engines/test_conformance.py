@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,3 +114,9 @@ def test_a_tensor_that_gets_no_gradient_stops_the_first_step(pool: Pool) -> None
     (message,) = pool.run(1, runs.gradients_that_never_come, Run())
     first = "decoder.layers.0.self_attention.linear_proj.parts.o.unused"
     assert message == f"1 trainable tensors got no gradient in the first step, first {first}"
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_the_base_is_let_go_once_it_is_read(pool: Pool, tiny_model: Callable[..., Path], init: str) -> None:
+    """An open reader maps whole files, and they count as memory of the process."""
+    assert not pool.run(1, runs.keeps_its_base, Run(init=init), str(tiny_model("llama")))[0]
