@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.engine import IGNORED_LABEL
+from parallel.sequence import SequenceCut
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,16 @@ class Balance:
     """Adds ``coefficient`` times the loss of its router, summed over a micro-batch's label tokens, to the run's loss.
 
     Args:
-        group: ranks that hold different tokens of the same sequences; this one's are the ``rank``-th part of ``parts``.
+        cut: which tokens of a row context-parallel ranks hold; of those this rank has the ``part``-th of ``parts``.
+        groups: of ranks that hold different tokens of the same sequences.
     """
 
     coefficient: float
     clock: BalancingClock
+    cut: SequenceCut
     parts: int = 1
-    rank: int = 0
-    group: Any = None
+    part: int = 0
+    groups: tuple[Any, ...] = ()
 
     def __call__(self, logits: torch.Tensor, chosen: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
         """Attach the loss.
@@ -79,11 +82,12 @@ class Balance:
         """
         tokens, batch, experts = logits.shape
         sequences = self.clock.now()
-        places = torch.arange(tokens, device=logits.device) + self.rank * tokens
+        row = self.cut.take(torch.arange(tokens * self.parts * self.cut.size, device=logits.device), 0)
+        places = row[self.part * tokens :][:tokens]
         seen = (places[:, None] < sequences.positions.to(logits.device)).float()[..., None]
         counts = (chosen.view(tokens, batch, experts) * seen).sum(dim=0)
-        if self.parts > 1:
-            dist.all_reduce(counts, group=self.group)
+        for group in self.groups:
+            dist.all_reduce(counts, group=group)
         sums = (logits.float().softmax(dim=-1) * seen).sum(dim=0)
         length = sequences.positions.to(logits.device).clamp(min=1).float()
         per_token = chosen[0].sum()

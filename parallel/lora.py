@@ -75,7 +75,7 @@ class LoraContext:
     clock: DropoutClock
     experts: ExpertPlace = ExpertPlace()
 
-    def part(self, linear: Linear, part: tuple[str, str], layer: int) -> LoraPart:
+    def part(self, linear: Linear, part: tuple[str, str], layer: int | None) -> LoraPart:
         """The adapter of one logical linear on this rank."""
         cut = (self.experts.etp, self.experts.etp_rank) if linear.expert else (self.tp, self.tp_rank)
         pieces = names.adapter_pieces(linear, part, self.model, layer, self.lora.r, *cut)
@@ -83,6 +83,7 @@ class LoraContext:
         if self.lora.init == "pissa":
             made.add_fixed(pissa_pieces(*pieces))
         if self.lora.dora:
+            assert layer is not None, "the plan refuses DoRA on the output layer"
             piece = names.magnitude_piece(linear, part, self.model, layer, *cut)
             made.add_magnitude(piece, linear, self.sequence_parallel)
         return made
@@ -149,7 +150,7 @@ class LoraLinear(torch.nn.Module):
     ``[tokens, in] -> ([tokens, out], bias)``.
     """
 
-    def __init__(self, base: torch.nn.Module, layer: int, linear: Linear, context: LoraContext) -> None:
+    def __init__(self, base: torch.nn.Module, layer: int | None, linear: Linear, context: LoraContext) -> None:
         super().__init__()
         self.base = base
         self.linear = linear
@@ -244,6 +245,22 @@ class LoraLinear(torch.nn.Module):
         if self.linear.cut == "row":
             return (context.regions.scatter if context.sequence_parallel else context.regions.reduce)(low)
         return (context.regions.gather if context.sequence_parallel else context.regions.copy)(low)
+
+
+class LoraHead(LoraLinear):
+    """The adapter of the output layer, whose logits are made by the loss (:func:`parallel.loss.summed_loss`)."""
+
+    def __init__(self, context: LoraContext) -> None:
+        super().__init__(torch.nn.Identity(), None, names.HEAD_LINEAR, context)
+
+    def low_and_up(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``A x`` of all tokens ``[s, b, r]``, and this rank's rows of the scaled B ``[rows, r]``.
+
+        Args:
+            hidden: as the last layer leaves it: this rank's tokens under sequence parallelism.
+        """
+        low = self._reduce(self._project(hidden))
+        return low, self._up(low.dtype)
 
 
 class LoraRouter(torch.nn.Module):

@@ -27,14 +27,18 @@ ADAPTER = "base_model.model."  # what PEFT puts before the names of a model's mo
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
-def layer_prefix(layer: int) -> str:
-    """Where a layer's tensors live in a Hugging Face state dict.
+HEAD_MODULE = HEAD.removesuffix(".weight")
+HEAD_LINEAR = Linear("output_layer", "column", (("head", HEAD_MODULE),))  # of no layer
+
+
+def layer_prefix(layer: int | None) -> str:
+    """Where a layer's tensors live in a Hugging Face state dict; None: what is in no layer.
 
     Example:
-        >>> layer_prefix(3)
-        'model.layers.3.'
+        >>> layer_prefix(3), layer_prefix(None)
+        ('model.layers.3.', '')
     """
-    return f"model.layers.{layer}."
+    return "" if layer is None else f"model.layers.{layer}."
 
 
 def linears(spec: ModelSpec, ep: int = 1, ep_rank: int = 0) -> Iterator[Linear]:
@@ -63,6 +67,7 @@ def shape(role: str, spec: ModelSpec) -> tuple[int, int]:
         "up": (ffn, spec.hidden),
         "down": (spec.hidden, ffn),
         "router": (spec.experts, spec.hidden),
+        "head": (spec.vocab, spec.hidden),
     }[role]
 
 
@@ -139,7 +144,7 @@ def padded_vocab(vocab: int, tp: int) -> int:
 
 
 def adapter_pieces(
-    linear: Linear, part: tuple[str, str], spec: ModelSpec, layer: int, r: int, tp: int, rank: int
+    linear: Linear, part: tuple[str, str], spec: ModelSpec, layer: int | None, r: int, tp: int, rank: int
 ) -> tuple[Piece, Piece]:
     """The logical pieces of one part's local LoRA halves A ``[r, in]`` and B ``[out, r]``, under PEFT's names.
 
@@ -156,8 +161,11 @@ def adapter_pieces(
         return piece_a, whole_piece(name_b, (out, r))
     if linear.cut == "whole":
         return whole_piece(name_a, (r, width)), whole_piece(name_b, (out, r))
-    local = out // tp
-    piece_b = Piece(name_b, (out, r), Box((rank * local, 0), (local, r)), Box.whole((local, r)))
+    start, local = rank * (out // tp), out // tp
+    if role == "head":  # whose rows may not divide
+        rows = vocab_piece(HEAD, spec, tp, rank).box
+        start, local = rows.offset[0], rows.size[0]
+    piece_b = Piece(name_b, (out, r), Box((start, 0), (local, r)), Box.whole((local, r)))
     return whole_piece(name_a, (r, width)), piece_b
 
 
@@ -182,7 +190,7 @@ def leaf_names(spec: ModelSpec, experts: bool = True) -> list[str]:
 
 
 def target_modules(spec: ModelSpec) -> list[str]:
-    """Every logical linear that can carry an adapter, as a full module path, in layer order."""
+    """Every logical linear of the layers, as a full module path, in layer order."""
     every = [path for linear in linears(spec) for _, path in linear.parts]
     return [layer_prefix(layer) + path for layer in range(spec.layers) for path in every]
 
@@ -201,6 +209,8 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
         TargetError: a name matches nothing, and the message lists near names; or part of a layer's experts.
     """
     modules = target_modules(spec)
+    if not spec.tied_embeddings:
+        modules.append(HEAD_MODULE)
     if targets == "all-linear" and spec.is_moe:
         raise TargetError(
             "tuner.targets=all-linear trains one dense adapter over gate and up of an expert in PEFT, which is not "
@@ -208,13 +218,18 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
             f"tuner.targets=[{','.join(leaf_names(spec))}]",
         )
     if targets == "all-linear":
-        return frozenset(modules)
-    known = sorted({module.rsplit(".", 1)[1] for module in modules})
+        return frozenset(target_modules(spec))
+    known = sorted({module.rpartition(".")[2] for module in modules})
     if isinstance(targets, str) and targets not in known:
         return _whole_experts(_by_expression(targets, modules, known), spec)
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         found = {module for module in modules if module == target or module.endswith("." + target)}
+        if not found and target == HEAD_MODULE:
+            raise TargetError(
+                "tuner.targets: lm_head is the embedding in this model, and an adapter on one would change both",
+                "tuner.modules_to_save=[embed_tokens]",
+            )
         if not found:
             near = near_names(target, known)
             raise TargetError(

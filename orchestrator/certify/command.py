@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from orchestrator.certify.grid import REFERENCE, Layout, layouts
 from orchestrator.certify.shrinking import VOCABULARY, shrunken
 from orchestrator.checkpoint.export import export_merged
 from orchestrator.checkpoint.folder import step_name
-from orchestrator.commands import plan_job
+from orchestrator.commands import Planned, plan_job
 from orchestrator.config.building import as_override, job_to_yaml
 from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.config.loading import group_choices, override_job
@@ -113,28 +114,46 @@ def certify(
         workers = pool or Pool(request.ranks, Path(name) / "ranks.log")
         try:
             bench = _Bench.prepared(Path(name), request, config, workers, train)
-            return list(_cells(bench, columns, tick))
+            return _cells(bench, columns, tick)
         finally:
             if pool is None:
                 workers.leave()
 
 
-def _cells(bench: _Bench, columns: list[Layout], tick: Tick) -> Iterator[Cell]:
+def _cells(bench: _Bench, columns: list[Layout], tick: Tick) -> list[Cell]:
+    """Every cell in order. One is compared while the ranks train the next."""
     rows = tuner_rows(bench.request.tuners)
-    done, total = 0, len(rows) * (len(columns) + 1)
-    for tuner, words in rows.items():
-        tick(done, total, f"{tuner} in one process")
-        reference = bench.reference(tuner, words)
-        yield reference
-        done += 1
-        for layout in columns:
-            tick(done, total, f"{tuner} on {layout.name}")
-            done += 1
-            if reference.verdict == "green":
-                yield bench.cell(tuner, words, layout)
-            else:
-                yield Cell(tuner, layout, "refused", reason=reference.reason or "one process is red itself")
+    total = len(rows) * (len(columns) + 1)
+    found: list[Future[Cell]] = []
+    with ThreadPoolExecutor(max_workers=1) as judge:
+        for tuner, words in rows.items():
+            tick(len(found), total, f"{tuner} in one process")
+            found.append(judge.submit(bench.judged, bench.trained(tuner, words, REFERENCE)))
+            reference = found[-1].result()
+            for layout in columns:
+                tick(len(found), total, f"{tuner} on {layout.name}")
+                if reference.verdict == "green":
+                    trained = bench.trained(tuner, words, layout)
+                else:
+                    reason = reference.reason or "one process is red itself"
+                    trained = _Trained(tuner, layout, without=Cell(tuner, layout, "refused", reason=reason))
+                found.append(judge.submit(bench.judged, trained))
+        cells = [each.result() for each in found]
     tick(total, total, "")
+    return cells
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a cell's ranks left: its run folder and job, and their logits of a probe; or the cell that it is without."""
+
+    tuner: str
+    layout: Layout
+    run: Path = Path()
+    planned: Planned | None = None
+    probe: tuple[list[int], ...] = ()
+    logits: Any = None
+    without: Cell | None = None
 
 
 @dataclass(frozen=True)
@@ -155,39 +174,36 @@ class _Bench:
         write_rows(folder / "rows", VOCABULARY, SEED)
         return cls(folder, request, pool, train, read_model(config))
 
-    def reference(self, tuner: str, words: Sequence[str]) -> Cell:
-        """The row's run in one process; green when transformers or peft say the same of what it saved."""
-        return self._trained(tuner, words, REFERENCE, lambda run: [])
-
-    def cell(self, tuner: str, words: Sequence[str], layout: Layout) -> Cell:
-        """One cell, compared with the row's reference."""
-        one = self._run_dir(tuner, REFERENCE.name)
-        made = self._trained(tuner, words, layout, lambda run: errors(one, run, STEPS))
-        shutil.rmtree(self._run_dir(tuner, layout.name), ignore_errors=True)
-        return made
-
-    def _trained(
-        self, tuner: str, words: Sequence[str], layout: Layout, compared: Callable[[Path], list[Error]]
-    ) -> Cell:
-        """Plan and train a cell; its own logits must be those of its export, whatever else is compared."""
+    def trained(self, tuner: str, words: Sequence[str], layout: Layout) -> _Trained:
+        """Plan and train a cell."""
         run = self._run_dir(tuner, layout.name)
         try:
             planned = plan_job(self._job(tuner, [*words, *layout.words], layout.ranks))
         except (ConfigError, SpecError) as error:
-            return Cell(tuner, layout, "refused", reason=str(error))
+            return _Trained(tuner, layout, without=Cell(tuner, layout, "refused", reason=str(error)))
         write_run(run, replace(planned.job, run_dir=str(run)), planned.plan.to_json())
-        features = tuple(plan_features(planned.job, planned.plan))
-        probe = self._probe(planned.plan.length_multiple)
+        probe, rows = self._probe(planned.plan.length_multiple), str(self.folder / "rows")
         try:
-            said = self.pool.run(
-                layout.ranks, self.train, str(run), str(self.folder / "rows"), probe, timeout_s=LIMIT_S
-            )
+            said = self.pool.run(layout.ranks, self.train, str(run), rows, probe, timeout_s=LIMIT_S)
         except RankError as error:
-            return Cell(tuner, layout, "red", reason=str(error), features=features)
-        ours = next(each for each in said if each is not None)
-        found = (*compared(run), self._outside(run, planned.job.tuner, probe, ours))
+            features = tuple(plan_features(planned.job, planned.plan))
+            return _Trained(tuner, layout, without=Cell(tuner, layout, "red", (), str(error), features))
+        return _Trained(tuner, layout, run, planned, tuple(probe), next(each for each in said if each is not None))
+
+    def judged(self, trained: _Trained) -> Cell:
+        """Compare a cell with the row's run in one process, and its logits with those of its export."""
+        if trained.planned is None:
+            assert trained.without is not None
+            return trained.without
+        tuner, layout, run, planned = trained.tuner, trained.layout, trained.run, trained.planned
+        is_reference = layout == REFERENCE
+        found = [] if is_reference else errors(self._run_dir(tuner, REFERENCE.name), run, STEPS)
+        found.append(self._outside(run, planned.job.tuner, list(trained.probe), trained.logits))
+        if not is_reference:
+            shutil.rmtree(run, ignore_errors=True)
         good = all(error.value <= error.limit for error in found)
-        return Cell(tuner, layout, "green" if good else "red", found, features=features)
+        features = tuple(plan_features(planned.job, planned.plan))
+        return Cell(tuner, layout, "green" if good else "red", tuple(found), features=features)
 
     def _probe(self, multiple: int) -> list[list[int]]:
         """Two rows of token ids of about the longest row's length, which is one that the topology can cut."""

@@ -119,6 +119,11 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
     saved = set(saved_tensors(adapter, folder).values())
     for name in (name for name in adapter.names if name not in saved):
         match = MATRIX.fullmatch(name)
+        if match is None and name.endswith(".base_layer.weight"):
+            raise ConfigError(
+                f"{folder} holds {name}, a whole weight of the base that PEFT saved beside its adapter",
+                "save it again in PEFT with save_pretrained(FOLDER, save_embedding_layers=False)",
+            )
         if match is None:
             raise ConfigError(f"{folder} holds {name}, which is no LoRA matrix of a linear layer", "merge it with PEFT")
         modules.setdefault(match["module"], {})[match["side"] or "magnitude"] = name

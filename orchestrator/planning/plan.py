@@ -234,17 +234,11 @@ def _memory_hint(question: Question) -> str:
 
 
 def _check_experts(job: JobConfig, model: ModelSpec) -> None:
-    """Refuse what is asked of experts where there are none, or where it is not built."""
+    """Refuse what is asked of experts where there are none."""
     asked = job.experts.balancing_loss
     if asked and not model.is_moe:
         raise ConfigError(
             f"experts.balancing_loss={asked:g} needs experts, but the model is dense", "experts.balancing_loss=null"
-        )
-    coefficient = model.router_aux_loss if asked is None else asked
-    if coefficient and (job.topology.cp or 1) > 1:
-        raise ConfigError(
-            f"a balancing loss (experts.balancing_loss={coefficient:g}) is not built for topology.cp={job.topology.cp}",
-            "experts.balancing_loss=0",
         )
 
 

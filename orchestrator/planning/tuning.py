@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
-from parallel.names import TargetError, resolve_targets
+from parallel.names import HEAD_MODULE, TargetError, leaf_names, resolve_targets
 from parallel.selection import frozen_weights, rate_ratios, saved_weights, weight_shapes
 from parallel.specs import ModelSpec
 
@@ -51,13 +51,19 @@ def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) ->
             "tuner.dropout=0",
         )
     asked = {"tuner.dora=true": tuner.dora, "tuner.init=pissa": tuner.init == "pissa"}
+    unbuilt = sparse + [path for path in adapted if path == HEAD_MODULE]
     for setting in (setting for setting, is_asked in asked.items() if is_asked):
-        if sparse:
+        if unbuilt:
             raise ConfigError(
-                f"{setting} is not built for experts and routers, and tuner.targets chooses {len(sparse)}, first "
-                f"{sparse[0]}",
-                "tuner.targets=[q_proj,k_proj,v_proj,o_proj]",
+                f"{setting} is not built for experts, routers and the output layer, and tuner.targets chooses "
+                f"{len(unbuilt)}, first {unbuilt[0]}",
+                f"tuner.targets=[{','.join(leaf_names(model, experts=False))}]",
             )
+    if HEAD_MODULE in adapted and f"{HEAD_MODULE}.weight" in chosen_weights(job, model):
+        raise ConfigError(
+            "tuner.targets and tuner.modules_to_save both name lm_head: it learns whole, or by an adapter",
+            "tuner.modules_to_save=[]",
+        )
     if tuner.init == "pissa":
         shapes = weight_shapes(model)
         smallest = min(adapted, key=lambda path: (min(shapes[f"{path}.weight"]), path))

@@ -29,7 +29,7 @@ from parallel.engines import megatron_state as states
 from parallel.engines.megatron_experts import balance_routers, count_experts_once
 from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
-from parallel.loss import VocabShard, bound_, summed_loss
+from parallel.loss import VocabShard, bound_, head_logits, summed_loss
 from parallel.seeding import DropoutClock
 from parallel.sequence import SequenceCut, in_order
 from parallel.shards import Piece, Shard
@@ -116,9 +116,10 @@ class MegatronEngine:
         found: list[torch.Tensor] = []
 
         def collect(batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            adapter = self._head_adapter(hidden)
             if self._spec.sp:
                 hidden = mappings.gather_from_sequence_parallel_region(hidden, group=self._groups.by_name["tp"])
-            local = (hidden @ self._head().t()).float()
+            local = head_logits(hidden, self._head(), adapter)
             bound_(local, self._spec.model.logit_cap)
             rows = in_order(self._gathered(torch.cat(self._gathered(local, "tp").unbind(0), dim=-1), "cp"))
             found.append(rows[..., : self._spec.model.vocab].transpose(0, 1))
@@ -258,13 +259,15 @@ class MegatronEngine:
 
     def _loss(self, batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sum of the losses, count of label tokens and both for the log, of one micro-batch on the last stage."""
-        group = self._groups.by_name["tp"]
+        group, adapter = self._groups.by_name["tp"], self._head_adapter(hidden)
         if self._spec.sp:
             hidden = mappings.gather_from_sequence_parallel_region(hidden, group=group)
         elif self._groups.size("tp") > 1:
             hidden = mappings.copy_to_tensor_model_parallel_region(hidden, group=group)
         labels = self._cut.take(batch.labels.to(self._device), 1).t()
-        total, count = summed_loss(hidden, self._head(), labels, self._vocab_shard(), self._spec.model.logit_cap)
+        total, count = summed_loss(
+            hidden, self._head(), labels, self._vocab_shard(), self._spec.model.logit_cap, adapter
+        )
         tokens = torch.tensor(count, dtype=torch.int, device=self._device)
         return total, tokens, torch.stack([total.detach().double(), tokens.double()])
 
@@ -276,6 +279,10 @@ class MegatronEngine:
 
     def _head(self) -> torch.Tensor:
         return self._chunks[-1].head_weight()
+
+    def _head_adapter(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        adapter = self._chunks[-1].head_adapter
+        return None if adapter is None else adapter.low_and_up(hidden)
 
     def _vocab_shard(self) -> VocabShard:
         topology = self._groups.topology

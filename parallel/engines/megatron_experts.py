@@ -14,6 +14,7 @@ from parallel.balancing import Balance, BalancingClock
 from parallel.engine import EngineSpec
 from parallel.groups import Groups
 from parallel.provider_experts import Router
+from parallel.sequence import SequenceCut
 
 
 def finalize_with_experts(groups: Groups) -> Callable[..., None]:
@@ -46,9 +47,10 @@ def balance_routers(chunks: Sequence[torch.nn.Module], spec: EngineSpec, groups:
     """Give every router its balancing loss, where the run has one."""
     if not spec.balancing_loss:
         return
-    assert groups.topology.cp == 1, "the plan refuses a balancing loss with context parallelism"
-    parts, rank = (groups.topology.tp, groups.coordinate("tp")) if spec.sp else (1, 0)
-    balance = Balance(spec.balancing_loss, clock, parts, rank, groups.by_name["tp"])
+    cut = SequenceCut(groups.topology.cp, groups.coordinate("cp"))
+    parts, part = (groups.topology.tp, groups.coordinate("tp")) if spec.sp else (1, 0)
+    over = tuple(groups.by_name[axis] for axis, size in (("tp", parts), ("cp", cut.size)) if size > 1)
+    balance = Balance(spec.balancing_loss, clock, cut, parts, part, over)
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, Router):

@@ -23,7 +23,7 @@ from parallel.engines import megatron_rates as rates
 from parallel.engines.megatron_experts import finalize_with_experts
 from parallel.families import FAMILIES
 from parallel.groups import Groups
-from parallel.lora import ExpertPlace, LoraContext, LoraLinear, Regions, adapter_tensors, wrap_layer
+from parallel.lora import ExpertPlace, LoraContext, LoraHead, LoraLinear, Regions, adapter_tensors, wrap_layer
 from parallel.provider import block_spec
 from parallel.quantised import QuantisedLinear
 from parallel.rotary import frequencies
@@ -38,6 +38,8 @@ INITIAL_STD = 0.02
 
 class HiddenGPTModel(GPTModel):
     """A GPTModel whose last stage returns hidden states ``[s, b, hidden]``: the loss makes the logits, in blocks."""
+
+    head_adapter: LoraHead | None
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
@@ -182,6 +184,8 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
             clock,
             expert_place(groups),
         )
+        if chunk.post_process and names.HEAD_MODULE in spec.lora.targets:
+            chunk.head_adapter = LoraHead(context)
         for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
             wrap_layer(layer, index, context, DoraLinear if spec.lora.dora else LoraLinear)
         base = _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual))
@@ -234,6 +238,7 @@ def _build_chunk(spec: EngineSpec, groups: Groups, config: TransformerConfig, vi
         pg_collection=process_groups(groups),
         vp_stage=virtual if spec.vpp else None,
     )
+    chunk.head_adapter = None
     if model.rope_scaling is not None:
         turns = frequencies(model.rope_theta, model.head_dim, model.rope_scaling)
         chunk.rotary_pos_emb.inv_freq = turns.to(chunk.rotary_pos_emb.inv_freq.device)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from parallel.topology import Topology
 from tests.distributed.test_experts import TOPOLOGIES, Outcome, assert_same, distance, one_process
 from tests.distributed.test_peft_oracle import LOSS_RTOL, TENSOR_RTOL, weights
 from tests.helpers import runs
@@ -96,8 +97,10 @@ def test_the_loss_is_that_of_the_formula(pool: Pool, tiny_model: Callable[..., P
         TOPOLOGIES["tp2-ep2"],
         TOPOLOGIES["ep2-pp2"],
         TOPOLOGIES["etp2-tp2-dp2-distributed"],
+        {"topology": Topology(cp=2, ep=2)},
+        {"topology": Topology(cp=2, tp=2), "sp": True},
     ],
-    ids=["micro8", "padding", "recompute", "tp2-ep2", "ep2-pp2", "etp2-tp2-dp2-distributed"],
+    ids=["micro8", "padding", "recompute", "tp2-ep2", "ep2-pp2", "etp2-tp2-dp2-distributed", "cp2-ep2", "cp2-tp2"],
 )
 def test_no_cut_and_no_padding_changes_it(
     pool: Pool, one_process: Callable[[Run], Outcome], changes: dict[str, object]

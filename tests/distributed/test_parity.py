@@ -73,6 +73,14 @@ def test_families_with_windows_equal_one_process(
     assert_same(pool, reference, reference.on(topology=Topology(cp=2), cp_comm="ulysses", recompute="full"), base)
 
 
+@pytest.mark.parametrize("name", ["tp3", "tp2-sp", "pp2-dp2", "dp2-distributed"])
+def test_an_adapter_on_the_output_layer_equals_one_process(pool: Pool, name: str) -> None:
+    """101 entries: rows of the vocabulary that the ranks do not divide."""
+    reference = Run("qwen2", targets=("lm_head", "q_proj"), dropout=0.2)
+    changes = (("num_attention_heads", 6), ("num_key_value_heads", 6))
+    assert_same(pool, reference.on(changes=changes), reference.on(changes=changes, **TOPOLOGIES[name]))
+
+
 @pytest.mark.parametrize("name", ["dp2", "pp2", "tp2-sp"])
 def test_adapters_beside_experts_equal_one_process(pool: Pool, name: str) -> None:
     assert_same(pool, Run(family="qwen3_moe"), Run(family="qwen3_moe", **TOPOLOGIES[name]))
@@ -115,7 +123,8 @@ def test_ten_steps_of_smollm2(pool: Pool, smollm2: Path) -> None:
     rows = runs.lighthouse_rows(smollm2, 40, 56)
     run = Run(
         steps=10,
-        global_sequences=4,
+        global_sequences=2,
+        micro_sequences=1,
         tokens=56,
         learning_rate=2e-4,
         warmup_steps=4,

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator.checkpoint import export as export_module
-from orchestrator.checkpoint.adapter import adapter_config, lora_scale
+from orchestrator.checkpoint.adapter import adapter_config, lora_pairs, lora_scale
 from orchestrator.checkpoint.export import MARKER, export_adapter, export_merged
+from orchestrator.checkpoint.hf_reader import AdapterReader
 from orchestrator.checkpoint.save import Contents, save
 from orchestrator.config.job import TunerConfig
 from orchestrator.errors import ConfigError, DataError, ResourceError
@@ -262,6 +263,16 @@ def test_updates_that_fit_no_base_weight_are_named(tmp_path: Path, base: Path, t
     with pytest.raises(ConfigError, match=message) as error:
         export_merged(checkpoint, base, tmp_path / "out")
     assert "lm_head" not in message or "tied" in error.value.hint
+
+
+def test_a_base_that_peft_saved_beside_its_adapter_is_named(tmp_path: Path) -> None:
+    """As it does where the output layer is adapted."""
+    whole = torch.zeros(40, 16)
+    save_file({"base_model.model.lm_head.base_layer.weight": whole}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter_config(TunerConfig(), ["lm_head"], "")))
+    with pytest.raises(ConfigError, match=r"lm_head\.base_layer\.weight, a whole weight of the base") as error:
+        lora_pairs(AdapterReader(tmp_path), tmp_path)
+    assert "save_embedding_layers=False" in error.value.hint
 
 
 def test_quantised_bases_are_refused(tmp_path: Path, base: Path) -> None:

@@ -17,6 +17,7 @@ from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError
 from orchestrator.planning.counts import TunerExtras, stage_counts
 from orchestrator.planning.show import render
+from orchestrator.planning.tuning import adapted_linears
 from parallel.topology import Topology
 from tests.orchestrator.test_plan_estimates import QWEN3, SMOLLM2, work_of
 
@@ -97,8 +98,22 @@ def test_special_adapters_on_experts_are_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tuning, "resolve_targets", lambda *_: frozenset({"model.layers.0.mlp.experts.0.up_proj"}))
     job = JobConfig(tuner=TunerConfig(dora=True))
-    with pytest.raises(ConfigError, match=r"tuner\.dora=true is not built for experts and routers.* chooses 1"):
+    words = r"tuner\.dora=true is not built for experts, routers and the output layer.* chooses 1"
+    with pytest.raises(ConfigError, match=words):
         tuning.adapted_linears(job, SMOLLM2)
+
+
+def test_the_output_layer_learns_by_an_adapter_or_whole() -> None:
+    untied = replace(SMOLLM2, tied_embeddings=False)
+    assert adapted_linears(JobConfig(tuner=TunerConfig(targets=["lm_head"])), untied) == {"lm_head"}
+    assert "lm_head" not in adapted_linears(JobConfig(tuner=TunerConfig(targets="all-linear")), untied)
+    both = JobConfig(tuner=TunerConfig(targets=["lm_head"], modules_to_save=["lm_head"]))
+    with pytest.raises(ConfigError, match="both name lm_head: it learns whole, or by an adapter") as caught:
+        adapted_linears(both, untied)
+    assert caught.value.hint == "tuner.modules_to_save=[]"
+    with pytest.raises(ConfigError, match="lm_head is the embedding in this model") as caught:
+        adapted_linears(JobConfig(tuner=TunerConfig(targets=["lm_head"])), SMOLLM2)
+    assert caught.value.hint == "tuner.modules_to_save=[embed_tokens]"
 
 
 @pytest.mark.parametrize(("rslora", "alpha"), [(False, 16), (True, pytest.approx(8 * 2**0.5))])
