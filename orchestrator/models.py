@@ -72,8 +72,8 @@ def model_spec(model: ModelConfig) -> ModelSpec:
     try:
         return read_model(read_hf_config(resolve_model(model.path, model.download)))
     except ConfigError:
-        if model.config is None:
-            raise
+        if model.config is None or not HUB_ID.fullmatch(model.path or ""):
+            raise  # a folder that is not there is a mistake, a hub id that is in no cache yet is none
         return read_model(model.config)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from launch.pool import Pool, RankError
 from orchestrator.certify.cell import LONGEST_ROW, train_cell, write_rows
 from orchestrator.certify.comparing import LOGITS_ATOL, Error, errors
-from orchestrator.certify.grid import REFERENCE, Layout, layouts
+from orchestrator.certify.grid import BATCH, REFERENCE, Layout, layouts
 from orchestrator.certify.shrinking import VOCABULARY, shrunken
 from orchestrator.checkpoint.export import export_merged
 from orchestrator.checkpoint.folder import step_name
@@ -33,7 +33,7 @@ from parallel.specs import ModelSpec, SpecError, read_hf_config
 
 Tick = Callable[[int, int, str], None]
 Train = Callable[..., Any]
-STEPS, SEED, BATCH = 3, 5, 12  # rows per step: dp may be 1, 2, 3, 4, 6, 12
+STEPS, SEED = 3, 5
 # Adam divides a gradient by its own size: where rounding is all that there is of one, its update is rounding / eps.
 # With the usual 1e-8 that alone exceeds the tolerance on more than two processes (2e-3; 1e-6: 1e-4; 1e-5: 4e-5).
 EPS = 1e-4

@@ -19,6 +19,7 @@ class Layout:
     ranks: int
 
 
+BATCH = 12  # rows per step: dp may be 1, 2, 3, 4, 6, 12
 REFERENCE = Layout("one", (), 1)
 
 
@@ -33,6 +34,18 @@ def layouts(ranks: int, moe: bool) -> list[Layout]:
         ['dp2', 'dp2+distributed', 'dp2+recompute']
     """
     return [layout for topology in _topologies(ranks, moe) for layout in _variants(topology, moe)]
+
+
+def micro_sequences(dp: int, pp: int) -> int:
+    """Rows of a micro-batch: as many as leave two micro-batches or more, a multiple of the stages where that can be.
+
+    Example:
+        >>> [micro_sequences(dp, pp) for dp, pp in ((1, 1), (2, 1), (4, 1), (1, 3), (1, 4), (2, 2), (2, 4))]
+        [6, 3, 1, 4, 3, 3, 1]
+    """
+    rows = BATCH // dp
+    fitting = (count for count in range(2, rows + 1) if rows % count == 0 and count % pp == 0)
+    return rows // next(fitting, rows)
 
 
 def _topologies(ranks: int, moe: bool) -> Iterator[Topology]:
@@ -57,6 +70,7 @@ def _variants(topology: Topology, moe: bool) -> Iterator[Layout]:
     sizes = {axis: getattr(topology, axis) for axis in ("tp", "pp", "dp", "cp", "ep", "etp")}
     name = "·".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
     words = tuple(f"topology.{axis}={size}" for axis, size in sizes.items())
+    words += (f"batch.micro_sequences={micro_sequences(topology.dp, topology.pp)}",)
     must_sp = moe and topology.tp > 1
     plain = f"topology.sp={str(must_sp).lower()}"
     variants: list[tuple[str, Sequence[str]]] = [] if must_sp else [("", [plain])]

@@ -12,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestrator.certify.command import BATCH, SEED, STEPS, Cell, Request
+from orchestrator.certify.command import SEED, STEPS, Cell, Request
 from orchestrator.certify.comparing import LOGITS_ATOL, LOSS_RTOL, TENSOR_RTOL
+from orchestrator.certify.grid import BATCH
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.metrics import jsonable
 from orchestrator.pages import between_marks

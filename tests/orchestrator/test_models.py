@@ -124,6 +124,8 @@ def test_the_shape_comes_from_the_folder_else_from_the_given_keys(tmp_path: Path
     assert model_spec(ModelConfig(path="m", weights="random", config=given)).layers == 4
     with pytest.raises(ConfigError, match="is in no local cache"):
         model_spec(ModelConfig(path="org/absent"))
+    with pytest.raises(ConfigError, match="no such folder"):
+        model_spec(ModelConfig(path="/no/such/folder", config=given))
     with pytest.raises(SpecError, match="gpt9"):
         model_spec(ModelConfig(config={"model_type": "gpt9"}))
 
