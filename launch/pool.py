@@ -19,7 +19,6 @@ from launch.environment import become_rank
 from launch.parent import dying_with_parent
 
 PEER_TIMEOUT = timedelta(seconds=120)
-CALLS_OF_A_WORKER = 50  # threads of gloo groups that were destroyed stay, and poll: after 300 calls they take a core
 
 
 class RankError(RuntimeError):
@@ -53,8 +52,6 @@ class Pool:
         Raises:
             RankError: a rank raised or did not answer in ``timeout_s``.
         """
-        if self._calls and self._calls % CALLS_OF_A_WORKER == 0:
-            self.leave()
         self._start(world)
         self._calls += 1
         store = str(Path(self._folder.name) / f"store{self._calls}")

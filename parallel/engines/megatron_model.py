@@ -21,6 +21,7 @@ from parallel.engine import EngineSpec, TensorReader
 from parallel.engines import megatron_quantised as quantised
 from parallel.engines import megatron_rates as rates
 from parallel.engines.megatron_experts import finalize_with_experts
+from parallel.engines.megatron_rotary import Rotary
 from parallel.families import FAMILIES
 from parallel.groups import Groups
 from parallel.lora import ExpertPlace, LoraContext, LoraHead, LoraLinear, Regions, adapter_tensors, wrap_layer
@@ -28,6 +29,7 @@ from parallel.provider import block_spec
 from parallel.quantised import QuantisedLinear
 from parallel.rotary import frequencies
 from parallel.seeding import DropoutClock, normal
+from parallel.sequence import SequenceCut
 from parallel.shards import Piece
 from parallel.specs import ModelSpec
 
@@ -239,9 +241,8 @@ def _build_chunk(spec: EngineSpec, groups: Groups, config: TransformerConfig, vi
         vp_stage=virtual if spec.vpp else None,
     )
     chunk.head_adapter = None
-    if model.rope_scaling is not None:
-        turns = frequencies(model.rope_theta, model.head_dim, model.rope_scaling)
-        chunk.rotary_pos_emb.inv_freq = turns.to(chunk.rotary_pos_emb.inv_freq.device)
+    turns = frequencies(model.rope_theta, model.head_dim, model.rope_scaling)
+    chunk.rotary_pos_emb = Rotary(turns, SequenceCut(topology.cp, groups.coordinate("cp")))
     if model.embedding_scale != 1 and chunk.pre_process:
         chunk.embedding.register_forward_hook(lambda module, inputs, out: out * out.new_tensor(model.embedding_scale))
     return chunk

@@ -120,3 +120,9 @@ def test_a_tensor_that_gets_no_gradient_stops_the_first_step(pool: Pool) -> None
 def test_the_base_is_let_go_once_it_is_read(pool: Pool, tiny_model: Callable[..., Path], init: str) -> None:
     """An open reader maps whole files, and they count as memory of the process."""
     assert not pool.run(1, runs.keeps_its_base, Run(init=init), str(tiny_model("llama")))[0]
+
+
+def test_an_engine_that_is_gone_leaves_no_threads(pool: Pool) -> None:
+    """Those of a gloo group poll: a process that opens many engines would have no time left for the last."""
+    counts = pool.run(1, runs.threads_after, 4)[0]
+    assert len(set(counts)) == 1, counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import weakref
 from dataclasses import dataclass, field, replace
@@ -323,6 +324,21 @@ def keeps_its_base(run: Run, base_folder: str) -> bool:
     engine.train_step(microbatches(run, 0, groups.coordinate("dp")), run.rate(0))
     groups.close()
     return readers[0]() is not None
+
+
+def threads_after(engines: int) -> list[int]:
+    """How many threads this process has after each of so many engines that came and went."""
+    counts = []
+    for _ in range(engines):
+        run = Run()
+        engine, groups = open_engine(run)
+        engine.train_step(microbatches(run, 0, groups.coordinate("dp")), run.rate(0))
+        engine.close()
+        groups.close()
+        del engine, groups
+        gc.collect()
+        counts.append(sum(1 for _ in Path("/proc/self/task").iterdir()))
+    return counts
 
 
 def gradients_that_never_come(run: Run) -> str:
