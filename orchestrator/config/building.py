@@ -82,6 +82,8 @@ def _convert_plain(expected: Any, value: object) -> Any:
         return _NO_MATCH if any(item is _NO_MATCH for item in items) else items
     if expected is float:
         return _number(value)
+    if expected is int and type(value) is float and value.is_integer():  # 1e3
+        return int(value)
     return value if type(value) is expected else _NO_MATCH
 
 

@@ -58,6 +58,15 @@ OTHER_VALUES = {
 }
 
 
+# What others call a tuner and is a setting of one here.
+SETTINGS = {
+    ("tuner", "rslora"): "tuner=lora tuner.rslora=true",
+    ("tuner", "loraplus"): "tuner=lora tuner.loraplus_lr_ratio=16",
+    ("tuner", "lora_plus"): "tuner=lora tuner.loraplus_lr_ratio=16",
+    ("tuner", "freeze"): "tuner=full tuner.freeze=[embed_tokens]",
+}
+
+
 def unknown_key(key: str, keys: Sequence[str], groups: Collection[str] = (), value: str = "VALUE") -> ConfigError:
     """The error for a key that no job has; the hint is what was probably meant, with the value that was given.
 

@@ -21,7 +21,7 @@ from orchestrator.config.building import (
     read_job,
     same_run,
 )
-from orchestrator.config.hints import unknown_key
+from orchestrator.config.hints import SETTINGS, unknown_key
 from orchestrator.config.job import JobConfig
 from orchestrator.config.paths import with_absolute_paths
 from orchestrator.errors import ConfigError
@@ -165,7 +165,7 @@ def _check_choice(group: str, choice: object, choices: Sequence[str]) -> None:
     choice = "null" if choice is None else choice
     near = (difflib.get_close_matches(str(choice), choices, n=1) or list(choices[:1]) or ["CHOICE"])[0]
     names = ", ".join(choices) or "none"
-    hint = f"{group}={near}"
+    hint = SETTINGS.get((group, str(choice).lower()), f"{group}={near}")
     if choice != "null" and group in ("model", "data"):
         hint += f"  or  {group}.path={choice}"
     raise ConfigError(f"{group}={choice}: there is no configs/{group}/{choice}.yaml; choices: {names}", hint)

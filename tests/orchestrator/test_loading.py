@@ -82,6 +82,11 @@ def test_overrides_follow_the_grammar_of_hydra(override: str, key: str, value: A
     assert flatten(compose_job([override]))[key] == value
 
 
+def test_a_whole_number_may_be_written_as_one_of_another_kind() -> None:
+    steps = compose_job(["steps=1e3"]).steps
+    assert steps == 1000 and type(steps) is int
+
+
 @pytest.mark.parametrize(
     ("override", "message", "hint"),
     [
@@ -94,6 +99,7 @@ def test_overrides_follow_the_grammar_of_hydra(override: str, key: str, value: A
         ("~tuner", "nothing can be left out of a job", "tuner="),
         ("qqq.zzz=1", "unknown key 'qqq.zzz'; there are run_dir, steps", "run_dir=VALUE"),
         ("steps=x", "steps='x' should be a whole number", "for example steps=100"),
+        ("tuner=rslora", "there is no configs/tuner/rslora.yaml", "tuner=lora tuner.rslora=true"),
         ("steps=1.5", "steps=1.5 should be a whole number", "for example steps=100"),
         ("steps=true", "steps=True should be a whole number", "for example steps=100"),
         ("optimizer.lr=nan", "optimizer.lr=nan should be a number", "for example optimizer.lr=0.0002"),
