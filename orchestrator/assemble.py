@@ -17,7 +17,7 @@ from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.plan import Plan
 from parallel.engine import AdamSpec, Engine, EngineSpec
 from parallel.lora_spec import LoraSpec
-from parallel.names import EMBEDDING, HEAD, resolve_targets, target_modules
+from parallel.names import EMBEDDING, HEAD, adaptable_modules, resolve_targets
 from parallel.selection import frozen_weights, rate_ratios, saved_weights
 from parallel.specs import ModelSpec
 
@@ -125,7 +125,7 @@ def room(job: JobConfig, model: ModelSpec) -> Room:
 
 
 def _is_expression(targets: str, model: ModelSpec) -> bool:
-    return not any(module.endswith("." + targets) for module in target_modules(model))
+    return not any(f".{module}".endswith(f".{targets}") for module in adaptable_modules(model))
 
 
 def check_adapter(job: JobConfig, model: ModelSpec) -> None:

@@ -29,6 +29,7 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 
 HEAD_MODULE = HEAD.removesuffix(".weight")
 HEAD_LINEAR = Linear("output_layer", "column", (("head", HEAD_MODULE),))  # of no layer
+EMBEDDING_MODULE = EMBEDDING.removesuffix(".weight")
 
 
 def layer_prefix(layer: int | None) -> str:
@@ -169,6 +170,15 @@ def adapter_pieces(
     return whole_piece(name_a, (r, width)), piece_b
 
 
+def embedding_adapter_pieces(spec: ModelSpec, r: int, tp: int, rank: int) -> tuple[Piece, Piece]:
+    """The pieces of the embedding's local LoRA halves A ``[r, vocab]`` (columns cut) and B ``[hidden, r]`` (whole)."""
+    rows = vocab_piece(EMBEDDING, spec, tp, rank).box
+    start, local = rows.offset[0], rows.size[0]
+    name = f"{ADAPTER}{EMBEDDING_MODULE}.lora_embedding_"
+    piece_a = Piece(f"{name}A", (r, spec.vocab), Box((0, start), (r, local)), Box.whole((r, local)))
+    return piece_a, whole_piece(f"{name}B", (spec.hidden, r))
+
+
 def magnitude_piece(linear: Linear, part: tuple[str, str], spec: ModelSpec, layer: int, tp: int, rank: int) -> Piece:
     """The piece of one part's local DoRA magnitudes ``[out]``, under PEFT's name: cut and laid as the rows of B are."""
     role, path = part
@@ -195,6 +205,11 @@ def target_modules(spec: ModelSpec) -> list[str]:
     return [layer_prefix(layer) + path for layer in range(spec.layers) for path in every]
 
 
+def adaptable_modules(spec: ModelSpec) -> list[str]:
+    """Every module that can carry an adapter: the layers' linears, the embedding, and a head of its own."""
+    return target_modules(spec) + [EMBEDDING_MODULE] + ([] if spec.tied_embeddings else [HEAD_MODULE])
+
+
 def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]:
     """Which logical linears an adapter sits on, by PEFT's rules for ``target_modules``.
 
@@ -208,9 +223,7 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
     Raises:
         TargetError: a name matches nothing, and the message lists near names; or part of a layer's experts.
     """
-    modules = target_modules(spec)
-    if not spec.tied_embeddings:
-        modules.append(HEAD_MODULE)
+    modules = adaptable_modules(spec)
     if targets == "all-linear" and spec.is_moe:
         raise TargetError(
             "tuner.targets=all-linear trains one dense adapter over gate and up of an expert in PEFT, which is not "

@@ -13,7 +13,9 @@ from orchestrator.config.job import TunerConfig
 from orchestrator.errors import ConfigError
 
 PREFIX = "base_model.model."
-MATRIX = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|(?P<length>magnitude_vector))")
+MATRIX = re.compile(
+    r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<half>[AB])|(?P<length>magnitude_vector))"
+)
 # Settings of adapter_config.json under which a merge means something else than W + scale * B @ A.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None, True),
@@ -35,6 +37,7 @@ class LoraPair:
     """The update of one base weight: ``scale * B @ A`` with A ``[r, in]`` and B ``[out, r]``, by their names.
 
     ``magnitude``: DoRA's lengths ``[out]`` of the rows of ``W + scale * B @ A``, by their name; None for plain LoRA.
+    ``transposed``: of an embedding ``[vocab, hidden]``, whose update is ``scale * (B @ A)^T`` with A ``[r, vocab]``.
     """
 
     base: str
@@ -42,6 +45,7 @@ class LoraPair:
     b: str
     scale: float
     magnitude: str | None = None
+    transposed: bool = False
 
 
 def adapter_config(
@@ -126,13 +130,15 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
             )
         if match is None:
             raise ConfigError(f"{folder} holds {name}, which is no LoRA matrix of a linear layer", "merge it with PEFT")
-        modules.setdefault(match["module"], {})[match["side"] or "magnitude"] = name
+        modules.setdefault(match["module"], {})[match["side"] or match["half"] or "magnitude"] = name
     pairs = {}
     for module, sides in modules.items():
         _check_complete(module, sides, bool(config.get("use_dora")), folder)
         inner = module.removeprefix(PREFIX)
         scale = lora_scale(config, inner, adapter.shape(sides["A"])[0])
-        pairs[f"{inner}.weight"] = LoraPair(f"{inner}.weight", sides["A"], sides["B"], scale, sides.get("magnitude"))
+        pairs[f"{inner}.weight"] = LoraPair(
+            f"{inner}.weight", sides["A"], sides["B"], scale, sides.get("magnitude"), "embedding_A" in sides["A"]
+        )
     return pairs
 
 

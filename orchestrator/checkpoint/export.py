@@ -178,7 +178,12 @@ def _check_targets(
         entry = tensors.entry(key)
         assert adapter is not None
         a, b = adapter.shape(pair.a), adapter.shape(pair.b)
-        if shape != (b[0], a[1]) or a[0] != b[1]:
+        if pair.transposed and "lm_head.weight" not in held:
+            raise ConfigError(
+                f"{base} has no lm_head.weight: its head is tied to {pair.base}, and merging would change both",
+                "export it with --to peft",
+            )
+        if shape != ((a[1], b[0]) if pair.transposed else (b[0], a[1])) or a[0] != b[1]:
             raise ConfigError(f"{name} has shape {shape} in {base}, the adapter's update is {b} @ {a}")
         if entry.dtype not in FLOATS:
             raise ConfigError(f"{name} has type {entry.dtype} in {base}: nothing can be merged into quantised weights")
@@ -233,6 +238,10 @@ def _merged(
 def _update(adapter: AdapterReader, pair: LoraPair, start: int, count: int) -> torch.Tensor:
     """Rows ``start .. start + count`` of ``scale * B @ A``, in fp32."""
     r = adapter.shape(pair.a)[0]
+    if pair.transposed:
+        columns = adapter.read(pair.a, "weight", Box((0, start), (r, count))).float()
+        whole = adapter.read(pair.b, "weight", Box.whole(adapter.shape(pair.b))).float()
+        return pair.scale * (whole @ columns).t()
     a = adapter.read(pair.a, "weight", Box.whole(adapter.shape(pair.a))).float()
     b = adapter.read(pair.b, "weight", Box((start, 0), (count, r))).float()
     return pair.scale * (b @ a)

@@ -105,8 +105,9 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
     base = len(layers) * _layer_parameters(work) + experts + tables * vocabulary + (model.hidden if last else 0)
     full = work.proposal.tuner == "full"
     adapters = [_adapter_parameters(work, layer) for layer in layers]
-    if last and names.HEAD_MODULE in work.adapted:
-        adapters.append((work.adapter_rank * (model.hidden + vocabulary // model.hidden), 0))
+    for module, here in ((names.HEAD_MODULE, last), (names.EMBEDDING_MODULE, first)):
+        if here and module in work.adapted:
+            adapters.append((work.adapter_rank * (model.hidden + vocabulary // model.hidden), 0))
     chosen = _chosen_parameters(work, stage)
     return StageCounts(
         base=base,

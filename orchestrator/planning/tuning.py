@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
-from parallel.names import HEAD_MODULE, TargetError, leaf_names, resolve_targets
+from parallel.names import EMBEDDING_MODULE, HEAD_MODULE, TargetError, leaf_names, resolve_targets
 from parallel.selection import frozen_weights, rate_ratios, saved_weights, weight_shapes
 from parallel.specs import ModelSpec
 
@@ -51,17 +51,20 @@ def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) ->
             "tuner.dropout=0",
         )
     asked = {"tuner.dora=true": tuner.dora, "tuner.init=pissa": tuner.init == "pissa"}
-    unbuilt = sparse + [path for path in adapted if path == HEAD_MODULE]
+    if EMBEDDING_MODULE in adapted:
+        asked[f"tuner.loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}"] = tuner.loraplus_lr_ratio != 1
+    unbuilt = sparse + sorted(adapted & {HEAD_MODULE, EMBEDDING_MODULE})
     for setting in (setting for setting, is_asked in asked.items() if is_asked):
         if unbuilt:
             raise ConfigError(
-                f"{setting} is not built for experts, routers and the output layer, and tuner.targets chooses "
-                f"{len(unbuilt)}, first {unbuilt[0]}",
+                f"{setting} is not built for experts, routers, the embedding and the output layer, and tuner.targets "
+                f"chooses {len(unbuilt)}, first {unbuilt[0]}",
                 f"tuner.targets=[{','.join(leaf_names(model, experts=False))}]",
             )
-    if HEAD_MODULE in adapted and f"{HEAD_MODULE}.weight" in chosen_weights(job, model):
+    twice = sorted(adapted & {name.removesuffix(".weight") for name in chosen_weights(job, model)})
+    if twice:
         raise ConfigError(
-            "tuner.targets and tuner.modules_to_save both name lm_head: it learns whole, or by an adapter",
+            f"tuner.targets and tuner.modules_to_save both name {twice[0]}: it learns whole, or by an adapter",
             "tuner.modules_to_save=[]",
         )
     if tuner.init == "pissa":

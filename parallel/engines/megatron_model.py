@@ -24,7 +24,16 @@ from parallel.engines.megatron_experts import finalize_with_experts
 from parallel.engines.megatron_rotary import Rotary
 from parallel.families import FAMILIES
 from parallel.groups import Groups
-from parallel.lora import ExpertPlace, LoraContext, LoraHead, LoraLinear, Regions, adapter_tensors, wrap_layer
+from parallel.lora import (
+    ExpertPlace,
+    LoraContext,
+    LoraEmbedding,
+    LoraHead,
+    LoraLinear,
+    Regions,
+    adapter_tensors,
+    wrap_layer,
+)
 from parallel.provider import block_spec
 from parallel.quantised import QuantisedLinear
 from parallel.rotary import frequencies
@@ -186,14 +195,26 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
             clock,
             expert_place(groups),
         )
-        if chunk.post_process and names.HEAD_MODULE in spec.lora.targets:
-            chunk.head_adapter = LoraHead(context)
+        _adapt_ends(chunk, context)
         for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
             wrap_layer(layer, index, context, DoraLinear if spec.lora.dora else LoraLinear)
         base = _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual))
         rates.set_adapters_apart(spec.lora, chunk, base)
         _let_hidden_states_require_grad(spec, chunk)
     return chunks
+
+
+def _adapt_ends(chunk: HiddenGPTModel, context: LoraContext) -> None:
+    """Put adapters on the embedding and the output layer, where they are targets and this chunk has them."""
+    if chunk.post_process and names.HEAD_MODULE in context.lora.targets:
+        chunk.head_adapter = LoraHead(context)
+    if chunk.pre_process and names.EMBEDDING_MODULE in context.lora.targets:
+        chunk.embedding_adapter = adapter = LoraEmbedding(context)
+
+        def adapted(module: Any, args: Any, inputs: dict[str, Any], embedded: torch.Tensor) -> torch.Tensor:
+            return adapter(inputs["input_ids"], embedded)
+
+        chunk.embedding.register_forward_hook(adapted, with_kwargs=True, prepend=True)  # before it is scaled
 
 
 def expert_place(groups: Groups) -> ExpertPlace:

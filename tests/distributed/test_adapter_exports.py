@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pissa-dora-rslora": {"init": "pissa", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
     "modules-to-save": {"family": "qwen2", "modules_to_save": ("embed_tokens", "lm_head", "norm")},
     "output-layer": {"family": "qwen2", "targets": ("lm_head", "q_proj")},
+    "embedding": {"family": "qwen2", "targets": ("embed_tokens", "q_proj")},
     "tied-embedding": {"modules_to_save": ("embed_tokens",)},
     "dora-rslora-bias": {"family": "qwen2", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
 }

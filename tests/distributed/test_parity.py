@@ -74,9 +74,9 @@ def test_families_with_windows_equal_one_process(
 
 
 @pytest.mark.parametrize("name", ["tp3", "tp2-sp", "pp2-dp2", "dp2-distributed"])
-def test_an_adapter_on_the_output_layer_equals_one_process(pool: Pool, name: str) -> None:
+def test_adapters_on_embedding_and_output_layer_equal_one_process(pool: Pool, name: str) -> None:
     """101 entries: rows of the vocabulary that the ranks do not divide."""
-    reference = Run("qwen2", targets=("lm_head", "q_proj"), dropout=0.2)
+    reference = Run("qwen2", targets=("lm_head", "embed_tokens", "q_proj"), dropout=0.2)
     changes = (("num_attention_heads", 6), ("num_key_value_heads", 6))
     assert_same(pool, reference.on(changes=changes), reference.on(changes=changes, **TOPOLOGIES[name]))
 

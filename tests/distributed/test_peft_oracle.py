@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.seeding import kaiming_uniform
+from parallel.seeding import kaiming_uniform, normal
 from parallel.topology import Topology
 from tests.helpers import runs
 from tests.helpers.pool import Pool
@@ -39,8 +39,10 @@ def train_with_peft(run: Run, folder: Path) -> tuple[list[float], list[float], d
     config = LoraConfig(r=4, lora_alpha=8, use_rslora=run.rslora, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
+        key = name.replace(".default", "")
+        if ".lora_embedding_B" in name:
+            parameter.data.copy_(normal(tuple(parameter.shape), 1.0, run.seed, "lora_embedding_B", key))
         if ".lora_A." in name:
-            key = name.replace(".default", "")
             parameter.data.copy_(kaiming_uniform(tuple(parameter.shape), run.seed, "lora_A", key))  # type: ignore[arg-type]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, weight_decay=0.0)
@@ -65,11 +67,21 @@ def weights(states: list[list[tuple[Any, ...]]]) -> dict[str, torch.Tensor]:
         ("llama", {"rslora": True}),
         ("llama", {"targets": ("q_proj", "v_proj", "down_proj")}),
         ("qwen2", {}),
-        ("qwen2", {"targets": ("lm_head", "q_proj")}),
+        ("qwen2", {"targets": ("lm_head", "embed_tokens", "q_proj")}),
+        ("gemma3_text", {"targets": ("embed_tokens", "q_proj")}),
         ("qwen3", {}),
         ("qwen3_moe", {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}),
     ],
-    ids=["llama", "llama-rslora", "llama-some-targets", "qwen2", "qwen2-output-layer", "qwen3", "qwen3_moe"],
+    ids=[
+        "llama",
+        "llama-rslora",
+        "llama-some-targets",
+        "qwen2",
+        "qwen2-ends",
+        "gemma3-embedding",
+        "qwen3",
+        "qwen3_moe",
+    ],
 )
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=["one", "tp2-pp2"])
 def test_training_equals_peft(

@@ -34,6 +34,7 @@ TINY = {
     "tie_word_embeddings": True,
 }
 GEMMA = {"head_dim": 12, "num_key_value_heads": 2, "num_attention_heads": 4, "query_pre_attn_scalar": 10}
+GEMMA |= {"pad_token_id": None}  # transformers lets no gradient into its row, and here it is a token like others
 GEMMA |= {"sliding_window": 5, "hidden_activation": "gelu_pytorch_tanh"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},

@@ -242,7 +242,7 @@ def test_adapters_that_mean_something_else_are_refused(tmp_path: Path, base: Pat
         ({"lm_head.lora_A.weight": (2, 16), "lm_head.lora_B.weight": (40, 2)}, r"has no lm_head\.weight, which"),
         ({"model.norm.lora_A.weight": (2, 16)}, "model.norm.lora_A.weight without its partner"),
         ({"model.norm.lora_magnitude_vector": (2,)}, "model.norm.lora_magnitude_vector without its partner"),
-        ({"model.norm.lora_embedding_A": (2,)}, "lora_embedding_A, which is no LoRA matrix"),
+        ({"model.norm.lora_embedding_C": (2,)}, "lora_embedding_C, which is no LoRA matrix"),
         (
             {"model.layers.0.mlp.up_proj.lora_A.weight": (2, 5), "model.layers.0.mlp.up_proj.lora_B.weight": (24, 2)},
             r"up_proj.weight has shape \(24, 16\) in .*, the adapter's update is \(24, 2\) @ \(2, 5\)",

@@ -98,7 +98,7 @@ def test_special_adapters_on_experts_are_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tuning, "resolve_targets", lambda *_: frozenset({"model.layers.0.mlp.experts.0.up_proj"}))
     job = JobConfig(tuner=TunerConfig(dora=True))
-    words = r"tuner\.dora=true is not built for experts, routers and the output layer.* chooses 1"
+    words = r"tuner\.dora=true is not built for experts, routers, the embedding and the output layer.* chooses 1"
     with pytest.raises(ConfigError, match=words):
         tuning.adapted_linears(job, SMOLLM2)
 
@@ -111,6 +111,10 @@ def test_the_output_layer_learns_by_an_adapter_or_whole() -> None:
     with pytest.raises(ConfigError, match="both name lm_head: it learns whole, or by an adapter") as caught:
         adapted_linears(both, untied)
     assert caught.value.hint == "tuner.modules_to_save=[]"
+    assert adapted_linears(JobConfig(tuner=TunerConfig(targets=["embed_tokens"])), SMOLLM2) == {"model.embed_tokens"}
+    plus = JobConfig(tuner=TunerConfig(targets=["embed_tokens"], loraplus_lr_ratio=16.0))
+    with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not built for .* the embedding"):
+        adapted_linears(plus, SMOLLM2)
     with pytest.raises(ConfigError, match="lm_head is the embedding in this model") as caught:
         adapted_linears(JobConfig(tuner=TunerConfig(targets=["lm_head"])), SMOLLM2)
     assert caught.value.hint == "tuner.modules_to_save=[embed_tokens]"
