@@ -112,7 +112,7 @@ def room(job: JobConfig, model: ModelSpec) -> Room:
     if job.tuner.name != "full":
         leaves = job.tuner.targets
         if leaves == "all-linear" or (isinstance(leaves, str) and not _is_expression(leaves, model)):
-            leaves = sorted({target.rsplit(".", 1)[1] for target in resolve_targets(leaves, model)})
+            leaves = sorted({target.rpartition(".")[2] for target in resolve_targets(leaves, model)})
         config = adapter_config(job.tuner, leaves, job.model.path or "", model.tied_embeddings)
         if model.is_moe:
             config = loadable_config(config, resolve_targets(job.tuner.targets, model))
@@ -192,7 +192,7 @@ def _check_modules(job: JobConfig, model: ModelSpec, there: set[str]) -> None:
         missing, extra = sorted(wanted - there), sorted(there - wanted)
         words = [f"{len(missing)} that it lacks, first {missing[0]}"] if missing else []
         words += [f"{len(extra)} more, first {extra[0]}"] if extra else []
-        leaves = ",".join(sorted({name.rsplit(".", 1)[1] for name in there}))
+        leaves = ",".join(sorted({name.rpartition(".")[2] for name in there}))
         raise ConfigError(
             f"tuner.path={job.tuner.path} adapts other modules than tuner.targets={job.tuner.targets}: "
             + " and ".join(words),

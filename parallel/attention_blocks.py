@@ -66,9 +66,10 @@ class Window:
         begin, end = torch.searchsorted(self.key_at, ends).tolist()
         return begin, end
 
-    def hidden(self, queries: slice, keys: slice) -> torch.Tensor:
+    def hidden(self, queries: slice, keys: slice, device: torch.device) -> torch.Tensor:
         """Which keys each query does not see, ``[queries, keys]``."""
-        distance = self.query_at[queries, None] - self.key_at[keys]
+        here, there = (each.to(device, non_blocking=True) for each in (self.query_at[queries], self.key_at[keys]))
+        distance = here[:, None] - there
         return (distance < 0) | (distance >= self.size)
 
 
@@ -161,7 +162,7 @@ def _scores(block: Block, tile: slice, seen: slice) -> tuple[torch.Tensor, torch
         scores.mul_(block.cap)
     tokens = tile.stop - tile.start
     if block.window is not None:
-        hidden = block.window.hidden(tile, seen).to(rows.device)
+        hidden = block.window.hidden(tile, seen, rows.device)
         scores.unflatten(2, (block.repeat, tokens)).masked_fill_(hidden, -torch.inf)
     elif block.causal:
         hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=rows.device).triu_(1)

@@ -1,6 +1,6 @@
 """Capabilities: what is built and proven today, and why a layout cannot run. Pure arithmetic, before any process.
 
-Here is the only place that knows what is not built yet: when an axis, a family or an engine becomes real, it is
+Here is the only place that knows what is not built yet: when an axis, a precision or an engine becomes real, it is
 entered in :data:`BUILT` and nothing else changes.
 """
 

@@ -2,7 +2,7 @@
 
 Each does the arithmetic of the plain definition in fewer passes over memory, and keeps less for the backward pass:
 the norm one number per row, SwiGLU only its input, a LoRA linear its input and ``A x``. All are elementwise or matrix
-products of torch, so they run on every device and under activation recompute.
+products of torch, so they run on every device and under activation recompute. GeGLU is here too, as it is defined.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class _RmsNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, scale)
+        if weight.dtype == wide.dtype:  # Gemma's, in fp32 whatever the model is: rounded once
+            return (wide * scale * weight).to(hidden.dtype)
         return (wide * scale).to(hidden.dtype).mul_(weight)
 
     @staticmethod

@@ -234,16 +234,13 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
         return frozenset(target_modules(spec))
     known = sorted({module.rpartition(".")[2] for module in modules})
     if isinstance(targets, str) and targets not in known:
+        _check_head(targets, spec)
         return _whole_experts(_by_expression(targets, modules, known), spec)
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         found = {module for module in modules if module == target or module.endswith("." + target)}
-        if not found and target == HEAD_MODULE:
-            raise TargetError(
-                "tuner.targets: lm_head is the embedding in this model, and an adapter on one would change both",
-                "tuner.modules_to_save=[embed_tokens]",
-            )
         if not found:
+            _check_head(target, spec)
             near = near_names(target, known)
             raise TargetError(
                 f"tuner.targets: {target!r} matches no linear layer of this {spec.family} model",
@@ -280,6 +277,19 @@ def near_names(word: str, known: list[str]) -> list[str]:
         'q_proj'
     """
     return difflib.get_close_matches(word, known, n=3, cutoff=0.3) or known
+
+
+def _check_head(target: str, spec: ModelSpec) -> None:
+    """Refuse a name or an expression that means a head which is the embedding."""
+    try:
+        chosen = re.fullmatch(target, HEAD_MODULE)
+    except re.error:
+        return
+    if spec.tied_embeddings and chosen:
+        raise TargetError(
+            "tuner.targets: lm_head is the embedding in this model, and an adapter on one would change both",
+            "tuner.modules_to_save=[embed_tokens]",
+        )
 
 
 def _by_expression(expression: str, modules: list[str], leaves: list[str]) -> frozenset[str]:

@@ -100,7 +100,7 @@ def certify(
     """Train and compare every cell; cells of a row are compared with the row's own run in one process.
 
     Args:
-        tick: told before each cell how many are done, how many there are, and the next one's name.
+        tick: told before each cell how many are trained, how many there are, and the next one's name.
         pool: processes to use and to leave alive; None: own ones.
         train: what each rank runs; a test plants its fault here.
     Raises:
@@ -125,12 +125,15 @@ def _cells(bench: _Bench, columns: list[Layout], tick: Tick) -> list[Cell]:
     rows = tuner_rows(bench.request.tuners)
     total = len(rows) * (len(columns) + 1)
     found: list[Future[Cell]] = []
-    with ThreadPoolExecutor(max_workers=1) as judge:
+    with _Judge(max_workers=1) as judge:
         for tuner, words in rows.items():
             tick(len(found), total, f"{tuner} in one process")
             found.append(judge.submit(bench.judged, bench.trained(tuner, words, REFERENCE)))
             reference = found[-1].result()
             for layout in columns:
+                for each in found:
+                    if each.done():
+                        each.result()  # raises what the judge raised
                 tick(len(found), total, f"{tuner} on {layout.name}")
                 if reference.verdict == "green":
                     trained = bench.trained(tuner, words, layout)
@@ -141,6 +144,13 @@ def _cells(bench: _Bench, columns: list[Layout], tick: Tick) -> list[Cell]:
         cells = [each.result() for each in found]
     tick(total, total, "")
     return cells
+
+
+class _Judge(ThreadPoolExecutor):
+    """One thread, that leaves what waits when the block ends with an error."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.shutdown(wait=True, cancel_futures=kind is not None)
 
 
 @dataclass(frozen=True)

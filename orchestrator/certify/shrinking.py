@@ -37,7 +37,7 @@ def shrunken(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     model = read_model(config)
     kv_heads = _several(model.kv_heads, ranks)
     heads = kv_heads * (model.heads // model.kv_heads)
-    small = {key: value for key, value in config.items() if key not in TOKEN_KEYS}
+    small = {key: value for key, value in config.items() if key not in (*TOKEN_KEYS, "layer_types")}
     layers = min(model.layers, max(ranks + 1, FEWEST_LAYERS))
     small |= {
         "num_hidden_layers": layers,
@@ -73,7 +73,7 @@ def _small_windows(model: ModelSpec, layers: int) -> dict[str, Any]:
         return {}
     kinds = ["sliding_attention" if window else "full_attention" for window in model.windows]
     if len(set(kinds)) == 1:
-        return {"sliding_window": WINDOW}
+        return {"sliding_window": WINDOW, "layer_types": kinds[:layers]}
     chosen = kinds[:layers]
     if len(set(chosen)) == 1:
         chosen[-1] = next(kind for kind in kinds if kind != chosen[0])

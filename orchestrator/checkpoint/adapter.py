@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.checkpoint.hf_reader import AdapterReader
 from orchestrator.config.job import TunerConfig
 from orchestrator.errors import ConfigError
+from parallel.names import EMBEDDING_MODULE
 
 PREFIX = "base_model.model."
 MATRIX = re.compile(
@@ -79,11 +80,15 @@ def adapter_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": sorted(tuner.modules_to_save) or None,
-        **({"ensure_weight_tying": True} if tied_embeddings and tuner.modules_to_save else {}),  # older PEFT lacks it
+        **({"ensure_weight_tying": True} if tied_embeddings and _saves_embedding(tuner) else {}),  # older PEFT lacks it
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_dora": tuner.dora,
     }
+
+
+def _saves_embedding(tuner: TunerConfig) -> bool:
+    return any(EMBEDDING_MODULE.endswith(module) for module in tuner.modules_to_save)
 
 
 def lora_scale(config: Mapping[str, Any], module: str, r: int) -> float:

@@ -37,7 +37,9 @@ from orchestrator.checkpoint.load import WEIGHT_SUFFIXES, CheckpointReader, chec
 from orchestrator.checkpoint.quantised_base import QuantisedBase
 from orchestrator.checkpoint.tensor_file import TORCH_DTYPES, FileWriter, TensorEntry, TensorFiles, lay_out
 from orchestrator.errors import ConfigError
+from parallel.families import read_model
 from parallel.shards import Box
+from parallel.specs import read_hf_config
 
 MARKER = "isotrain.json"  # says that we wrote a folder, and what
 BUFFER_BYTES = 64 * 2**20
@@ -178,9 +180,9 @@ def _check_targets(
         entry = tensors.entry(key)
         assert adapter is not None
         a, b = adapter.shape(pair.a), adapter.shape(pair.b)
-        if pair.transposed and "lm_head.weight" not in held:
+        if pair.transposed and read_model(read_hf_config(base)).tied_embeddings:
             raise ConfigError(
-                f"{base} has no lm_head.weight: its head is tied to {pair.base}, and merging would change both",
+                f"the head of {base} is tied to {pair.base}, and merging would change both",
                 "export it with --to peft",
             )
         if shape != ((a[1], b[0]) if pair.transposed else (b[0], a[1])) or a[0] != b[1]:

@@ -114,18 +114,19 @@ def _layer_activation_bytes(work: Workload) -> int:
 
     The method of Korthikanti et al. 2022, section 4 (their equations 2 and 4: what lies between the cut linears is
     divided by ``tp``, the rest only under sequence parallelism), with the terms of these models: no dropout masks, no
-    stored attention scores (fused attention; so selective recomputation saves nothing here), SwiGLU of three widths.
-    Per token: inputs and outputs of two norms; q, k, v and the attention output; gate, up and their product.
+    stored attention scores (fused attention; so selective recomputation saves nothing here), SwiGLU of three widths
+    (GeGLU of four). Per token: inputs and outputs of two norms, and the inputs of two more where a layer has them; q,
+    k, v and the attention output; gate, up and their product.
     """
     model, topology = work.model, work.proposal.topology
     heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-    width = 3 * model.ffn / topology.tp
+    width = (3 if model.activation == "silu" else 4) * model.ffn / topology.tp
     if model.is_moe:  # every chosen expert sees its own copy of the token; the router stores its scores
         width = model.experts_per_token * (3 * model.expert_ffn / topology.etp + 2 * model.hidden) + model.experts
         # under sequence parallelism each tp rank routes its own tokens, and etp ranks gather theirs
         width *= topology.etp / (topology.tp if work.proposal.sp else 1)
     cut = work.micro_tokens // topology.cp * work.value_bytes * (heads / topology.tp + width)
-    return 4 * _residual_bytes(work) + int(cut)
+    return (6 if model.sandwich_norms else 4) * _residual_bytes(work) + int(cut)
 
 
 def _logits_bytes(work: Workload) -> int:

@@ -82,15 +82,22 @@ def experts(module: str, gate: str, up: str, down: str) -> tuple[Linear, ...]:
     )
 
 
-def decoder(config: Mapping[str, Any], tied: bool = False, rope_key: str | None = None) -> dict[str, Any]:
+def decoder(
+    config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, rope_key: str | None = None
+) -> dict[str, Any]:
     """The fields of :class:`ModelSpec` that every family's ``config.json`` says in the same words.
 
     Args:
-        tied: whether the family ties its embeddings where the config does not say.
+        defaults: what the family means where the config does not say, as transformers does.
         rope_key: which of several entries of ``rope_parameters`` holds the rotary embedding.
     Raises:
-        KeyError: a key is missing. SpecError: rotary frequencies are stretched in a way that is not built.
+        KeyError: a key is missing.
+        SpecError: weights are quantised, attention drops out, or rotary frequencies are stretched in a way that is not
+            built.
     """
+    refuse(config, "quantization_config", hint="dequantise the model first: its stored weights are codes")
+    refuse(config, "attention_dropout", hint="set attention_dropout to 0 in config.json")
+    config = {**(defaults or {}), **config}
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     rope = _rope(config, rope_key)
     return {
@@ -106,15 +113,15 @@ def decoder(config: Mapping[str, Any], tied: bool = False, rope_key: str | None 
         "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
         "rope_theta": float(rope.get("rope_theta") or 10000.0),
         "rope_scaling": _scaling(rope, config),
-        "tied_embeddings": bool(config.get("tie_word_embeddings", tied)),
+        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
 
 
-def refuse(config: Mapping[str, Any], *keys: str) -> None:
+def refuse(config: Mapping[str, Any], *keys: str, hint: str = "") -> None:
     """Refuse what a family's config asks for by a key that is true, and that would be left out without a word."""
     for key in keys:
         if config.get(key):
-            raise SpecError(f"a {config['model_type']} model with {key}={config[key]} is not supported yet")
+            raise SpecError(f"a {config['model_type']} model with {key}={config[key]} is not supported yet", hint)
 
 
 def check_activation(config: Mapping[str, Any], key: str, known: str) -> None:
@@ -125,7 +132,7 @@ def check_activation(config: Mapping[str, Any], key: str, known: str) -> None:
 
 def router_loss(config: Mapping[str, Any]) -> float:
     """transformers adds a balancing loss only where the config also asks for the router's logits."""
-    return float(config.get("router_aux_loss_coef", 0.0)) if config.get("output_router_logits") else 0.0
+    return float(config.get("router_aux_loss_coef", 0.001)) if config.get("output_router_logits") else 0.0
 
 
 def windows(config: Mapping[str, Any], sliding: Callable[[int], bool]) -> tuple[int, ...]:
@@ -168,7 +175,8 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling 
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    positions = int(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
+    stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    positions = int(stated or config["max_position_embeddings"])
     if kind == "linear":
         return RopeScaling(kind, float(rope["factor"]))
     if kind == "llama3":

@@ -24,7 +24,7 @@ def gemma_decoder(config: Mapping[str, Any], rope_key: str | None = None) -> dic
     """What Gemma 2 and 3 have in common: norms times ``1 + weight``, scaled embeddings and queries, tied tables."""
     refuse(config, "attention_bias", "use_bidirectional_attention")
     check_activation(config, "hidden_activation", ACTIVATION)
-    fields = decoder({**config, "head_dim": config["head_dim"]}, tied=True, rope_key=rope_key)
+    fields = decoder(config, {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}, rope_key)
     return {
         **fields,
         "activation": ACTIVATION,

@@ -19,9 +19,12 @@ GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0  # where the config does not s
 def _read(config: Mapping[str, Any]) -> ModelSpec:
     refuse(config, "attn_logit_softcapping")
     stated = {"sliding_window": 4096, "rope_theta": GLOBAL_THETA, **config}
+    fields = gemma_decoder(stated, rope_key=GLOBAL)
+    if fields["rope_scaling"] and fields["rope_scaling"].score_factor != 1:
+        raise SpecError("a gemma3_text model with yarn is not supported yet: its temperature is not every layer's")
     pattern = int(config.get("sliding_window_pattern", 6))
     return ModelSpec(
-        **gemma_decoder(stated, rope_key=GLOBAL),
+        **fields,
         qk_norm=True,
         windows=windows(stated, lambda layer: (layer + 1) % pattern != 0),
         local_rope_theta=_local_theta(config),

@@ -12,7 +12,7 @@ from parallel.specs import ModelSpec
 def _read(config: Mapping[str, Any]) -> ModelSpec:
     check_activation(config, "hidden_act", "silu")
     window = config.get("sliding_window", 4096)  # what transformers takes where the config does not say
-    fields = decoder(config)
+    fields = decoder(config, {"num_key_value_heads": 8})
     return ModelSpec(**fields, windows=fields["layers"] * (int(window),) if window else ())
 
 

@@ -12,11 +12,13 @@ from typing import Any
 from parallel.families.family import ATTENTION, NORMS, Family, check_activation, decoder, experts, refuse, router_loss
 from parallel.specs import ModelSpec
 
+DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+
 
 def _read(config: Mapping[str, Any]) -> ModelSpec:
     refuse(config, "router_jitter_noise")
     check_activation(config, "hidden_act", "silu")
-    fields = decoder(config)
+    fields = decoder(config, DEFAULTS)
     window = config.get("sliding_window")
     return ModelSpec(
         **fields,

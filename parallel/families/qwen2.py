@@ -19,7 +19,7 @@ def qwen_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _read(config: Mapping[str, Any]) -> ModelSpec:
     check_activation(config, "hidden_act", "silu")
-    return ModelSpec(**decoder(config), qkv_bias=True, windows=qwen_windows(config))
+    return ModelSpec(**decoder(config, {"num_key_value_heads": 32}), qkv_bias=True, windows=qwen_windows(config))
 
 
 FAMILY = Family("qwen2", _read, NORMS, ATTENTION + MLP)

@@ -13,7 +13,9 @@ from parallel.specs import ModelSpec
 def _read(config: Mapping[str, Any]) -> ModelSpec:
     refuse(config, "attention_bias")
     check_activation(config, "hidden_act", "silu")
-    return ModelSpec(**decoder(config), qk_norm=True, windows=qwen_windows(config))
+    return ModelSpec(
+        **decoder(config, {"num_key_value_heads": 32, "head_dim": 128}), qk_norm=True, windows=qwen_windows(config)
+    )
 
 
 FAMILY = Family("qwen3", _read, NORMS + QK_NORMS, ATTENTION + MLP)

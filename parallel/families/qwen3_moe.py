@@ -25,7 +25,7 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         raise SpecError("a mixture of experts with dense layers in between is not supported yet")
     return ModelSpec(
-        **decoder(config),
+        **decoder(config, {"num_key_value_heads": 4}),
         qk_norm=True,
         windows=_windows(config),
         experts=_experts(config),

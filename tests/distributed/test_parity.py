@@ -16,6 +16,7 @@ from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
 LOSS_RTOL, TENSOR_RTOL = 1e-5, 1e-4
+DTYPES = ("fp32", "bf16")
 
 TOPOLOGIES = {
     "dp2": {"topology": Topology(dp=2)},
@@ -79,6 +80,15 @@ def test_adapters_on_embedding_and_output_layer_equal_one_process(pool: Pool, na
     reference = Run("qwen2", targets=("lm_head", "embed_tokens", "q_proj"), dropout=0.2)
     changes = (("num_attention_heads", 6), ("num_key_value_heads", 6))
     assert_same(pool, reference.on(changes=changes), reference.on(changes=changes, **TOPOLOGIES[name]))
+
+
+@pytest.mark.parametrize(("family", "targets"), [("gemma2", "all-linear"), ("qwen2", ("lm_head", "embed_tokens"))])
+def test_16_bits_of_caps_windows_and_ends_stay_near_fp32(
+    pool: Pool, tiny_model: Callable[..., Path], family: str, targets: str | tuple[str, ...]
+) -> None:
+    run = Run(family=family, targets=targets, steps=2)
+    wide, narrow = (pool.run(1, runs.train, run.on(precision=each), str(tiny_model(family)))[0] for each in DTYPES)
+    assert narrow[0] == pytest.approx(wide[0], rel=2e-2) and narrow[1] == pytest.approx(wide[1], rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["dp2", "pp2", "tp2-sp"])

@@ -123,3 +123,17 @@ def test_whole_weights_in_an_adapter_are_compared_with_the_job(tmp_path: Path) -
         check_adapter(starting_from(folder), untied)
     assert caught.value.hint == "tuner.modules_to_save=[embed_tokens]"
     check_adapter(starting_from(folder, modules_to_save=["embed_tokens"]), untied)
+
+
+@pytest.mark.parametrize("targets", ["lm_head", "embed_tokens", ["lm_head", "q_proj"]])
+def test_an_adapter_on_the_ends_of_a_model_is_named_for_peft(targets: str | list[str]) -> None:
+    job, untied = replace(JOB, tuner=replace(JOB.tuner, targets=targets)), replace(MODEL, tied_embeddings=False)
+    config = json.loads(bytes(room(job, untied).files["adapter_config.json"]))  # type: ignore[arg-type]
+    assert config["target_modules"] == (sorted(targets) if isinstance(targets, list) else [targets])
+
+
+def test_an_adapter_on_a_tied_embedding_leaves_the_head() -> None:
+    """PEFT's ensure_weight_tying would put it on the head too."""
+    tuner = replace(JOB.tuner, targets=["embed_tokens"], modules_to_save=["norm"])
+    config = json.loads(bytes(room(replace(JOB, tuner=tuner), MODEL).files["adapter_config.json"]))  # type: ignore[arg-type]
+    assert MODEL.tied_embeddings and "ensure_weight_tying" not in config

@@ -55,6 +55,9 @@ def test_a_small_model_is_cut_by_the_same_sizes(kv: int, group: int, ffn: int, l
 def test_a_small_model_has_both_kinds_of_layers(family: str, windows: tuple[int, ...]) -> None:
     large = config(family, num_hidden_layers=26, sliding_window=4096) | {"sliding_window_pattern": 6}
     assert read_model(shrunken(large, 4)).windows == windows
+    kinds = {"layer_types": [("full", "sliding")[layer % 6 != 5] + "_attention" for layer in range(26)]}
+    small = shrunken(large | kinds, 4)
+    assert len(small.get("layer_types", [0] * 5)) == 5
 
 
 @pytest.mark.parametrize("name", ["smollm2_135m", "llama3_8b", "qwen3_8b"])

@@ -240,6 +240,10 @@ def test_adapters_that_mean_something_else_are_refused(tmp_path: Path, base: Pat
     ("tensors", "message"),
     [
         ({"lm_head.lora_A.weight": (2, 16), "lm_head.lora_B.weight": (40, 2)}, r"has no lm_head\.weight, which"),
+        (
+            {"model.embed_tokens.lora_embedding_A": (2, 40), "model.embed_tokens.lora_embedding_B": (16, 2)},
+            r"is tied to model\.embed_tokens\.weight, and merging would change both",
+        ),
         ({"model.norm.lora_A.weight": (2, 16)}, "model.norm.lora_A.weight without its partner"),
         ({"model.norm.lora_magnitude_vector": (2,)}, "model.norm.lora_magnitude_vector without its partner"),
         ({"model.norm.lora_embedding_C": (2,)}, "lora_embedding_C, which is no LoRA matrix"),

@@ -115,8 +115,9 @@ def test_the_output_layer_learns_by_an_adapter_or_whole() -> None:
     plus = JobConfig(tuner=TunerConfig(targets=["embed_tokens"], loraplus_lr_ratio=16.0))
     with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not built for .* the embedding"):
         adapted_linears(plus, SMOLLM2)
-    with pytest.raises(ConfigError, match="lm_head is the embedding in this model") as caught:
-        adapted_linears(JobConfig(tuner=TunerConfig(targets=["lm_head"])), SMOLLM2)
+    for targets in (["lm_head"], ".*(q_proj|lm_head)"):
+        with pytest.raises(ConfigError, match="lm_head is the embedding in this model") as caught:
+            adapted_linears(JobConfig(tuner=TunerConfig(targets=targets)), SMOLLM2)
     assert caught.value.hint == "tuner.modules_to_save=[embed_tokens]"
 
 

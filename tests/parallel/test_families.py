@@ -81,6 +81,13 @@ def test_experts_are_counted_in_either_place() -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "config.json has no 'factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported: heads are turned whole"),
+        ({"attention_dropout": 0.1}, "a llama model with attention_dropout=0.1 is not supported yet"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "a llama model with quantization_config="),
+        ({**MOE, "model_type": "mixtral", "router_jitter_noise": 0.1}, "a mixtral model with router_jitter_noise=0.1"),
+        (
+            {**GEMMA3, "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
+            "a gemma3_text model with yarn is not supported yet",
+        ),
         ({"attention_bias": True}, "a llama model with attention_bias=True is not supported yet"),
         ({"mlp_bias": True}, "a llama model with mlp_bias=True is not supported yet"),
         ({"model_type": "qwen3", "attention_bias": True}, "a qwen3 model with attention_bias=True"),
@@ -139,6 +146,7 @@ STRETCHED: dict[str, dict[str, Any]] = {
         "mscale": 0.7,
         "mscale_all_dim": 1.0,
     },
+    "yarn-over-all": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     "yarn-as-told": {
         "rope_type": "yarn",
         "factor": 2.0,
@@ -164,6 +172,29 @@ def test_rotary_frequencies_are_those_of_transformers(name: str, width: int, key
     assert spec.rope_scaling is not None
     torch.testing.assert_close(frequencies(spec.rope_theta, width, spec.rope_scaling), expected, rtol=1e-6, atol=0)
     assert spec.rope_scaling.score_factor == pytest.approx(temperature**2)
+
+
+def test_original_positions_beside_the_rotary_embedding_count() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    found = read_model({**LLAMA, "rope_scaling": scaling, "original_max_position_embeddings": 64}).rope_scaling
+    assert found is not None and found.original_positions == 64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+    from transformers import AutoConfig
+
+    least = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = {**least, **(experts if family in ("mixtral", "qwen3_moe") else {}), "model_type": family}
+    theirs = AutoConfig.for_model(**config, output_router_logits=True)
+    ours = read_model({**config, "output_router_logits": True})
+    rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    assert ours.kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 4)
+    assert (ours.norm_epsilon, ours.rope_theta) == (theirs.rms_norm_eps, rope["rope_theta"])
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.router_aux_loss == getattr(theirs, "router_aux_loss_coef", 0)
 
 
 def test_windows_lie_where_transformers_puts_them() -> None:
