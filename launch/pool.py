@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from launch.environment import become_rank
 from launch.parent import dying_with_parent
 
 PEER_TIMEOUT = timedelta(seconds=120)
+CALLS_OF_A_WORKER = 50  # engines with experts still leave threads of gloo groups behind, which poll
 
 
 class RankError(RuntimeError):
@@ -52,6 +54,8 @@ class Pool:
         Raises:
             RankError: a rank raised or did not answer in ``timeout_s``.
         """
+        if self._calls and self._calls % CALLS_OF_A_WORKER == 0:
+            self.leave()
         self._start(world)
         self._calls += 1
         store = str(Path(self._folder.name) / f"store{self._calls}")
@@ -129,4 +133,5 @@ def _run(rank: int, world: int, store: str, function: Callable[..., Any], args: 
     try:
         return function(*args)
     finally:
+        gc.collect()  # a model is a cycle that holds its groups, and each of those has threads that poll
         dist.destroy_process_group()

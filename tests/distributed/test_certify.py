@@ -38,11 +38,12 @@ def cells(pool: Pool, tuner: str, layout: str, ranks: int = 2, **more: Any) -> d
 @pytest.mark.parametrize(
     ("tuner", "layout", "ranks", "cells_there"),
     [
-        ("lora", "tp2·pp2", 4, {"tp2·pp2", "tp2·pp2+sp", "tp2·pp2+vpp2", "tp2·pp2+all"}),
+        ("lora", "tp2·pp2+all", 4, {"tp2·pp2+all"}),
+        ("full", "tp2·dp2+all", 4, {"tp2·dp2+all"}),
         ("lora", "cp2", 2, {"cp2", "cp2+ulysses", "cp2+distributed", "cp2+recompute"}),
         ("lora", "dp2·ep2", 2, {"dp2·ep2", "dp2·ep2+distributed"}),
         ("full", "pp2", 2, {"pp2", "pp2+vpp2", "pp2+recompute"}),
-        ("qlora", "tp2", 2, {"tp2", "tp2+sp", "tp2+recompute"}),
+        ("qlora", "tp2+sp", 2, {"tp2+sp"}),
     ],
 )
 def test_what_is_right_is_green(pool: Pool, tuner: str, layout: str, ranks: int, cells_there: set[str]) -> None:

@@ -17,6 +17,7 @@ from tests.helpers.runs import Run
 
 LOSS_RTOL, TENSOR_RTOL = 1e-5, 1e-4
 DTYPES = ("fp32", "bf16")
+FINER = pytest.mark.grid  # cells of `make grid`
 
 TOPOLOGIES = {
     "dp2": {"topology": Topology(dp=2)},
@@ -56,14 +57,23 @@ def test_full_run_equals_one_process(pool: Pool, name: str) -> None:
     assert_same(pool, Run(full=True, learning_rate=1e-3), Run(full=True, learning_rate=1e-3, **TOPOLOGIES[name]))
 
 
-@pytest.mark.parametrize("name", ["tp2", "pp2", "tp2-pp2", "tp2-sp"])
+@pytest.mark.parametrize("name", [pytest.param("tp2", marks=FINER), "pp2", "tp2-pp2", "tp2-sp"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_families_equal_one_process(pool: Pool, family: str, name: str) -> None:
     assert_same(pool, Run(family=family), Run(family=family, **TOPOLOGIES[name]))
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "full"),
+    [
+        ("mistral", False),
+        ("gemma2", True),
+        ("gemma3_text", False),
+        pytest.param("mistral", True, marks=FINER),
+        pytest.param("gemma2", False, marks=FINER),
+        pytest.param("gemma3_text", True, marks=FINER),
+    ],
+)
 def test_families_with_windows_equal_one_process(
     pool: Pool, tiny_model: Callable[..., Path], family: str, full: bool
 ) -> None:
@@ -74,7 +84,7 @@ def test_families_with_windows_equal_one_process(
     assert_same(pool, reference, reference.on(topology=Topology(cp=2), cp_comm="ulysses", recompute="full"), base)
 
 
-@pytest.mark.parametrize("name", ["tp3", "tp2-sp", "pp2-dp2", "dp2-distributed"])
+@pytest.mark.parametrize("name", ["tp3", "tp2-sp", "pp2-dp2", pytest.param("dp2-distributed", marks=FINER)])
 def test_adapters_on_embedding_and_output_layer_equal_one_process(pool: Pool, name: str) -> None:
     """101 entries: rows of the vocabulary that the ranks do not divide."""
     reference = Run("qwen2", targets=("lm_head", "embed_tokens", "q_proj"), dropout=0.2)
@@ -102,7 +112,9 @@ def test_full_tuning_of_experts_equals_one_process(pool: Pool, name: str) -> Non
     assert_same(pool, reference, reference.on(**TOPOLOGIES[name]))
 
 
-@pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "dp2", "tp2-pp2"])
+@pytest.mark.parametrize(
+    "name", ["tp2-sp", "dp2", "tp2-pp2", *(pytest.param(each, marks=FINER) for each in ("tp2", "pp2"))]
+)
 def test_dropout_masks_follow_samples_not_ranks(pool: Pool, name: str) -> None:
     assert_same(pool, Run(dropout=0.3), Run(dropout=0.3, **TOPOLOGIES[name]))
 
