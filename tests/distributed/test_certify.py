@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from orchestrator.certify import command
 from orchestrator.certify.command import Cell, Request, certify
+from orchestrator.certify.grid import Layout, layouts
 from orchestrator.config.loading import compose_job
 from tests.distributed import mutations
 from tests.helpers.pool import Pool
@@ -56,7 +59,11 @@ def test_what_is_right_is_green(pool: Pool, tuner: str, layout: str, ranks: int,
 
 @pytest.mark.parametrize(("fault", "tuner", "layout"), PLANTED, ids=lambda each: getattr(each, "__name__", str(each)))
 def test_a_planted_fault_is_red(pool: Pool, fault: Callable[..., Any], tuner: str, layout: str) -> None:
-    found = cells(pool, tuner, layout, train=fault)
+    def alone(ranks: int, moe: bool) -> list[Layout]:
+        return [one for one in layouts(ranks, moe) if one.name == layout]
+
+    with patch.object(command, "layouts", alone):
+        found = cells(pool, tuner, layout, train=fault)
     assert found["one"].verdict == "green"
     assert found[layout].verdict == "red" and found[layout].worst, found[layout]
 
