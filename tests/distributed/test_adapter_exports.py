@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied-embedding": {"modules_to_save": ("embed_tokens",)},
     "dora-rslora-bias": {"family": "qwen2", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
 }
+SUBSUMED = ("rslora", "pissa", "dora")  # by the kinds that hold several of them
 STEPS, COMPLETED = 4, 2
 
 
@@ -44,7 +45,7 @@ def one(answers: list[Any]) -> torch.Tensor:
     return torch.from_numpy(found[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.grid] * (kind in SUBSUMED)) for kind in KINDS])
 def test_an_export_says_in_peft_what_it_says_here(
     pool: Pool, tiny_model: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:

@@ -72,12 +72,12 @@ def assert_same(pool: Pool, expected: Outcome, there: Run) -> None:
     assert distance(runs.merge([state for _, _, state in found]), expected[2]) <= TENSOR_RTOL
 
 
-SUBSUMED = ("ep2-dp4", "tp2-etp2", "ep2-tp2-dp2")  # for full tuning, by the cases that hold all of them
+SUBSUMED = ("ep2-dp4", "tp2-etp2", "ep2-tp2-dp2")  # by the cases that hold all of them
 
 
 @pytest.mark.parametrize(
     ("what", "name"),
-    [("experts", name) for name in TOPOLOGIES]
+    [pytest.param("experts", name, marks=[pytest.mark.grid] * (name in SUBSUMED)) for name in TOPOLOGIES]
     + [
         pytest.param("full", name, marks=[pytest.mark.grid] * ("distributed" not in name and name != "ep2-pp2"))
         for name in TOPOLOGIES
