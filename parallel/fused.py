@@ -83,7 +83,7 @@ class _RmsNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, scale)
-        if weight.dtype == wide.dtype:  # Gemma's, in fp32 whatever the model is: rounded once
+        if weight.dtype != hidden.dtype:  # Gemma's is fp32 in a 16-bit model too: rounded once
             return (wide * scale * weight).to(hidden.dtype)
         return (wide * scale).to(hidden.dtype).mul_(weight)
 

@@ -52,6 +52,8 @@ def cells(pool: Pool, tuner: str, layout: str, ranks: int = 2, **more: Any) -> d
 def test_what_is_right_is_green(pool: Pool, tuner: str, layout: str, ranks: int, cells_there: set[str]) -> None:
     found = cells(pool, tuner, layout, ranks)
     assert {name: cell.verdict for name, cell in found.items()} == dict.fromkeys(cells_there | {"one"}, "green")
+    for name in cells_there:
+        assert {error.what for error in found[name].errors} >= {"gradient", "weight", "logits"}, name
     for name, cell in found.items():
         kinds = {error.what for error in cell.errors}
         assert kinds >= {"gradient", "weight", "logits"} or name == "one"

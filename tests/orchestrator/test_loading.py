@@ -24,7 +24,7 @@ from orchestrator.config.building import (
     same_run,
 )
 from orchestrator.config.checking import CHOICES, RANGES
-from orchestrator.config.hints import ELSEWHERE, OTHER_VALUES
+from orchestrator.config.hints import ELSEWHERE, OTHER_VALUES, SETTINGS
 from orchestrator.config.job import JobConfig
 from orchestrator.config.loading import compose_job, config_root, group_choices, override_job
 from orchestrator.errors import ConfigError
@@ -80,6 +80,11 @@ def test_a_recipe_sets_groups_and_values_and_overrides_still_win() -> None:
 )
 def test_overrides_follow_the_grammar_of_hydra(override: str, key: str, value: Any) -> None:
     assert flatten(compose_job([override]))[key] == value
+
+
+@pytest.mark.parametrize("hint", SETTINGS.values())
+def test_a_tuner_that_is_a_setting_here_composes_as_hinted(hint: str) -> None:
+    assert compose_job(hint.split()).tuner.name == hint.split()[0].removeprefix("tuner=")
 
 
 def test_a_whole_number_may_be_written_as_one_of_another_kind() -> None:
