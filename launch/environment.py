@@ -144,6 +144,18 @@ def wanted_threads(variables: Mapping[str, str] | None = None) -> int | None:
     return _whole(known, "OMP_NUM_THREADS") if known.get("OMP_NUM_THREADS") else None
 
 
+def scheduler_job(variables: Mapping[str, str] | None = None) -> str:
+    """The scheduler's name of the job that this process belongs to; empty outside of one.
+
+    Example:
+        >>> scheduler_job({"SLURM_JOB_ID": "42"})
+        'Slurm job 42'
+    """
+    known = os.environ if variables is None else variables
+    job = known.get("SLURM_JOB_ID")
+    return f"Slurm job {job}" if job else ""
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from orchestrator.cli_checkpoints import add_checkpoints, add_verify, run_checkpoints, run_explain, run_verify
 from orchestrator.errors import ConfigError, ExitCode
 
 CODES = """exit codes: 0 done, 1 a check came out red, 64 your configuration, 65 corrupt data or checkpoint,
@@ -91,7 +92,7 @@ def _dispatch(name: str, words: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
     examples = [f"  {command.example}" for command in COMMANDS.values()]
     return "\n".join(
         [
@@ -207,6 +208,8 @@ def _resume(arguments: argparse.Namespace) -> int:
             "resume starts its own ranks, and this process is already one (RANK is set)",
             f"torchrun ... -m orchestrator train ... run_dir={arguments.run_dir}  (it resumes by itself)",
         )
+    if arguments.explain:
+        return run_explain(arguments)
     from orchestrator.commands import resume
 
     return _report(resume(arguments.run_dir, arguments.overrides, _say), arguments.json)
@@ -225,6 +228,7 @@ def _report(finished: Any, as_json: bool) -> int:
 def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="DIR", help="the run folder")
     _add_overrides(parser)
+    parser.add_argument("--explain", action="store_true", help="say what would be restored and what has changed")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -326,6 +330,18 @@ COMMANDS = {
         "isotrain certify model=smollm2_135m --up-to 2 --tuner lora",
         _add_certify,
         _certify,
+    ),
+    "checkpoints": Command(
+        "List a run's checkpoints: step, loss, size, topology, state.",
+        "isotrain checkpoints runs/first --verify",
+        add_checkpoints,
+        run_checkpoints,
+    ),
+    "verify": Command(
+        "Prove a checkpoint on disk, or that two hold the same training state.",
+        "isotrain verify runs/first runs/second/checkpoints/step-000100",
+        add_verify,
+        run_verify,
     ),
     "export": Command(
         "Write the newest checkpoint as a PEFT adapter or as a merged model.",

@@ -20,11 +20,13 @@ from orchestrator.config.building import read_job
 from orchestrator.config.job import ClusterConfig, JobConfig
 from orchestrator.config.loading import compose_job, override_job
 from orchestrator.errors import ConfigError, DataError, ExitCode
+from orchestrator.locking import locked
 from orchestrator.models import model_spec, resolve_model
-from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, locked, write_run
+from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, write_run
 from parallel.specs import ClusterSpec, ModelSpec, SpecError
 
 if TYPE_CHECKING:
+    from orchestrator.explaining import Explanation
     from orchestrator.planning.plan import Plan
 
 Say = Callable[[str], None]
@@ -132,6 +134,21 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), say: Say = lambda text:
     before = read_job(run_dir)
     job = override_job((run_dir / "job.yaml").read_text(encoding="utf-8"), overrides) if overrides else before
     return _run(job, run_dir, decide_resume(run_dir, job), say)
+
+
+def explain(run_dir: Path, overrides: Sequence[str] = ()) -> Explanation:
+    """What :func:`resume` would restore, and what has changed; starts and writes nothing.
+
+    Raises:
+        ConfigError: as :func:`resume`. DataError: no checkpoint is good.
+    """
+    from orchestrator.explaining import explain_resume
+
+    run_dir = run_dir.expanduser().absolute()
+    before = read_job(run_dir)
+    job = override_job((run_dir / "job.yaml").read_text(encoding="utf-8"), overrides) if overrides else before
+    decide_resume(run_dir, job)
+    return explain_resume(run_dir, before, job, plan_job(job).plan)
 
 
 def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finished:

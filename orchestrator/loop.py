@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +16,14 @@ import torch.distributed as dist
 
 from launch.stop import StopRequest
 from orchestrator.assemble import Room
-from orchestrator.checkpoint.save import Contents, SavePolicy, save
+from orchestrator.checkpoint.publish import Contents
+from orchestrator.checkpoint.retention import Retention
+from orchestrator.checkpoint.save import SavePolicy
+from orchestrator.checkpoint.saver import Saver
 from orchestrator.config.job import JobConfig
 from orchestrator.data import BatchShape, SampleOrder, TokenisedData, step_microbatches
-from orchestrator.errors import ExitCode, GaveUp
+from orchestrator.errors import ExitCode, GaveUp, ResourceError
+from orchestrator.locking import still_mine
 from orchestrator.metrics import Metrics
 from orchestrator.planning.plan import Plan
 from orchestrator.schedule import learning_rate
@@ -25,6 +31,8 @@ from parallel.engine import Engine, StepResult
 
 if TYPE_CHECKING:
     from parallel.groups import Groups
+
+TOLD_OF_PLAN = ("vpp", "sp", "stages", "micro_batches", "micro_sequences", "global_sequences", "recompute", "engine")
 
 
 @dataclass(frozen=True)
@@ -51,21 +59,25 @@ def train(run: Run, completed: int, stop: StopRequest) -> ExitCode:
         GaveUp: the loss is no number any more.
     """
     order = SampleOrder(run.data.rows, run.job.seed)
-    for step in range(completed + 1, run.job.steps + 1):
-        started = time.perf_counter()
-        batches = step_microbatches(run.data, order, step - 1, batch_shape(run.plan), run.groups.coordinate("dp"))
-        rate = learning_rate(run.job.optimizer, step, run.job.steps)
-        result = run.engine.train_step(batches, rate)
-        _check_finite(run, result, step)
-        if run.metrics is not None:
-            rows = order.rows_at((step - 1) * run.plan.global_sequences, run.plan.global_sequences)
-            run.metrics.log(step, _values(result, rate, run.data.lengths(rows), time.perf_counter() - started))
-        stopping = _agree_to_stop(run, stop)
-        every = run.job.checkpoint.every_steps
-        if stopping or step == run.job.steps or (every and step % every == 0):
-            save_checkpoint(run, step)
-        if stopping and step < run.job.steps:
-            return ExitCode.INTERRUPTED
+    with _saver(run) as saver:
+        saver.prepare(run.engine.shards(), _contents(run, completed))
+        for step in range(completed + 1, run.job.steps + 1):
+            started = time.perf_counter()
+            batches = step_microbatches(run.data, order, step - 1, batch_shape(run.plan), run.groups.coordinate("dp"))
+            rate = learning_rate(run.job.optimizer, step, run.job.steps)
+            result = run.engine.train_step(batches, rate)
+            _check_finite(run, result, step)
+            if run.metrics is not None:
+                rows = order.rows_at((step - 1) * run.plan.global_sequences, run.plan.global_sequences)
+                run.metrics.log(step, _values(result, rate, run.data.lengths(rows), time.perf_counter() - started))
+            stopping = _agree_to_stop(run, stop)
+            every = run.job.checkpoint.every_steps
+            if stopping or step == run.job.steps:
+                _save(run, saver, step, result, last=True)
+            elif every and step % every == 0:
+                _save(run, saver, step, result, last=False)
+            if stopping and step < run.job.steps:
+                return ExitCode.INTERRUPTED
     return ExitCode.DONE
 
 
@@ -80,8 +92,41 @@ def batch_shape(plan: Plan) -> BatchShape:
     )
 
 
-def save_checkpoint(run: Run, step: int) -> Path:
-    """Save the training state after ``step`` completed steps; every rank calls it."""
+def _saver(run: Run) -> Saver:
+    """What saves this run. An asynchronous one has a group of its own: its thread talks beside training."""
+    config = run.job.checkpoint
+    retention = Retention(config.keep_last, config.keep_every, config.keep_best, config.metric)
+    return Saver(
+        run.run_dir / "checkpoints",
+        SavePolicy(retention, config.readback),
+        dist.new_group(backend="gloo") if config.asynchronous else run.cpu_group,
+        asynchronous=config.asynchronous,
+        guard=still_mine(run.run_dir),
+    )
+
+
+def _save(run: Run, saver: Saver, step: int, result: StepResult, *, last: bool) -> None:
+    """Save the training state after ``step`` completed steps; every rank calls it.
+
+    Raises:
+        ResourceError: the disk refuses this save or (asynchronous) the one before, and the job says to stop then, or
+            there is no later save.
+    """
+    contents = _contents(run, step, {"loss": result.loss, "grad_norm": result.grad_norm})
+    saves = (saver.finish, False), (lambda: saver.save(step, run.engine.shards(), contents), last)
+    for action, counts in saves:
+        try:
+            action()
+        except ResourceError as error:
+            if counts or run.job.checkpoint.on_failure == "stop":
+                raise
+            if run.metrics is not None:
+                words = f"step {step}: a checkpoint could not be saved, and checkpoint.on_failure=continue: {error}"
+                print(words, file=sys.stderr, flush=True)
+
+
+def _contents(run: Run, step: int, metrics: Mapping[str, float] | None = None) -> Contents:
+    """What a checkpoint says beside its tensors. ``state`` is equal on every topology; ``about`` tells of this one."""
     state = {
         "step": step,
         "samples_consumed": step * run.plan.global_sequences,
@@ -91,16 +136,15 @@ def save_checkpoint(run: Run, step: int) -> Path:
         "schedule": asdict(run.job.optimizer) | {"steps": run.job.steps},
         "data": {"path": run.job.data.path, "sha256": run.data.summary.source_sha256, "rows": run.data.rows},
     }
-    about = {"topology": asdict(run.plan.topology), "precision": run.plan.precision, "model": run.job.model.path}
-    about["quantise"] = run.job.tuner.quantise
-    return save(
-        run.run_dir / "checkpoints",
-        step,
-        run.engine.shards(),
-        Contents(run.room.name, state, run.room.files, about),
-        policy=SavePolicy(keep=run.job.checkpoint.keep),
-        group=run.cpu_group,
-    )
+    about = {
+        "topology": asdict(run.plan.topology),
+        "precision": run.plan.precision,
+        "model": run.job.model.path,
+        "quantise": run.job.tuner.quantise,
+        "plan": {name: getattr(run.plan, name) for name in TOLD_OF_PLAN},
+        "metrics": dict(metrics or {}),
+    }
+    return Contents(run.room.name, state, run.room.files, about)
 
 
 def _values(result: StepResult, rate: float, lengths: np.ndarray, step_s: float) -> dict[str, float]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from orchestrator.checkpoint.folder import list_steps, read_latest
 from orchestrator.config.building import as_override, blocking_differences, job_to_yaml, quote_override, read_job
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.locking import locked
 
 # What the tensors of a checkpoint are shaped by: no resume can change it.
 SHAPE_KEYS = (
@@ -213,20 +212,3 @@ def write_whole(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder, so that two launches do not train in it at once; the lock ends with this process.
-
-    Raises:
-        ConfigError: another launch holds it.
-    """
-    with (run_dir / ".lock").open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another isotrain is training in {run_dir}", "wait for it, or run_dir=ANOTHER"
-            ) from error
-        yield

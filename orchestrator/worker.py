@@ -18,6 +18,7 @@ from launch.environment import RankEnvironment, isotrain_cache, rank_environment
 from launch.exits import first_cause, read_exits
 from launch.stop import StopRequest
 from orchestrator.assemble import load_adapter, open_engine, room
+from orchestrator.checkpoint.exchange import Peers
 from orchestrator.checkpoint.load import CheckpointReader, find_latest_good
 from orchestrator.config.building import read_job
 from orchestrator.config.job import JobConfig
@@ -134,9 +135,7 @@ def _open_world(me: RankEnvironment, device: str, ranks: int, store: dist.Store)
     dist.init_process_group(backend(device), store=store, rank=me.rank, world_size=ranks, timeout=PEER_TIMEOUT)
 
 
-def _share(
-    me: RankEnvironment, decide: Callable[[], Value], otherwise: Value, group: Any = None
-) -> tuple[Value, Exception | None]:
+def _share(me: RankEnvironment, decide: Callable[[], Value], otherwise: Value) -> tuple[Value, Exception | None]:
     """Decide on the first rank: every rank gets the answer, or ``otherwise`` and the error."""
     answer: list[Any] = [otherwise, None]
     if me.rank == 0:
@@ -144,7 +143,7 @@ def _share(
             answer[0] = decide()
         except (IsotrainError, ValueError, OSError) as error:
             answer[1] = error
-    dist.broadcast_object_list(answer, src=0, group=group)
+    dist.broadcast_object_list(answer, src=0)
     return answer[0], answer[1]
 
 
@@ -191,20 +190,11 @@ def _restore(
 ) -> int:
     """Load the newest good checkpoint, if there is one; returns the steps that it has completed."""
 
-    def newest() -> Path | None:
-        if not (run_dir / "checkpoints").is_dir():
-            return None
-        reader, messages = find_latest_good(run_dir / "checkpoints")
-        for line in messages:
-            print(line, file=sys.stderr, flush=True)
-        return reader.folder if reader is not None else None
-
-    folder, error = _share(me, newest, None, cpu_group)
-    if error is not None:
-        raise error
-    if folder is None:
+    checkpoint, messages = find_latest_good(run_dir / "checkpoints", peers=Peers.of(cpu_group))
+    for line in messages if me.rank == 0 else ():
+        print(line, file=sys.stderr, flush=True)
+    if checkpoint is None:
         return 0
-    checkpoint = CheckpointReader(folder)
     _check_same_data(checkpoint, job, data, run_dir)
     engine.load(checkpoint, moments=True)
     engine.set_optimizer_steps(int(checkpoint.state["optimizer_steps"]))

@@ -1,4 +1,4 @@
-"""``python -m orchestrator.bench train`` and ``... first-step``: what the tables of docs/benchmarks.md are made by."""
+"""``python -m orchestrator.bench WHAT``: what the tables of docs/benchmarks.md and docs/checkpoints.md are made by."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from launch.environment import child_environment, rank_variables
 from orchestrator.bench.case import SHAPES, Case, Measured
-from orchestrator.errors import ResourceError
+from orchestrator.errors import ExitCode, ResourceError
 from orchestrator.pages import between_marks
 
 SIDES = ("theirs", "ours")
@@ -45,25 +45,51 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a markdown table or JSON, and write the table into a page where one is named."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator.bench", description=main.__doc__)
-    parser.add_argument("what", choices=("train", "first-step"))
+    parser.add_argument("what", choices=tuple(WHAT))
     parser.add_argument("--rounds", type=int, default=3, help="processes per cell of the table (3)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of each side")
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of each process (6)")
+    parser.add_argument("--layers", type=int, default=16, help="layers of the state that checkpoint saves (16)")
+    parser.add_argument("--width", type=int, default=1024, help="its width (1024)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--write", type=Path, action="append", default=[], metavar="PAGE", help="fill its marks there")
     options = parser.parse_args(arguments)
-    if options.what == "train":
-        rows = compare(options.rounds, options.threads, options.steps)
-        text, summary = table(rows), {"threads": options.threads, "rows": [asdict(row) for row in rows]}
-    else:
-        times = [first_step_s() for _ in range(options.rounds)]
-        text = f"first step after {statistics.median(times):.1f} s (of {', '.join(f'{each:.1f}' for each in times)})"
-        summary = {"first_step_s": times, "median_s": statistics.median(times)}
+    text, summary, code = WHAT[options.what](options)
     print(json.dumps(summary) if options.json else text)
     for path in options.write:
         page = between_marks(path.read_text(encoding="utf-8"), MARK.format(name=options.what), text)
         path.write_text(page, encoding="utf-8")
-    return 0
+    return code
+
+
+def _train(options: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    rows = compare(options.rounds, options.threads, options.steps)
+    return table(rows), {"threads": options.threads, "rows": [asdict(row) for row in rows]}, 0
+
+
+def _first_step(options: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    times = [first_step_s() for _ in range(options.rounds)]
+    text = f"first step after {statistics.median(times):.1f} s (of {', '.join(f'{each:.1f}' for each in times)})"
+    return text, {"first_step_s": times, "median_s": statistics.median(times)}, 0
+
+
+def _checkpoint(options: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    from orchestrator.bench import checkpointing
+
+    rows, costs, state_bytes = checkpointing.measure(options.rounds, options.layers, options.width)
+    summary = {"bytes": state_bytes, "rows": [asdict(row) for row in rows], "costs": asdict(costs)}
+    return checkpointing.table(rows, costs, state_bytes), summary, 0
+
+
+def _kills(options: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    from orchestrator.bench import killing
+
+    outcomes = [one for asynchronous in (False, True) for one in killing.kill_everywhere(asynchronous)]
+    code = 0 if all(one.good for one in outcomes) else int(ExitCode.RED)
+    return killing.table(outcomes), {"code": code, "outcomes": [asdict(one) for one in outcomes]}, code
+
+
+WHAT = {"train": _train, "first-step": _first_step, "checkpoint": _checkpoint, "kills": _kills}
 
 
 def compare(rounds: int, threads: int, steps: int) -> list[Row]:

@@ -137,7 +137,7 @@ def plan_rounds(layout: Layout, holdings: Holdings, ranks: int, buffer_bytes: in
 
 def _task(block: Block, holdings: Holdings) -> Task:
     moves: list[Move] = []
-    for tensor, entry in zip(block.file.tensors, block.file.entries, strict=True):
+    for position, (tensor, entry) in enumerate(zip(block.file.tensors, block.file.entries, strict=True)):
         low, high = max(block.start, entry.start), min(block.stop, entry.stop)
         if low >= high:
             continue
@@ -147,16 +147,25 @@ def _task(block: Block, holdings: Holdings) -> Task:
                 region = frame.intersect(held.box)
                 if region is not None:
                     at = low - block.start + offset * item
-                    sender = _sender(held, block, turn=len(moves))
+                    sender = _sender(held, block.owner, position)
                     moves.append(Move(sender, tensor.name, tensor.kind, entry.dtype, held.box, frame, at, region))
     return Task(block, tuple(moves))
 
 
-def _sender(held: Held, block: Block, turn: int) -> int:
-    """Among replicas: the owner itself, else each in turn so that the work is spread."""
-    if block.owner in held.ranks:
-        return block.owner
-    return held.ranks[(block.number + turn) % len(held.ranks)]
+def _sender(held: Held, owner: int, position: int) -> int:
+    """Among replicas: the file's owner itself, else by the tensor's position so that the work is spread."""
+    return owner if owner in held.ranks else held.ranks[position % len(held.ranks)]
+
+
+def sent_keys(layout: Layout, holdings: Holdings, rank: int) -> set[tuple[str, str, Box]]:
+    """What a rank contributes to a save, its own files included: of each box one of its holders."""
+    return {
+        (tensor.name, tensor.kind, held.box)
+        for file, owner in zip(layout.files, layout.owners, strict=True)
+        for position, tensor in enumerate(file.tensors)
+        for held in holdings[tensor]
+        if _sender(held, owner, position) == rank
+    }
 
 
 def exchange(

@@ -95,6 +95,14 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder, as far as that is possible."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def free_bytes(folder: Path) -> int:
     """Free space on the disk where ``folder`` is, or would be made. Raises OSError."""
     while not folder.exists() and folder != folder.parent:

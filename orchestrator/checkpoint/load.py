@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from orchestrator.checkpoint.exchange import Peers
 from orchestrator.checkpoint.folder import LATEST, MANIFEST, STATE, STEP_NAME, list_steps, read_latest, step_name
 from orchestrator.checkpoint.hf_reader import read_json
+from orchestrator.checkpoint.layout import assign
 from orchestrator.checkpoint.manifest import FileRecord, Manifest
 from orchestrator.checkpoint.tensor_file import TensorFiles
 from orchestrator.errors import ConfigError, DataError
@@ -21,6 +23,8 @@ WEIGHT_SUFFIXES = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"),
     *(".npz", ".npy", ".h5", ".msgpack", ".gguf", ".joblib"),
 )
+
+Answer = TypeVar("Answer")
 
 
 class CheckpointReader:
@@ -93,35 +97,28 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
     return CheckpointReader(steps[step], verify=verify)
 
 
-def find_latest_good(path: Path, *, verify: bool = True) -> tuple[CheckpointReader | None, tuple[str, ...]]:
+def find_latest_good(
+    path: Path, *, verify: bool = True, peers: Peers | None = None
+) -> tuple[CheckpointReader | None, tuple[str, ...]]:
     """Open what ``latest`` names or, where that is damaged, the newest good one before it (then after it).
 
     Args:
         path: a run folder or its ``checkpoints`` folder.
+        peers: all of them call it, open the same checkpoint, and hash a share of its files each.
     Returns:
         The reader and what the user should be told. The reader is None where nothing was ever saved.
     Raises:
         DataError: there are checkpoints, but none is good (or all are of a later format).
     """
+    peers = peers or Peers(0, 1)
     checkpoints = checkpoints_folder(path)
-    steps = dict(list_steps(checkpoints))
-    messages: list[str] = []
-    newest = max(steps, default=0)
-    try:
-        name = read_latest(checkpoints)
-        named = newest if name is None else int(name.removeprefix("step-"))
-        if name is not None and named not in steps:
-            messages.append(f"{checkpoints / LATEST} names {name}, which is missing")
-    except DataError as error:
-        messages.append(str(error))
-        named = newest
-    before = sorted((step for step in steps if step <= named), reverse=True)
-    after = sorted((step for step in steps if step > named), reverse=True)
-    for step in (*before, *after):
+    folders, notes = peers.gather(_in_order(checkpoints))[0]
+    messages = list(notes)
+    for folder in folders:
         try:
-            reader = CheckpointReader(steps[step], verify=verify)
+            reader = _open_together(folder, peers, verify)
         except DataError as error:
-            messages.append(f"{step_name(step)} is not usable: {error}")
+            messages.append(f"{folder.name.partition('.')[0]} is not usable: {error}")
             continue
         if messages:
             messages.append(f"going on from {reader.folder}")
@@ -132,6 +129,48 @@ def find_latest_good(path: Path, *, verify: bool = True) -> tuple[CheckpointRead
             "restore one from a copy, or start again with another run_dir=DIR",
         )
     return None, ()
+
+
+def _in_order(checkpoints: Path) -> tuple[list[Path], list[str]]:
+    """The folders to try, best first: from ``latest`` down, then what is newer; and what is wrong with ``latest``."""
+    steps = dict(list_steps(checkpoints))
+    notes = []
+    named = newest = max(steps, default=0)
+    try:
+        name = read_latest(checkpoints)
+        if name is not None and name not in map(step_name, steps):
+            notes.append(f"{checkpoints / LATEST} names {name}, which is missing")
+        named = newest if name is None else int(name.removeprefix("step-"))
+    except DataError as error:
+        notes.append(str(error))
+    order = sorted(steps, key=lambda step: (step > named, -step))
+    return [steps[step] for step in order], notes
+
+
+def _open_together(folder: Path, peers: Peers, verify: bool) -> CheckpointReader:
+    """Open a checkpoint on every rank, its files hashed. Raises DataError on every rank where any finds a fault."""
+    if verify:
+        _agreed(peers, lambda: _hash_share(folder, peers))
+    return _agreed(peers, lambda: CheckpointReader(folder))
+
+
+def _hash_share(folder: Path, peers: Peers) -> None:
+    files = sorted(Manifest.read(folder / MANIFEST).files.items())
+    owners = assign([record.bytes for _, record in files], peers.size)
+    for (name, record), owner in zip(files, owners, strict=True):
+        if owner == peers.rank:
+            check_file(folder / name, record, verify=True)
+
+
+def _agreed(peers: Peers, action: Callable[[], Answer]) -> Answer:
+    """What an action returns here, where it works on every rank; else every rank raises the same DataError."""
+    problem = None
+    try:
+        answer = action()
+    except DataError as error:
+        problem = error
+    peers.agree(None, problem)
+    return answer
 
 
 def checkpoints_folder(path: Path) -> Path:

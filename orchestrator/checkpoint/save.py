@@ -2,90 +2,83 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import importlib.metadata
 import json
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from orchestrator.checkpoint.coverage import CoverageError, prove
+from orchestrator.checkpoint.coverage import CoverageError, Holdings, prove
 from orchestrator.checkpoint.exchange import Peers, exchange, plan_rounds
-from orchestrator.checkpoint.folder import (
-    MANIFEST,
-    REPLACED_NAME,
-    STATE,
-    TEMPORARY_NAME,
-    explain,
-    free_bytes,
-    list_steps,
-    read_latest,
-    step_name,
-    sync_folder,
-    sync_tree,
-    write_durably,
-    write_latest,
-)
-from orchestrator.checkpoint.layout import FILE_BYTES, Block, FilePlan, Layout, LogicalTensor, make_layout, weight_index
-from orchestrator.checkpoint.manifest import FileRecord, Manifest, TensorRecord, record_of
-from orchestrator.checkpoint.tensor_file import DTYPE_CODES, FileWriter
+from orchestrator.checkpoint.folder import explain, step_name
+from orchestrator.checkpoint.layout import FILE_BYTES, Layout, LogicalTensor, make_layout
+from orchestrator.checkpoint.publish import Contents, complete, prepare, publish
+from orchestrator.checkpoint.replicas import prove_equal, replica_prints
+from orchestrator.checkpoint.retention import Retention, prune
+from orchestrator.checkpoint.tensor_file import DTYPE_CODES
+from orchestrator.checkpoint.writing import RankFiles
 from orchestrator.errors import IsotrainError
 from parallel.shards import Box, Shard
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a checkpoint holds besides tensors; the first rank's counts.
+class SavePolicy:
+    """How to save.
 
     Args:
-        room: "adapter" (weights as a PEFT folder) or "model" (weights as a transformers folder).
-        state: step, samples consumed, schedule, random states, ...: a JSON-able mapping, written to state.json.
-        files: more files of the room by plain name (adapter_config.json; config.json, tokenizer files): their bytes or
-            a path to copy from.
-        about: what the manifest should say of the writer, JSON-able: topology, data identity.
+        retention: which checkpoints stay (all, unless told otherwise).
+        readback: read what was written back from the disk and compare its sha256, before it is published. None: for
+            adapters, and where this save will be the only checkpoint that stays.
+        buffer_bytes: staged per rank at most, beside training.
+        file_bytes: about how big a file gets (an adapter is one file always).
     """
 
-    room: str
-    state: Mapping[str, Any]
-    files: Mapping[str, bytes | Path] = field(default_factory=dict)
-    about: Mapping[str, Any] = field(default_factory=dict)
+    retention: Retention = field(default_factory=Retention)
+    readback: bool | None = None
+    buffer_bytes: int = 64 * 2**20
+    file_bytes: int = FILE_BYTES
+
+    def reads_back(self, room: str) -> bool:
+        """Whether a save of this room is read back.
+
+        Example:
+            >>> SavePolicy().reads_back("adapter"), SavePolicy().reads_back("model")
+            (True, False)
+        """
+        only_one = self.retention.last == 1 and not self.retention.every
+        return self.readback if self.readback is not None else room == "adapter" or only_one
+
+
+Pieces = list[tuple[LogicalTensor, Box]]
+Held = dict[tuple[str, str, Box], Shard]
 
 
 @dataclass(frozen=True)
-class SavePolicy:
-    """``keep``: how many checkpoints stay (0: all). ``buffer_bytes``: staged per rank at most, beside training.
+class Agreement:
+    """What all ranks have agreed on and proven before a byte is written; ``held``: this rank's own shards.
 
-    ``file_bytes``: about how big a file gets (an adapter is one file always).
+    ``pieces`` are this rank's, by which the next save finds out that nothing has changed.
     """
 
-    keep: int = 0
-    buffer_bytes: int = 64 * 2**20
-    file_bytes: int = FILE_BYTES
+    pieces: Pieces
+    holdings: Holdings
+    layout: Layout
+    policy: SavePolicy
+    contents: Contents
+    token: str
+    held: Held
 
 
 @dataclass(frozen=True)
 class _Offer:
-    """What a rank brings to a save: its pieces, and the settings (the first rank's count)."""
+    """What a rank brings to a save: its pieces (None: those of the last one), settings (the first rank's count)."""
 
-    pieces: list[tuple[LogicalTensor, Box]]
+    pieces: Pieces | None
     room: str
     policy: SavePolicy
     token: str
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What a rank has written: records by path, and tensor digests by (path, key)."""
-
-    files: dict[str, FileRecord]
-    digests: dict[tuple[str, str], str]
 
 
 def save(
@@ -110,41 +103,74 @@ def save(
         The published folder.
     Raises:
         CoverageError: the ranks' shards do not make whole tensors.
-        ResourceError: no space is left.
+        ReplicaError: ranks hold different numbers of what should be one tensor.
+        ResourceError: no space is left, or what was read back is not what was written.
         ConfigError: the folder cannot be written.
     """
     peers = Peers.of(group)
+    return write(agree(shards, contents, policy or SavePolicy(), peers), checkpoints, step, peers)
+
+
+def agree(
+    shards: Iterable[Shard], contents: Contents, policy: SavePolicy, peers: Peers, last: Agreement | None = None
+) -> Agreement:
+    """Let all ranks agree on what is saved and prove that it is whole; nothing is written.
+
+    Args:
+        last: what was agreed on before by the same ranks; where no rank holds other pieces now, they are not told
+            again.
+    Raises:
+        CoverageError, ReplicaError: as :func:`save`.
+    """
     pieces, held, problem = _describe(shards, contents)
-    offer = _Offer(pieces, contents.room, policy or SavePolicy(), secrets.token_hex(4))
-    offers = peers.agree(offer, problem)
+    known = last is not None and last.pieces == pieces and last.contents.room == contents.room
+    token = secrets.token_hex(4)
+    offers = peers.agree(_Offer(None if known else pieces, contents.room, policy, token), problem)
     policy, token = offers[0].policy, offers[0].token
-    holdings = prove([other.pieces for other in offers])
-    layout = make_layout(holdings, offers[0].room, peers.size, policy.file_bytes)
+    if last is not None and all(offer.pieces is None for offer in offers):
+        holdings, layout = last.holdings, last.layout
+    else:
+        told = [offer.pieces for offer in offers]
+        holdings = prove(peers.gather(pieces) if None in told else [pieces for pieces in told if pieces is not None])
+        layout = make_layout(holdings, offers[0].room, peers.size, policy.file_bytes)
+    prove_equal(holdings, peers.gather(replica_prints(holdings, held, peers.rank)))
+    return Agreement(pieces, holdings, layout, policy, contents, token, held)
+
+
+def write(
+    agreement: Agreement, checkpoints: Path, step: int, peers: Peers, guard: Callable[[], None] = lambda: None
+) -> Path:
+    """Write and publish what was agreed on; returns the folder. Raises as :func:`save`, and what ``guard`` raises.
+
+    Args:
+        guard: called on the first rank before the new folder gets its name.
+    """
+    layout, policy, token = agreement.layout, agreement.policy, agreement.token
     temporary = checkpoints / f"{step_name(step)}.tmp-{token}"
+    final = checkpoints / step_name(step)
     try:
-        _on_first(peers, lambda: _prepare(temporary, layout), checkpoints, layout.bytes)
-        files = _Files(temporary, layout, peers.rank)
-        exchange(plan_rounds(layout, holdings, peers.size, policy.buffer_bytes), held, peers, files.receive)
-        written = peers.agree(*files.finish())
-        final = checkpoints / step_name(step)
-        _on_first(
-            peers,
-            lambda: _publish(_complete(temporary, step, layout, written, contents), final, token),
-            checkpoints,
-            layout.bytes,
-        )
+        on_first(peers, lambda: prepare(temporary, layout), checkpoints, layout.bytes)
+        files = RankFiles(temporary, layout, peers.rank)
+        rounds = plan_rounds(layout, agreement.holdings, peers.size, policy.buffer_bytes)
+        exchange(rounds, agreement.held, peers, files.receive)
+        written = peers.agree(*files.finish(policy.reads_back(agreement.contents.room)))
+
+        def finished() -> None:
+            folder = complete(temporary, step, layout, written, agreement.contents)
+            guard()
+            publish(folder, final, token)
+
+        on_first(peers, finished, checkpoints, layout.bytes)
     except IsotrainError:
         if peers.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if peers.rank == 0:
-        _prune(checkpoints, step, policy.keep, token)
+        prune(checkpoints, step, policy.retention, token)
     return final
 
 
-def _describe(
-    shards: Iterable[Shard], contents: Contents
-) -> tuple[list[tuple[LogicalTensor, Box]], dict[tuple[str, str, Box], Shard], IsotrainError | None]:
+def _describe(shards: Iterable[Shard], contents: Contents) -> tuple[Pieces, Held, IsotrainError | None]:
     """This rank's pieces, its shards by what they hold, and what is wrong with them (told to all before any raises)."""
     pieces, held = [], {}
     problem: IsotrainError | None = None
@@ -165,7 +191,7 @@ def _describe(
     return pieces, held, problem
 
 
-def _on_first(peers: Peers, action: Callable[[], None], folder: Path, needed_bytes: int) -> None:
+def on_first(peers: Peers, action: Callable[[], None], folder: Path, needed_bytes: int = 0) -> None:
     """Do something on the first rank; if it fails, every rank raises the same error."""
     problem = None
     if peers.rank == 0:
@@ -176,142 +202,3 @@ def _on_first(peers: Peers, action: Callable[[], None], folder: Path, needed_byt
         except IsotrainError as error:
             problem = error
     peers.agree(None, problem)
-
-
-class _Files:
-    """This rank's files, written one after the other; the first failure is kept and the rest is let go by."""
-
-    def __init__(self, folder: Path, layout: Layout, rank: int) -> None:
-        self._folder = folder
-        self._layout = layout
-        self._mine = [file for file, owner in zip(layout.files, layout.owners, strict=True) if owner == rank]
-        self._writers: dict[str, FileWriter] = {}
-        self._written = _Written({}, {})
-        self._problem: IsotrainError | None = None
-
-    def receive(self, block: Block, data: torch.Tensor) -> None:
-        """Append a block to its file. Never raises OSError: other ranks are waiting for this one."""
-        if self._problem is not None:
-            return
-        try:
-            self._writer(block.file).write(data)
-            if block.stop == block.file.data_bytes:
-                self._close(block.file)
-        except OSError as error:
-            self._fail(error)
-
-    def finish(self) -> tuple[_Written, IsotrainError | None]:
-        """What was written, and what went wrong. Files without data (headers only) are written here."""
-        if self._problem is None:
-            try:
-                for file in self._mine:
-                    if file.path not in self._written.files:
-                        self._writer(file)
-                        self._close(file)
-            except OSError as error:
-                self._fail(error)
-        return self._written, self._problem
-
-    def _writer(self, file: FilePlan) -> FileWriter:
-        if file.path not in self._writers:
-            self._writers[file.path] = FileWriter(self._folder / file.path, file.entries)
-        return self._writers[file.path]
-
-    def _close(self, file: FilePlan) -> None:
-        writer = self._writers[file.path]
-        self._written.files[file.path] = FileRecord(writer.bytes, writer.close())
-        self._written.digests.update({(file.path, key): digest for key, digest in writer.digests.items()})
-
-    def _fail(self, error: OSError) -> None:
-        self._problem = explain(error, self._folder, self._layout.bytes)
-        for writer in self._writers.values():
-            writer.abort()
-
-
-def _prepare(temporary: Path, layout: Layout) -> None:
-    """Clear what crashed saves left, see that there is space, and make the folders."""
-    checkpoints = temporary.parent
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for path in checkpoints.iterdir():
-        aside = REPLACED_NAME.fullmatch(path.name)
-        if aside and not (checkpoints / aside.group(1)).exists():
-            path.rename(checkpoints / aside.group(1))
-        elif aside or TEMPORARY_NAME.fullmatch(path.name):
-            _remove(path)
-    if layout.bytes > free_bytes(checkpoints):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
-    for folder in {(temporary / file.path).parent for file in layout.files}:
-        folder.mkdir(parents=True)
-
-
-def _complete(temporary: Path, step: int, layout: Layout, written: Iterable[_Written], contents: Contents) -> Path:
-    """Write all that is no tensor file, the manifest last; make it all durable."""
-    files: dict[str, FileRecord] = {}
-    digests: dict[tuple[str, str], str] = {}
-    for part in written:
-        files |= part.files
-        digests |= part.digests
-    small = {f"{contents.room}/{name}": _data(source) for name, source in contents.files.items()}
-    index = weight_index(layout.files)
-    if index is not None:
-        small["model/model.safetensors.index.json"] = _json(index)
-    small[STATE] = _json(contents.state)
-    for path, data in small.items():
-        write_durably(temporary / path, data)
-        files[path] = record_of(data)
-    tensors = {
-        (tensor.name, tensor.kind): TensorRecord(tensor, file.path, digests[file.path, tensor.key])
-        for file in layout.files
-        for tensor in file.tensors
-    }
-    manifest = Manifest(step, contents.room, _versions(), contents.about, files, tensors)
-    write_durably(temporary / MANIFEST, manifest.to_bytes())
-    sync_tree(temporary)
-    return temporary
-
-
-def _publish(temporary: Path, final: Path, token: str) -> None:
-    """Give the folder its name, then point ``latest`` at it. At every moment a whole checkpoint can be found."""
-    aside = final.with_name(f"{final.name}.replaced-{token}")
-    if final.exists():
-        final.rename(aside)
-    temporary.rename(final)
-    sync_folder(final.parent)
-    write_latest(final.parent, final.name, token)
-    _remove(aside)
-
-
-def _prune(checkpoints: Path, step: int, keep: int, token: str) -> None:
-    """Delete the oldest before ``step`` beyond ``keep``; never ``latest``, never one of a later step."""
-    latest = read_latest(checkpoints)
-    older = [path for other, path in list_steps(checkpoints) if other < step and path.name != latest]
-    for path in older[: max(0, len(older) - (keep - 1))] if keep else []:
-        doomed = path.with_name(f"{path.name}.tmp-{token}")  # a half-deleted folder must not look like a checkpoint
-        with contextlib.suppress(OSError):  # that an old one stays is no reason to end a run
-            path.rename(doomed)
-            _remove(doomed)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _data(source: bytes | Path) -> bytes:
-    return source.read_bytes() if isinstance(source, Path) else source
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in ("isotrain", "torch", "megatron-core"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found

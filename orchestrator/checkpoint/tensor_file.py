@@ -253,3 +253,14 @@ class FileWriter:
         self._file.write(view)
         self._file_hash.update(view)
         self.bytes += len(view)
+
+
+def hash_from_disk(path: Path) -> str:
+    """The sha256 of a file's bytes as its disk gives them back, not as the page cache remembers them. Raises OSError.
+
+    The file should be durable already: only clean pages are dropped from the cache.
+    """
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()

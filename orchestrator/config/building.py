@@ -180,6 +180,9 @@ def mapping_from_yaml(text: str) -> dict[str, Any]:
         raise ConfigError(
             f"job.yaml holds {type(mapping).__name__}, not a mapping", "restore job.yaml, or start in a new run_dir"
         )
+    checkpoint = mapping.get("checkpoint")
+    if isinstance(checkpoint, dict) and "keep" in checkpoint:  # its name in job files of isotrain 0.1
+        checkpoint["keep_last"] = checkpoint.pop("keep")
     return mapping
 
 

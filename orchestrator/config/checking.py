@@ -22,6 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tuner.init": ("default", "pissa"),
     "tuner.quantise": ("nf4",),
     "optimizer.schedule": ("constant", "linear", "cosine"),
+    "checkpoint.metric": ("loss", "grad_norm"),
+    "checkpoint.on_failure": ("stop", "continue"),
     "metrics.sinks": ("jsonl", "tensorboard", "wandb"),
 }
 
@@ -40,7 +42,8 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         key: ("at least 0", lambda value: value >= 0, "0")
         for key in (
             *("seed", "optimizer.lr", "optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_norm"),
-            *("optimizer.warmup_steps", "checkpoint.every_steps", "checkpoint.keep", "experts.balancing_loss"),
+            *("optimizer.warmup_steps", "checkpoint.every_steps", "experts.balancing_loss"),
+            *(f"checkpoint.keep_{which}" for which in ("last", "every", "best")),
         )
     },
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),

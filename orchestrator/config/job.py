@@ -145,10 +145,22 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """``every_steps`` 0 means: at the end only. ``keep`` is how many stay (0: all)."""
+    """When a run saves, how, and what stays.
+
+    ``every_steps`` 0 means: at the end only. What stays: the newest ``keep_last``, those of steps that ``keep_every``
+    divides, and the ``keep_best`` with the lowest ``metric``; 0 and 0 for the first and the last: all.
+    ``asynchronous``: written beside training. ``readback`` null: adapters are read back from the disk before they are
+    published. ``on_failure``: what a save that the disk refuses does to the run.
+    """
 
     every_steps: int = 50
-    keep: int = 3
+    keep_last: int = 3
+    keep_every: int = 0
+    keep_best: int = 0
+    metric: str = "loss"
+    asynchronous: bool = False
+    readback: bool | None = None
+    on_failure: str = "stop"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from orchestrator.checkpoint import exchange as exchange_module
 from orchestrator.checkpoint.coverage import CoverageError
 from orchestrator.checkpoint.load import CheckpointReader, open_checkpoint
-from orchestrator.checkpoint.save import Contents, SavePolicy, save
+from orchestrator.checkpoint.publish import Contents
+from orchestrator.checkpoint.save import SavePolicy, save
 from orchestrator.checkpoint.verify import verify
 from orchestrator.errors import ConfigError, IsotrainError, ResourceError
 from parallel.shards import KINDS, Box, Shard, flat_boxes

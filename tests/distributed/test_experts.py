@@ -189,7 +189,8 @@ def unused_expert_tensor(run: Run) -> str:
 
 def train_and_save(run: Run, folder: str) -> None:
     """Train, and save a checkpoint into ``folder``."""
-    from orchestrator.checkpoint.save import Contents, save
+    from orchestrator.checkpoint.publish import Contents
+    from orchestrator.checkpoint.save import save
 
     engine, groups = runs.open_engine(run)
     for step in range(run.steps):

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from orchestrator.checkpoint.adapter import adapter_config
-from orchestrator.checkpoint.save import Contents, SavePolicy, save
+from orchestrator.checkpoint.publish import Contents
+from orchestrator.checkpoint.save import SavePolicy, save
 from orchestrator.config.job import TunerConfig
 from parallel.shards import Box, Shard
 

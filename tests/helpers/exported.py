@@ -42,7 +42,8 @@ def job_of(run: Run, base_folder: str) -> Any:
 def train_and_save(run: Run, base_folder: str, checkpoints: str) -> Any:
     """Train, save a checkpoint after the last step, and return the logits of TOKENS (last stage)."""
     from orchestrator.assemble import room
-    from orchestrator.checkpoint.save import Contents, save
+    from orchestrator.checkpoint.publish import Contents
+    from orchestrator.checkpoint.save import save
 
     engine, groups = runs.open_engine(run, base_folder)
     if engine is None:

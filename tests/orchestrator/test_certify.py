@@ -16,7 +16,8 @@ from orchestrator.certify.comparing import Error, errors
 from orchestrator.certify.grid import REFERENCE, Layout, layouts
 from orchestrator.certify.report import MARK, certificate, certified, counts, markdown, render, write_certificate
 from orchestrator.certify.shrinking import shrunken
-from orchestrator.checkpoint.save import Contents, save
+from orchestrator.checkpoint.publish import Contents
+from orchestrator.checkpoint.save import save
 from orchestrator.commands import plan_job
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError

@@ -15,7 +15,8 @@ from orchestrator.assemble import check_adapter, room
 from orchestrator.checkpoint.adapter import lora_pairs
 from orchestrator.checkpoint.export import export_adapter, export_merged
 from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader
-from orchestrator.checkpoint.save import Contents, save
+from orchestrator.checkpoint.publish import Contents
+from orchestrator.checkpoint.save import save
 from orchestrator.config.job import JobConfig, ModelConfig, TunerConfig
 from orchestrator.errors import ConfigError
 from parallel import names

@@ -17,7 +17,8 @@ from orchestrator.checkpoint import export as export_module
 from orchestrator.checkpoint.adapter import adapter_config, lora_pairs, lora_scale
 from orchestrator.checkpoint.export import MARKER, export_adapter, export_merged
 from orchestrator.checkpoint.hf_reader import AdapterReader
-from orchestrator.checkpoint.save import Contents, save
+from orchestrator.checkpoint.publish import Contents
+from orchestrator.checkpoint.save import save
 from orchestrator.config.job import TunerConfig
 from orchestrator.errors import ConfigError, DataError, ResourceError
 from parallel.shards import Box, Shard

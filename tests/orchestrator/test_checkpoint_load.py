@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 from orchestrator.checkpoint.folder import list_steps, read_latest
 from orchestrator.checkpoint.load import CheckpointReader, find_latest_good, open_checkpoint
-from orchestrator.checkpoint.save import Contents, SavePolicy, save
+from orchestrator.checkpoint.publish import Contents
+from orchestrator.checkpoint.retention import Retention
+from orchestrator.checkpoint.save import SavePolicy, save
 from orchestrator.checkpoint.verify import compare, verify
 from orchestrator.errors import ConfigError, DataError
 from parallel.shards import Box, Shard
@@ -37,7 +39,7 @@ def some_shards(value: float) -> list[Shard]:
 def save_step(folder: Path, step: int, value: float | None = None, keep: int = 0) -> Path:
     contents = Contents("adapter", {"step": step}, {"adapter_config.json": b'{"r": 2}'})
     value = step if value is None else value
-    return save(folder, step, some_shards(value), contents, policy=SavePolicy(keep=keep, file_bytes=100))
+    return save(folder, step, some_shards(value), contents, policy=SavePolicy(Retention(keep), file_bytes=100))
 
 
 def first_value(reader: CheckpointReader) -> float:

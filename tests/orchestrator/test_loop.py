@@ -3,8 +3,10 @@ replaced by one that counts."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +19,10 @@ import torch.distributed as dist
 
 from launch.stop import StopRequest
 from orchestrator.assemble import Room
+from orchestrator.checkpoint import publish
+from orchestrator.checkpoint.layout import Layout
 from orchestrator.config.job import CheckpointConfig, JobConfig, OptimizerConfig
-from orchestrator.errors import ExitCode, GaveUp
+from orchestrator.errors import ExitCode, GaveUp, ResourceError
 from orchestrator.loop import Run, train
 from parallel.engine import MicroBatch, StepResult
 from parallel.shards import Box, Shard
@@ -99,6 +103,7 @@ def make_run(tmp_path: Path, engine: CountingEngine, **changes: Any) -> Run:
             "global_sequences": 2,
             "length_multiple": 1,
             "precision": "fp32",
+            **dict.fromkeys(("vpp", "sp", "stages", "recompute", "engine")),
         },
     )()
     job = JobConfig(steps=5, optimizer=OptimizerConfig(lr=1.0, schedule="linear"), checkpoint=CheckpointConfig(2, 0))
@@ -152,3 +157,58 @@ def test_it_gives_up_on_a_loss_that_is_no_number_and_does_not_save_it(tmp_path: 
         train(run, 0, StopRequest())
     assert caught.value.hint.startswith(f"isotrain resume {tmp_path} optimizer.lr=0.1 ")
     assert list(saved(tmp_path)) == ["step-000002"] and 4 not in run.metrics.lines  # type: ignore[union-attr]
+
+
+def fail_saves(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """The disk refuses these saves, counted from 1."""
+    real, made = publish.prepare, 0
+
+    def prepare(temporary: Path, layout: Layout) -> None:
+        nonlocal made
+        made += 1
+        if made in numbers:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+        real(temporary, layout)
+
+    monkeypatch.setattr("orchestrator.checkpoint.save.prepare", prepare)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_stops_the_run_or_is_said_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asynchronous: bool
+) -> None:
+    config = CheckpointConfig(every_steps=1, keep_last=0, asynchronous=asynchronous)
+    fail_saves(monkeypatch, 2)
+    run = make_run(tmp_path / "stop", CountingEngine(), checkpoint=config)
+    with pytest.raises(ResourceError, match=r"no space left: .*step-000002.*What was saved before is untouched"):
+        train(run, 0, StopRequest())
+    assert list(saved(tmp_path / "stop")) == ["step-000001"]
+    fail_saves(monkeypatch, 2)
+    run = make_run(tmp_path / "go", CountingEngine(), checkpoint=replace(config, on_failure="continue"))
+    assert train(run, 0, StopRequest()) == ExitCode.DONE
+    assert list(saved(tmp_path / "go")) == [f"step-00000{step}" for step in (1, 3, 4, 5)]
+    said = (
+        f"step {3 if asynchronous else 2}: a checkpoint could not be saved, and checkpoint.on_failure=continue: no sp"
+    )
+    assert capsys.readouterr().err.startswith(said)
+    fail_saves(monkeypatch, 5)  # the last one has no later one that could make up for it
+    run = make_run(tmp_path / "last", CountingEngine(), checkpoint=replace(config, on_failure="continue"))
+    with pytest.raises(ResourceError, match="step-000005"):
+        train(run, 0, StopRequest())
+
+
+def test_too_little_space_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.checkpoint.publish.free_bytes", lambda folder: 17)
+    engine = CountingEngine()
+    with pytest.raises(ResourceError, match=r"no space left: .*bytes are needed"):
+        train(make_run(tmp_path, engine), 0, StopRequest())
+    assert engine.optimizer_steps == 0
+
+
+def test_the_best_by_loss_stay_and_the_manifest_says_their_loss(tmp_path: Path) -> None:
+    engine = CountingEngine(losses={1: 3.0, 2: 0.5, 3: 2.0, 4: 2.5, 5: 2.2})
+    run = make_run(tmp_path, engine, checkpoint=CheckpointConfig(every_steps=1, keep_last=1, keep_best=2))
+    train(run, 0, StopRequest())
+    assert list(saved(tmp_path)) == ["step-000002", "step-000003", "step-000005"]
+    manifest = json.loads((tmp_path / "checkpoints/step-000002/manifest.json").read_text())
+    assert manifest["about"]["metrics"] == {"loss": 0.5, "grad_norm": 1.0}

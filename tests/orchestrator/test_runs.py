@@ -11,7 +11,8 @@ from orchestrator.config.building import job_to_yaml
 from orchestrator.config.job import JobConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.runs import decide_resume, decide_train, latest_step, locked, write_run
+from orchestrator.locking import locked
+from orchestrator.runs import decide_resume, decide_train, latest_step, write_run
 
 JOB = JobConfig(steps=10)
 

@@ -8,7 +8,8 @@ import pytest
 
 from orchestrator.commands import asked_run_dir
 from orchestrator.errors import ConfigError
-from orchestrator.runs import decide_train, is_ours, locked, write_run
+from orchestrator.locking import locked
+from orchestrator.runs import decide_train, is_ours, write_run
 from orchestrator.worker import main
 from tests.orchestrator.test_assemble import JOB
 
