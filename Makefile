@@ -34,7 +34,7 @@ model: setup  ## put SmolLM2-135M-Instruct into the cache, once (25 s)
 demo: setup  ## plan, train, resume elsewhere, export, compare; checks its own result (under 10 minutes)
 	@$(BIN)/python -m orchestrator.demo $(DEMO_DIR)
 
-test: setup  ## all tests but the finer grid, with coverage of every process; ARGS="-k name" for some
+test: setup  ## all tests but the finer grid, with coverage; ARGS="-k name" for some
 	@rm -f .coverage .coverage.*
 	@$(BIN)/python -m pytest -m "not grid" --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
