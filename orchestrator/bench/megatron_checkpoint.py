@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def sharded(key: str, data: torch.Tensor, place: tuple[int, int, int]) -> Any:
 
 def save(values: dict[str, Any], folder: Path) -> None:
     """Save with the library's defaults: ``torch_dist``, one writer per rank, fsync."""
+    process: Any = multiprocessing.current_process()
+    process._config["daemon"] = False  # it writes from processes of its own, which a pool's worker may not have
     dist_checkpointing.save(values, str(folder))
 
 
