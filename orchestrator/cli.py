@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from orchestrator.cli_doors import add_convert, run_convert
 from orchestrator.errors import ConfigError, ExitCode
 
 CODES = """exit codes: 0 done, 1 a check came out red, 64 your configuration, 65 corrupt data or checkpoint,
@@ -332,6 +333,12 @@ COMMANDS = {
         "isotrain export runs/first --to peft adapter",
         _add_export,
         _export,
+    ),
+    "convert": Command(
+        "Make a folder of other tools (pickled weights) one in safetensors.",
+        "isotrain convert old-model new-model --allow-pickle",
+        add_convert,
+        run_convert,
     ),
     "generate": Command(
         "Answer a prompt with transformers and peft.",
