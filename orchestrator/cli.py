@@ -229,8 +229,10 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="DIR", help="a run folder or a checkpoint")
-    parser.add_argument("--to", required=True, choices=("peft", "merged"), help="an adapter, or a whole model")
+    parser.add_argument(
+        "path", type=Path, metavar="DIR", help="a run folder or a checkpoint; for torch_dist or a model"
+    )
+    parser.add_argument("--to", required=True, choices=("peft", "merged", "torch_dist"), help="an adapter, or a model")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
 
 
@@ -329,13 +331,13 @@ COMMANDS = {
         _certify,
     ),
     "export": Command(
-        "Write the newest checkpoint as a PEFT adapter or as a merged model.",
+        "Write the newest checkpoint as a PEFT adapter, as a merged model, or for megatron-core.",
         "isotrain export runs/first --to peft adapter",
         _add_export,
         _export,
     ),
     "convert": Command(
-        "Make a folder of other tools (pickled weights) one in safetensors.",
+        "Make a folder of other tools (pickled weights, torch_dist) one in safetensors.",
         "isotrain convert old-model new-model --allow-pickle",
         add_convert,
         run_convert,

@@ -23,11 +23,10 @@ from orchestrator.checkpoint.hf_reader import (
     ADAPTER_WEIGHTS,
     INDEX,
     AdapterReader,
-    read_json,
     weight_files,
 )
 from orchestrator.checkpoint.load import CheckpointReader, check_file
-from orchestrator.checkpoint.out_folder import companions, copy_file, fresh_folder, write_json
+from orchestrator.checkpoint.out_folder import copy_companions, copy_file, fresh_folder, write_json
 from orchestrator.checkpoint.quantised_base import QuantisedBase
 from orchestrator.checkpoint.tensor_file import TORCH_DTYPES, FileWriter, TensorEntry, TensorFiles, lay_out
 from orchestrator.errors import ConfigError
@@ -151,7 +150,7 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
         if len(plans) > 1:
             weight_map = {entry.key: path.name for path, entries in plans.items() for entry in entries}
             write_json(folder / INDEX, {"metadata": {"total_size": needed}, "weight_map": weight_map})
-        _copy_companions(base, folder, precision)
+        copy_companions(base, folder, PRECISIONS.get(precision or ""))
 
 
 def _check_targets(
@@ -240,15 +239,3 @@ def _update(adapter: AdapterReader, pair: LoraPair, start: int, count: int) -> t
     a = adapter.read(pair.a, "weight", Box.whole(adapter.shape(pair.a))).float()
     b = adapter.read(pair.b, "weight", Box((start, 0), (count, r))).float()
     return pair.scale * (b @ a)
-
-
-def _copy_companions(base: Path, folder: Path, precision: str | None) -> None:
-    """Copy configuration and tokenizer; the configuration says in which precision the weights are now."""
-    for path in companions(base):
-        if path.name == "config.json" and precision is not None:
-            config = read_json(path)
-            name = str(TORCH_DTYPES[PRECISIONS[precision]]).removeprefix("torch.")
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
-            write_json(folder / path.name, config)
-        else:
-            copy_file(path, folder / path.name)

@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.checkpoint.folder import explain, sync_folder, write_durably
 from orchestrator.checkpoint.hf_reader import read_json
 from orchestrator.checkpoint.load import WEIGHT_SUFFIXES
+from orchestrator.checkpoint.tensor_file import TORCH_DTYPES
 from orchestrator.errors import ConfigError
 
 MARKER = "isotrain.json"  # says that we wrote a folder, and what
@@ -72,11 +73,21 @@ def _check_out(out: Path, sources: Sequence[Path], to: str) -> None:
         )
 
 
-def companions(folder: Path) -> Iterator[Path]:
-    """The files of a model's or an adapter's folder that hold no weights: configuration, tokenizer."""
+def copy_companions(folder: Path, target: Path, dtype: str | None = None) -> None:
+    """Copy what is no weights of a model's or an adapter's folder: configuration, tokenizer. Raises OSError.
+
+    Args:
+        dtype: what ``config.json`` shall say that the weights are, as a safetensors code ("BF16"); None: as it says.
+    """
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != MARKER and not path.name.lower().endswith(WEIGHT_SUFFIXES):
-            yield path
+        if not path.is_file() or path.name == MARKER or path.name.lower().endswith(WEIGHT_SUFFIXES):
+            continue
+        if path.name == "config.json" and dtype is not None:
+            config = read_json(path)
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(TORCH_DTYPES[dtype])[len("torch.") :]
+            write_json(target / path.name, config)
+        else:
+            copy_file(path, target / path.name)
 
 
 def copy_file(source: Path, target: Path) -> None:

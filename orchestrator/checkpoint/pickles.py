@@ -22,7 +22,7 @@ from orchestrator.checkpoint.hf_reader import (
     indexed_files,
     read_json,
 )
-from orchestrator.checkpoint.out_folder import companions, copy_file, fresh_folder, write_json
+from orchestrator.checkpoint.out_folder import copy_companions, fresh_folder, write_json
 from orchestrator.checkpoint.tensor_file import DTYPE_CODES, FileWriter, TensorEntry, lay_out
 from orchestrator.errors import ConfigError, DataError
 
@@ -99,8 +99,7 @@ def convert_pickles(folder: Path, out: Path) -> None:
         if pickled.index is not None:
             _check_index(pickled.index, found)
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
-        for path in companions(folder):
-            copy_file(path, temporary / path.name)
+        copy_companions(folder, temporary)
 
 
 def load_pickle(file: Path) -> dict[str, torch.Tensor]:

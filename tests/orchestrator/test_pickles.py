@@ -43,9 +43,9 @@ def pickled(tiny: Path, folder: Path, shard: str | None = None) -> dict[str, tor
         torch.save(tensors, folder / "pytorch_model.bin")
         return tensors
     names = sorted(tensors)
-    parts = names[:5] + ["model.embed_tokens.weight", "lm_head.weight"], names
+    first = {*names[:5], "model.embed_tokens.weight", "lm_head.weight"}
     files = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
-    weight_map = {name: files[name not in parts[0]] for name in names}
+    weight_map = {name: files[name not in first] for name in names}
     for file in files:
         torch.save({name: tensors[name] for name in names if weight_map[name] == file}, folder / file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

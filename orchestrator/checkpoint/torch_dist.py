@@ -1,0 +1,215 @@
+"""Folders in the format of torch.distributed.checkpoint, which megatron-core calls ``torch_dist``: reading, writing.
+
+``.metadata`` is a pickle that lists tensors and the pieces they are stored in; each piece is what ``torch.save`` makes
+of it, one after the other in ``__0_0.distcp`` and so on. To read one needs no trust in it: ``.metadata`` goes through
+an unpickler that knows the names of a few classes, and puts inert records in their place; pieces go through torch's
+weights-only unpickler; ``common.pt`` is not opened.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from orchestrator.checkpoint.tensor_file import DTYPE_CODES, TORCH_DTYPES
+from orchestrator.errors import DataError
+from parallel.shards import Box
+
+METADATA = ".metadata"
+SUFFIX = ".distcp"
+_CHECKPOINT = "torch.distributed.checkpoint"
+RECORDS = {
+    *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((f"{_CHECKPOINT}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
+    (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    (f"{_CHECKPOINT}.filesystem", "_StoragePrefix"),
+    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+    *(("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")),
+    *(("pathlib", name) for name in ("PosixPath", "WindowsPath")),
+    *(("pathlib._local", name) for name in ("PosixPath", "WindowsPath")),
+}
+PLAIN = {("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("collections", "OrderedDict"): dict}
+# What a stream of bytes that is no such pickle makes an unpickler or torch's loader raise.
+BROKEN = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stored piece of a tensor: its ``box``, and the bytes of the file that hold it."""
+
+    box: Box
+    file: str
+    start: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a folder: ``dtype`` is a safetensors code, or torch's name where safetensors has none."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    items: tuple[Item, ...]
+
+
+class _Record:
+    """Stands in for an object of a class that is never made: keeps what the pickle gives it, and does nothing."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.state: Any = arguments
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names in RECORDS and PLAIN and torch's types, and nothing else; none of torch's classes is made."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._made: dict[tuple[str, str], type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in RECORDS:
+            return self._made.setdefault((module, name), type(name, (_Record,), {}))
+        if (module, name) in PLAIN:
+            return PLAIN[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return DTYPE_CODES.get(getattr(torch, name), name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no list of tensors needs")
+
+
+class TorchDistReader:
+    """The tensors of a folder by their keys, read box by box; of the files only the pieces that are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read and check ``.metadata``.
+
+        Raises:
+            DataError: it is missing or broken, asks for code to run, leads out of the folder, or a tensor's pieces do
+                not make it whole.
+        """
+        self.folder = folder
+        self._tensors = dict(_read_metadata(folder / METADATA))
+        for key, tensor in self._tensors.items():
+            _check_whole(folder, key, tensor)
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """All tensors by key. What is no tensor (``_extra_state``, random states) is left out."""
+        return self._tensors
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """Read one box: a new CPU tensor of shape ``box.size`` in the stored type.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: the box does not lie in it.
+            DataError: a file is missing or damaged, holds another tensor than ``.metadata`` says, or asks for code.
+        """
+        tensor = self._tensors[key]
+        if box.intersect(Box.whole(tensor.shape)) != box:
+            raise ValueError(f"{key} has shape {tensor.shape}: {box} does not lie in it")
+        if tensor.dtype not in TORCH_DTYPES:
+            raise DataError(f"{self.folder}: {key} has type {tensor.dtype}, which is not supported")
+        result = torch.empty(box.size, dtype=TORCH_DTYPES[tensor.dtype])
+        for item in tensor.items:
+            if (common := item.box.intersect(box)) is not None:
+                data = self._load(key, tensor.dtype, item)
+                inside, target = (common.shift(tuple(-n for n in each.offset)) for each in (item.box, box))
+                result[target.slices] = data[inside.slices]
+        return result
+
+    def _load(self, key: str, dtype: str, item: Item) -> torch.Tensor:
+        path = self.folder / item.file
+        try:
+            with path.open("rb") as file:
+                data = torch.load(_Window(file, item.start, item.bytes), map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise DataError(f"{path} is missing: a piece of {key} is in it") from error
+        except BROKEN as error:
+            raise DataError(f"{path} is damaged, or asks for code to run, at {key}: {_first_line(error)}") from error
+        count = prod(item.box.size)
+        if type(data) is not torch.Tensor or DTYPE_CODES.get(data.dtype) != dtype or data.numel() != count:
+            raise DataError(f"{path} is damaged: at {key} it does not hold the {dtype} {item.box.size} of {METADATA}")
+        return data.reshape(item.box.size)  # old versions leave leading axes of one away
+
+
+def _read_metadata(path: Path) -> Iterator[tuple[str, Stored]]:
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+        listed = metadata.state["storage_data"].items()
+        places = {(index.state["fqn"], index.state.get("offset")): info.state for index, info in listed}
+        for key, tensor in metadata.state["state_dict_metadata"].items():
+            if type(tensor).__name__ == "TensorStorageMetadata":
+                yield key, _stored(key, tensor.state, places)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: this is no torch_dist checkpoint") from error
+    except BROKEN as error:
+        raise DataError(f"{path} is no list of tensors, and nothing in it is run: {_first_line(error)}") from error
+
+
+def _stored(key: str, tensor: Mapping[str, Any], places: Mapping[Any, Any]) -> Stored:
+    items = []
+    for chunk in tensor["chunks"]:
+        box = Box(tuple(map(int, chunk.state["offsets"])), tuple(map(int, chunk.state["sizes"])))
+        place = places[key, box.offset]
+        if place.get("transform_descriptors"):
+            raise ValueError(f"{key} is stored {place['transform_descriptors']}")
+        items.append(Item(box, str(place["relative_path"]), int(place["offset"]), int(place["length"])))
+    dtype = tensor["properties"].state
+    return Stored(str(dtype[0] if isinstance(dtype, tuple) else dtype["dtype"]), tuple(tensor["size"]), tuple(items))
+
+
+def _check_whole(folder: Path, key: str, tensor: Stored) -> None:
+    whole = Box.whole(tensor.shape)
+    for item in tensor.items:
+        if Path(item.file).name != item.file or "\\" in item.file or not item.file.endswith(SUFFIX):
+            raise DataError(f"{folder / METADATA} names {item.file!r}: only {SUFFIX} files beside it are read")
+        if len(item.box.size) != len(tensor.shape) or item.box.intersect(whole) != item.box:
+            raise DataError(f"{folder / METADATA}: {key} has shape {tensor.shape}, a piece of it is {item.box}")
+    elements, places = sum(item.box.elements for item in tensor.items), {item.box.offset for item in tensor.items}
+    if elements != whole.elements or len(places) != len(tensor.items):
+        raise DataError(f"{folder / METADATA}: {key} has {whole.elements} elements, its pieces have {elements}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class _Window(io.RawIOBase):
+    """Some bytes of a file as a file of their own; what lies behind them cannot be read."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._size - self._at)]
+        self._file.seek(self._start + self._at)
+        count: int = self._file.readinto(view)  # type: ignore[attr-defined]  # of a buffered reader
+        self._at += count
+        return count
