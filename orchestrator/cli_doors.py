@@ -1,4 +1,4 @@
-"""Arguments and words of the commands that let data in and out: convert."""
+"""Arguments and words of the commands that let data in and out: export, copy, convert."""
 
 from __future__ import annotations
 
@@ -6,6 +6,47 @@ import argparse
 import json
 import sys
 from pathlib import Path
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``isotrain export``."""
+    parser.add_argument("path", type=Path, metavar="DIR", help="a run folder, a checkpoint (torch_dist: or a model)")
+    parser.add_argument("--to", required=True, choices=("peft", "merged", "torch_dist"), help="an adapter, or a model")
+    parser.add_argument("out", metavar="OUT", help="a new folder, or a URL such as s3://bucket/x")
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Export, and say where the result is."""
+    from orchestrator.commands import export, export_to_url
+
+    if "://" in arguments.out:
+        export_to_url(arguments.path, arguments.to, arguments.out)
+    else:
+        export(arguments.path, arguments.to, Path(arguments.out))
+    _say(f"exported to {arguments.out}")
+    if arguments.json:
+        print(json.dumps({"code": 0, "to": arguments.to, "out": arguments.out}))
+    return 0
+
+
+def add_copy(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``isotrain copy``."""
+    parser.add_argument("source", metavar="FROM", help="a checkpoint's folder, here or behind a URL")
+    parser.add_argument("target", metavar="TO", help="a new folder, here or behind a URL")
+
+
+def run_copy(arguments: argparse.Namespace) -> int:
+    """Copy a checkpoint, and say what was done."""
+    from dataclasses import asdict
+
+    from orchestrator.storage import copy_checkpoint
+
+    sent = copy_checkpoint(arguments.source, arguments.target)
+    kept = f", {sent.kept} were there" if sent.kept else ""
+    _say(f"copied {sent.files} files ({sent.bytes:,} bytes{kept}) to {arguments.target}; read back and proven")
+    if arguments.json:
+        print(json.dumps({"code": 0, "out": arguments.target, **asdict(sent)}))
+    return 0
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +66,11 @@ def run_convert(arguments: argparse.Namespace) -> int:
     from orchestrator.convert import convert
 
     kind = convert(arguments.folder, arguments.out, allow_pickle=arguments.allow_pickle, model=arguments.model)
-    print(f"converted {kind} to {arguments.out}", file=sys.stderr, flush=True)
+    _say(f"converted {kind} to {arguments.out}")
     if arguments.json:
         print(json.dumps({"code": 0, "from": kind, "out": str(arguments.out)}))
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

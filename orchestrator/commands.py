@@ -308,6 +308,21 @@ def export(path: Path, to: str, out: Path) -> Path:
     return out
 
 
+def export_to_url(path: Path, to: str, url: str) -> None:
+    """:func:`export` to a URL: made in a temporary folder of this machine, sent, and read back there.
+
+    Raises:
+        ConfigError, DataError, ResourceError: as export, or the place cannot be used, does not answer, or keeps
+            something else than it is given.
+    """
+    import tempfile
+
+    from orchestrator.storage import upload
+
+    with tempfile.TemporaryDirectory() as folder:
+        upload(export(path, to, Path(folder) / "export"), url)
+
+
 def _with_older(error: DataError, path: Path, to: str, out: Path) -> DataError:
     """The same error, with the newest checkpoint that is whole as its hint."""
     from orchestrator.checkpoint.load import find_latest_good

@@ -35,6 +35,7 @@ ADAPTERS = {
     "huggingface_hub": ("orchestrator/models.py",),
     "bitsandbytes": ("parallel/nf4.py",),
     "wandb": ("orchestrator/metrics.py",),
+    "fsspec": ("orchestrator/storage.py",),
 }
 LAZY = {"deepspeed", "hydra", "omegaconf", "peft", "transformers", "huggingface_hub", "wandb", "rich", "bitsandbytes"}
 WITHOUT_TORCH = (
