@@ -42,9 +42,7 @@ class Flaky(MemoryFileSystem):
             Flaky.written.append(path.rpartition("/")[2])
             if Flaky.spoil:
                 Flaky.spoil -= 1
-                return (
-                    super()._open(f"{path}", "wb", **kwargs) if False else _Spoiled(super()._open(path, mode, **kwargs))
-                )
+                return _Spoiled(super()._open(path, mode, **kwargs))
         return super()._open(path, mode, **kwargs)
 
 
@@ -104,9 +102,7 @@ def test_the_manifest_goes_last_and_a_copy_goes_on(checkpoint: Path) -> None:
         copy_checkpoint(str(checkpoint), "flaky://b/x", RETRY)
     before = list(Flaky.written)
     assert before and "manifest.json" not in before
-    with pytest.raises(
-        ConfigError, match=r"flaky://b/x has no manifest\.json: it is no checkpoint, or a copy that did"
-    ):
+    with pytest.raises(ConfigError, match=r"flaky://b/x has no manifest\.json: it is no checkpoint, or"):
         copy_checkpoint("flaky://b/x", str(checkpoint.parent / "back"))
     sent = copy_checkpoint(str(checkpoint), "flaky://b/x", RETRY)
     assert sent.kept == len(before) - 1 or sent.kept == len(before)
@@ -121,9 +117,7 @@ def test_what_fails_in_passing_is_tried_again_after_a_while(checkpoint: Path) ->
     Place("flaky://b/x").remove("state.json")
     Flaky.failures = itertools.repeat(OSError("down"))
     SLEPT.clear()
-    with pytest.raises(
-        ResourceError, match=r"cannot give manifest\.json after 4 attempts: down|after 4 attempts: down"
-    ) as error:
+    with pytest.raises(ResourceError, match=r"flaky://b/x cannot .* after 4 attempts: down") as error:
         copy_checkpoint(str(checkpoint), "flaky://b/x", RETRY)
     assert SLEPT == [1.0, 2.0, 4.0] and error.value.hint == "run it again: it goes on where it stopped"
 
