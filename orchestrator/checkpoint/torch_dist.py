@@ -134,7 +134,8 @@ class TorchDistReader:
         path = self.folder / item.file
         try:
             with path.open("rb") as file:
-                data = torch.load(_Window(file, item.start, item.bytes), map_location="cpu", weights_only=True)
+                window = io.BufferedReader(_Window(file, item.start, item.bytes))
+                data = torch.load(window, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise DataError(f"{path} is missing: a piece of {key} is in it") from error
         except BROKEN as error:

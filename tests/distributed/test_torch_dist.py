@@ -15,6 +15,7 @@ from parallel.families import read_model
 from parallel.specs import read_hf_config
 from parallel.topology import Topology
 from tests.helpers import megatron_own
+from tests.helpers.exported import hf_weights
 from tests.helpers.pool import Pool
 
 CELLS = [
@@ -36,7 +37,7 @@ def test_what_megatron_core_writes_comes_in_bit_for_bit(
     pool.run(topology.world_size, megatron_own.save, spec, hf, saved, topology, style, vocab)
     words = ["convert", str(tmp_path / "saved"), str(tmp_path / "hf"), "--model", str(hf)]
     assert main(words) == 0
-    theirs, ours = megatron_own.hf_weights(hf), megatron_own.hf_weights(tmp_path / "hf")
+    theirs, ours = hf_weights(hf), hf_weights(tmp_path / "hf")
     assert theirs.keys() == ours.keys()
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
@@ -61,6 +62,6 @@ def test_megatron_core_loads_what_we_export(
     results = pool.run(topology.world_size, megatron_own.differing, spec, hf, tmp_path / "out/release", topology, vocab)
     assert all(count > 5 and not wrong for count, wrong in results), results
     assert convert(tmp_path / "out", tmp_path / "back", model=str(hf)) == "torch_dist"
-    theirs, ours = megatron_own.hf_weights(hf), megatron_own.hf_weights(tmp_path / "back")
+    theirs, ours = hf_weights(hf), hf_weights(tmp_path / "back")
     assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((hf / "config.json").read_text())

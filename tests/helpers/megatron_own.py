@@ -13,30 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: F401  so that CUDA is stood in for
 
+from parallel.device import stand_in_for_cuda
 from parallel.specs import ModelSpec
 from parallel.topology import Topology
+from tests.helpers.exported import hf_weights
 
 
-def build(spec: ModelSpec, groups: Any, vocab: int) -> Any:
+def build(spec: ModelSpec, topology: Topology, vocab: int) -> Any:
     """This rank's GPTModel, with ``vocab`` rows in its tables."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from parallel.device import stand_in_for_cuda
-    from parallel.engines.megatron_model import process_groups
-
-    topology = groups.topology
     layer = get_gpt_layer_local_spec(
         num_experts=spec.experts or None, qk_layernorm=spec.qk_norm, normalization="RMSNorm"
     )
     if spec.is_moe:  # as transformer-engine's layers have it, where no linear follows the norm before a router
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
         moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
-    stand_in_for_cuda()
     experts = {
         "num_moe_experts": spec.experts,
         "moe_router_topk": spec.experts_per_token,
@@ -71,7 +69,7 @@ def build(spec: ModelSpec, groups: Any, vocab: int) -> Any:
         gradient_accumulation_fusion=False,
         **(experts if spec.is_moe else {}),
     )
-    stage = groups.coordinate("pp")
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     return GPTModel(
         config=config,
         transformer_layer_spec=layer,
@@ -82,15 +80,14 @@ def build(spec: ModelSpec, groups: Any, vocab: int) -> Any:
         share_embeddings_and_output_weights=spec.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=spec.rope_theta,
-        pg_collection=process_groups(groups),
     )
 
 
-def expected(model: Any, hf: dict[str, torch.Tensor], spec: ModelSpec, groups: Any, vocab: int) -> Iterator[Any]:
+def expected(model: Any, hf: dict[str, torch.Tensor], spec: ModelSpec, topology: Topology, vocab: int) -> Iterator[Any]:
     """``(name, parameter, what it should hold)`` of every parameter of this rank."""
-    tp, rank = groups.topology.tp, groups.coordinate("tp")
-    etp, expert_rank = groups.topology.etp, groups.index("expt_tp")
-    first_expert = groups.index("ep") * (spec.experts // groups.topology.ep)
+    tp, rank = topology.tp, parallel_state.get_tensor_model_parallel_rank()
+    etp, expert_rank = topology.etp, parallel_state.get_expert_tensor_parallel_rank()
+    first_expert = parallel_state.get_expert_model_parallel_rank() * (spec.experts // topology.ep)
 
     def table(name: str) -> torch.Tensor:
         whole = torch.zeros(vocab, spec.hidden)
@@ -140,60 +137,48 @@ def expected(model: Any, hf: dict[str, torch.Tensor], spec: ModelSpec, groups: A
         yield name, parameter, in_layer(f"model.layers.{layer}", rest)
 
 
-def hf_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All logical tensors of a Hugging Face folder."""
-    from orchestrator.checkpoint.hf_reader import HfReader
-    from parallel.shards import Box
-
-    reader = HfReader(folder)
-    return {name: reader.read(name, "weight", Box.whole(reader.shape(name))) for name in reader.names}
-
-
 @contextmanager
-def opened(topology: Topology) -> Iterator[Any]:
-    """The groups of this rank."""
-    from parallel.groups import open_groups
-
-    groups = open_groups(topology, dist.get_rank())
+def opened(topology: Topology) -> Iterator[None]:
+    """megatron-core's own global groups."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        expert_model_parallel_size=topology.ep,
+        expert_tensor_parallel_size=topology.etp,
+    )
     try:
-        yield groups
+        yield
     finally:
-        groups.close()
+        parallel_state.destroy_model_parallel()
 
 
-def sharded(model: Any, groups: Any, style: str) -> Any:
+def sharded(model: Any, style: str) -> Any:
     """``stacked``: layers and experts on axes of one tensor. ``numbered``: layers, experts, gate and up have keys."""
-    metadata = {"dp_cp_group": groups.by_name["dp_cp"]}
-    if style == "numbered":
-        metadata["singleton_local_shards"] = True
-    return model.sharded_state_dict(metadata=metadata)
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return model.sharded_state_dict(metadata=metadata | {"singleton_local_shards": style == "numbered"})
 
 
 def save(spec: ModelSpec, hf_folder: Path, out: Path, topology: Topology, style: str, vocab: int) -> None:
     """Write a torch_dist checkpoint of a model that holds the folder's weights."""
-    from megatron.core import dist_checkpointing
-
     process: Any = multiprocessing.current_process()
     process._config["daemon"] = False  # megatron-core writes in processes of its own, which daemons may not have
-    with opened(topology) as groups, torch.no_grad():
-        model = build(spec, groups, vocab)
-        for _, parameter, value in expected(model, hf_weights(hf_folder), spec, groups, vocab):
+    stand_in_for_cuda()
+    with opened(topology), torch.no_grad():
+        model = build(spec, topology, vocab)
+        for _, parameter, value in expected(model, hf_weights(hf_folder), spec, topology, vocab):
             parameter.copy_(value)
-        dist_checkpointing.save(sharded(model, groups, style), str(out))
+        dist_checkpointing.save(sharded(model, style), str(out))
     process._config["daemon"] = True
 
 
 def differing(spec: ModelSpec, hf_folder: Path, checkpoint: Path, topology: Topology, vocab: int) -> tuple[int, list]:
     """Load a torch_dist checkpoint as megatron-core does; how many parameters, and which are not the folder's."""
-    from megatron.core import dist_checkpointing
-
-    if dist.get_rank() >= topology.world_size:
-        return 0, []
-    with opened(topology) as groups, torch.no_grad():
-        model = build(spec, groups, vocab)
+    stand_in_for_cuda()
+    with opened(topology), torch.no_grad():
+        model = build(spec, topology, vocab)
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-        state = dist_checkpointing.load(sharded(model, groups, "stacked"), str(checkpoint))
+        state = dist_checkpointing.load(sharded(model, "stacked"), str(checkpoint))
         model.load_state_dict({name: value for name, value in state.items() if isinstance(value, torch.Tensor)})
-        found = list(expected(model, hf_weights(hf_folder), spec, groups, vocab))
+        found = list(expected(model, hf_weights(hf_folder), spec, topology, vocab))
         return len(found), [name for name, parameter, value in found if not torch.equal(parameter, value)]

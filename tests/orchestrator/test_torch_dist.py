@@ -26,7 +26,7 @@ from parallel.families import read_model
 from parallel.shards import Box
 from parallel.specs import SpecError
 from tests.helpers import runs
-from tests.helpers.megatron_own import hf_weights
+from tests.helpers.exported import hf_weights
 
 TENSORS = {"a": torch.arange(24.0).reshape(4, 6), "b": torch.arange(6).to(torch.bfloat16), "c": torch.tensor(3)}
 
