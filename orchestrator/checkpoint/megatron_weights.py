@@ -28,7 +28,7 @@ from parallel.shards import Box
 from parallel.specs import ModelSpec, read_hf_config
 
 NEWEST = "latest_checkpointed_iteration.txt"  # in the folder above, where Megatron-LM saves
-NOT_WEIGHTS = re.compile(r"optimizer\.|.*rng_state|rerun_state_machine|opt_param_scheduler|.*_extra_state")
+OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # tensors that are no weights
 # Modules of transformer-engine's layers that keep a state of their own for fp8; it is empty otherwise.
 STATEFUL = ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj")
 STATEFUL_DENSE, STATEFUL_EXPERT = ("mlp.linear_fc1", "mlp.linear_fc2"), ("linear_fc1", "linear_fc2")
@@ -105,7 +105,7 @@ def _sources(spec: ModelSpec, reader: TorchDistReader) -> dict[str, _Source]:
             used.add(place.key)
             for name in dict.fromkeys(piece.name for piece in part.pieces):
                 parts.setdefault(name, []).append((place, part))
-    more = sorted(key for key in reader.tensors if key not in used and not NOT_WEIGHTS.match(key))
+    more = sorted(key for key in reader.tensors if key not in used and not OPTIMIZER.match(key))
     if more:
         raise _other_model(reader, spec, f"holds {len(more)} tensors more, first {more[0]}")
     shapes = {piece.name: piece.shape for found in parts.values() for _, part in found for piece in part.pieces}

@@ -129,5 +129,5 @@ def test_a_model_larger_than_what_it_may_use_passes(
     used = peak_bytes(door(model, tmp_path))
     print(f"{door.__name__}: {used / 2**20:.0f} MiB of private memory")
     assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*")) > 2**30
-    assert 2**20 < used < ALLOWED
+    assert used < ALLOWED
     assert peak_bytes(f"x = bytearray({ALLOWED})") > 0.9 * ALLOWED  # more would have been seen

@@ -181,6 +181,38 @@ def test_pieces_that_make_no_whole_are_named(folder: Path) -> None:
         TorchDistReader(folder)
 
 
+def test_what_cannot_be_read_is_refused(folder: Path, tiny_model: Any, tmp_path: Path) -> None:
+    value = metadata(folder)
+    value.state_dict_metadata["a"].properties.dtype = torch.complex32
+    put(folder, value)
+    with pytest.raises(DataError, match="a has type complex32, which is not supported"):
+        TorchDistReader(folder).read("a", Box.whole((4, 6)))
+    put(folder, replace(value, storage_data={k: replace(v, transform_descriptors=["zip"]) for k, v in value.storage_data.items()}))  # fmt: skip # noqa: E501
+    with pytest.raises(DataError, match=r"is no list of tensors, .*: a is stored \['zip'\]"):
+        TorchDistReader(folder)
+    export_torch_dist(tiny_model("llama"), tmp_path / "out")
+    release = tmp_path / "out/release"
+    value = metadata(release)
+    value.state_dict_metadata["decoder.final_layernorm.weight"].properties.dtype = torch.complex32
+    put(release, value)
+    with pytest.raises(ConfigError, match=r"has decoder\.final_layernorm\.weight of type complex32"):
+        import_torch_dist(tmp_path / "out", tiny_model("llama"), tmp_path / "back")
+
+
+def test_the_moments_of_an_optimizer_are_passed_over(tiny_model: Any, tmp_path: Path) -> None:
+    hf = tiny_model("llama")
+    export_torch_dist(hf, tmp_path / "out")
+    value = metadata(tmp_path / "out/release")
+    norm, index = "decoder.final_layernorm.weight", next(iter(value.storage_data))
+    for key in ("optimizer.state.exp_avg.decoder.final_layernorm.weight", "chained_1.optimizer.state.exp_avg.x"):
+        value.state_dict_metadata[key] = value.state_dict_metadata[norm]
+        place = next(info for other, info in value.storage_data.items() if other.fqn == norm)
+        value.storage_data[type(index)(key, torch.Size((0,)))] = place
+    put(tmp_path / "out/release", value)
+    import_torch_dist(tmp_path / "out", hf, tmp_path / "back")
+    assert hf_weights(tmp_path / "back").keys() == hf_weights(hf).keys()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
 def test_there_and_back_is_the_same_model(tiny_model: Any, tmp_path: Path, family: str) -> None:
     hf = tiny_model(family)
@@ -246,6 +278,21 @@ def test_the_newest_of_several_is_found_and_no_other_path_is(tmp_path: Path) -> 
         newest.write_text(word)
         with pytest.raises(DataError, match="which is no torch_dist checkpoint in"):
             checkpoint_folder(tmp_path)
+
+
+def test_a_checkpoint_of_full_tuning_is_exported(tiny_model: Any, tmp_path: Path) -> None:
+    from orchestrator.checkpoint.save import Contents, save
+    from parallel.shards import Shard
+
+    hf = tiny_model("llama")
+    shards = [Shard(n, "weight", tuple(t.shape), Box.whole(tuple(t.shape)), t) for n, t in hf_weights(hf).items()]
+    files = {"config.json": hf / "config.json"}
+    save(tmp_path / "run/checkpoints", 6, shards, Contents("model", {"step": 6}, files))
+    assert main(["export", str(tmp_path / "run"), "--to", "torch_dist", str(tmp_path / "out")]) == 0
+    assert torch.load(tmp_path / "out/release/common.pt", weights_only=True)["iteration"] == 6
+    assert convert(tmp_path / "out", tmp_path / "back", model=str(hf)) == "torch_dist"
+    theirs, ours = hf_weights(hf), hf_weights(tmp_path / "back")
+    assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_an_adapter_is_not_exported_as_a_model(tmp_path: Path, capsys: Any) -> None:
