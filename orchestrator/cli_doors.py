@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+WEIGHTS_ONLY = " (weights only: megatron-core's optimizer starts afresh)"
+
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``isotrain export``."""
@@ -23,7 +25,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         export_to_url(arguments.path, arguments.to, arguments.out)
     else:
         export(arguments.path, arguments.to, Path(arguments.out))
-    _say(f"exported to {arguments.out}")
+    _say(f"exported to {arguments.out}{WEIGHTS_ONLY if arguments.to == 'torch_dist' else ''}")
     if arguments.json:
         print(json.dumps({"code": 0, "to": arguments.to, "out": arguments.out}))
     return 0

@@ -115,12 +115,9 @@ class AdapterReader(WeightReader):
                 dense adapter.
             DataError: a file is truncated or broken.
         """
-        if not (folder / ADAPTER_WEIGHTS).exists():
-            raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}{_pickles(folder)}", _convert_hint(folder))
-        if not (folder / ADAPTER_CONFIG).exists():
-            raise ConfigError(f"{folder} has no {ADAPTER_CONFIG}", "name a folder that PEFT's save_pretrained wrote")
-        super().__init__([folder / ADAPTER_WEIGHTS])
-        self.config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        weights, config = adapter_files(folder)
+        super().__init__([weights])
+        self.config: dict[str, Any] = read_json(config)
         self._halves: dict[str, LogicalHalf] = {}
         self._last: dict[str, torch.Tensor] = {}
         if self.config.get("target_parameters"):
@@ -180,6 +177,19 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         raise ConfigError(f"{folder} has no {WEIGHTS} and no {INDEX}{_pickles(folder)}", _convert_hint(folder))
     return indexed_files(index, ".safetensors")
+
+
+def adapter_files(folder: Path) -> tuple[Path, Path]:
+    """The weights and the configuration of a PEFT adapter folder.
+
+    Raises:
+        ConfigError: one of them is not there (pickled ``.bin`` files are not opened here).
+    """
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}{_pickles(folder)}", _convert_hint(folder))
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise ConfigError(f"{folder} has no {ADAPTER_CONFIG}", "name a folder that PEFT's save_pretrained wrote")
+    return folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
 
 
 def indexed_files(index: Path, suffix: str) -> list[Path]:

@@ -84,6 +84,21 @@ def test_an_adapter_comes_in_bit_for_bit(tmp_path: Path) -> None:
         convert(tmp_path / "new", tmp_path / "newer", allow_pickle=True)
 
 
+def test_generate_opens_no_pickle_either(tiny_model: Any, tmp_path: Path, capsys: Any) -> None:
+    proof = tmp_path / "ran"
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    pickled(tiny_model("llama"), model)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model("llama"))}))
+    for folder, name in ((model, "pytorch_model.bin"), (adapter, "adapter_model.bin")):
+        torch.save({"x": Payload(proof)}, folder / name)
+        assert main(["generate", str(folder), "--prompt", "?"]) == 64
+        words = capsys.readouterr().err
+        assert f"; it has {name}" in words and "but pickled weights are not opened" in words
+        assert f"hint: isotrain convert {folder} NEW_FOLDER --allow-pickle" in words
+    assert not proof.exists()
+
+
 def in_state(path: Path, proof: Path) -> None:
     torch.save({"w": torch.ones(1), "x": Payload(proof)}, path)
 
