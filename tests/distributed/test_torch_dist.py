@@ -18,14 +18,22 @@ from tests.helpers import megatron_own
 from tests.helpers.exported import hf_weights
 from tests.helpers.pool import Pool
 
+FINER = [
+    ("qwen3", {}, Topology(pp=4), "stacked", 101),
+    ("qwen3", {}, Topology(tp=2, dp=2), "numbered", 104),
+    ("llama", {"tie_word_embeddings": False}, Topology(tp=3), "numbered", 102),
+    ("qwen3_moe", {}, Topology(dp=4, ep=4), "numbered", 101),
+    ("qwen3_moe", {}, Topology(tp=2, pp=2), "numbered", 128),
+]
 CELLS = [
     ("llama", {"num_key_value_heads": 2}, Topology(tp=2, pp=2), "stacked", 128),
     ("qwen2", {"num_key_value_heads": 2}, Topology(tp=2, pp=2), "numbered", 102),
     ("qwen3_moe", {}, Topology(tp=2, dp=2, ep=2, etp=2), "stacked", 102),
+    *(pytest.param(*cell, marks=pytest.mark.grid) for cell in FINER),
 ]
 
 
-@pytest.mark.parametrize(("family", "changes", "topology", "style", "vocab"), CELLS, ids=[cell[0] for cell in CELLS])
+@pytest.mark.parametrize(("family", "changes", "topology", "style", "vocab"), CELLS)
 def test_what_megatron_core_writes_comes_in_bit_for_bit(
     pool: Pool, tiny_model: Any, tmp_path: Path, family: str, changes: Any, topology: Topology, style: str, vocab: int
 ) -> None:
@@ -46,7 +54,7 @@ def test_what_megatron_core_writes_comes_in_bit_for_bit(
 @pytest.mark.parametrize(
     ("family", "changes", "topology", "vocab"),
     [
-        ("llama", {"num_key_value_heads": 2}, Topology(), 101),
+        pytest.param("llama", {"num_key_value_heads": 2}, Topology(), 101, marks=pytest.mark.grid),
         ("qwen2", {"num_key_value_heads": 2}, Topology(tp=2, pp=2), 128),
         ("qwen3_moe", {}, Topology(tp=2, dp=2, ep=2, etp=2), 102),
     ],

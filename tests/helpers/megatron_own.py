@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: F401  so that CUDA is stood in for
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from parallel.device import stand_in_for_cuda
 from parallel.specs import ModelSpec
@@ -167,7 +168,11 @@ def save(spec: ModelSpec, hf_folder: Path, out: Path, topology: Topology, style:
         model = build(spec, topology, vocab)
         for _, parameter, value in expected(model, hf_weights(hf_folder), spec, topology, vocab):
             parameter.copy_(value)
-        dist_checkpointing.save(sharded(model, style), str(out))
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=style == "numbered")
+        if style == "numbered":  # Megatron-LM's own choice: data-parallel ranks share the work; plans are kept
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            strategy = FullyParallelSaveStrategyWrapper(strategy, group)
+        dist_checkpointing.save(sharded(model, style), str(out), strategy)
     process._config["daemon"] = True
 
 
