@@ -5,7 +5,6 @@ Who converts says that he wants the pickle opened; nothing else in isotrain open
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,13 @@ from orchestrator.checkpoint.hf_reader import (
 )
 from orchestrator.checkpoint.out_folder import copy_companions, fresh_folder, write_json
 from orchestrator.checkpoint.tensor_file import DTYPE_CODES, FileWriter, TensorEntry, lay_out
+from orchestrator.checkpoint.unpickling import BROKEN, load_tensors, reason
 from orchestrator.errors import ConfigError, DataError
 
 PICKLED_WEIGHTS = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_ADAPTER = "adapter_model.bin"
 HEAD = "lm_head.weight"
-# What a file that is no pickle of tensors makes torch's loader raise.
-BROKEN = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,10 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
         DataError: it holds something else; nothing of it is run.
     """
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        loaded = load_tensors(file)
     except BROKEN as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{file} is no file of tensors that can be opened without running code: {reason}") from error
+        problem = f"{file} is no file of tensors that can be opened without running code"
+        raise DataError(f"{problem}: {reason(error)}") from error
     if not isinstance(loaded, Mapping):
         raise DataError(f"{file} holds a {type(loaded).__name__}, not a table of named tensors")
     for name, value in loaded.items():

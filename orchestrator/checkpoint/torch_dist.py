@@ -9,7 +9,6 @@ weights-only unpickler; ``common.pt`` is not opened.
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -19,28 +18,12 @@ from typing import IO, Any
 import torch
 
 from orchestrator.checkpoint.tensor_file import DTYPE_CODES, TORCH_DTYPES
+from orchestrator.checkpoint.unpickling import BROKEN, ListUnpickler, load_tensors, reason
 from orchestrator.errors import DataError
 from parallel.shards import Box
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"
-_CHECKPOINT = "torch.distributed.checkpoint"
-RECORDS = {
-    *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
-    *((f"{_CHECKPOINT}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
-    (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
-    (f"{_CHECKPOINT}.filesystem", "_StoragePrefix"),
-    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
-    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
-    *(("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")),
-    *(("pathlib", name) for name in ("PosixPath", "WindowsPath")),
-    *(("pathlib._local", name) for name in ("PosixPath", "WindowsPath")),
-}
-PLAIN = {("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("collections", "OrderedDict"): dict}
-# What a stream of bytes that is no such pickle makes an unpickler or torch's loader raise.
-BROKEN = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -60,33 +43,6 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     items: tuple[Item, ...]
-
-
-class _Record:
-    """Stands in for an object of a class that is never made: keeps what the pickle gives it, and does nothing."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.state: Any = arguments
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the names in RECORDS and PLAIN and torch's types, and nothing else; none of torch's classes is made."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
-        self._made: dict[tuple[str, str], type] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in RECORDS:
-            return self._made.setdefault((module, name), type(name, (_Record,), {}))
-        if (module, name) in PLAIN:
-            return PLAIN[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return DTYPE_CODES.get(getattr(torch, name), name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no list of tensors needs")
 
 
 class TorchDistReader:
@@ -135,11 +91,11 @@ class TorchDistReader:
         try:
             with path.open("rb") as file:
                 window = io.BufferedReader(_Window(file, item.start, item.bytes))
-                data = torch.load(window, map_location="cpu", weights_only=True)
+                data = load_tensors(window)
         except FileNotFoundError as error:
             raise DataError(f"{path} is missing: a piece of {key} is in it") from error
         except BROKEN as error:
-            raise DataError(f"{path} is damaged, or asks for code to run, at {key}: {_first_line(error)}") from error
+            raise DataError(f"{path} is damaged, or asks for code to run, at {key}: {reason(error)}") from error
         count = prod(item.box.size)
         if type(data) is not torch.Tensor or DTYPE_CODES.get(data.dtype) != dtype or data.numel() != count:
             raise DataError(f"{path} is damaged: at {key} it does not hold the {dtype} {item.box.size} of {METADATA}")
@@ -149,7 +105,7 @@ class TorchDistReader:
 def _read_metadata(path: Path) -> Iterator[tuple[str, Stored]]:
     try:
         with path.open("rb") as file:
-            metadata = _Unpickler(file).load()
+            metadata = ListUnpickler(file).load()
         listed = metadata.state["storage_data"].items()
         places = {(index.state["fqn"], index.state.get("offset")): info.state for index, info in listed}
         for key, tensor in metadata.state["state_dict_metadata"].items():
@@ -158,7 +114,7 @@ def _read_metadata(path: Path) -> Iterator[tuple[str, Stored]]:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: this is no torch_dist checkpoint") from error
     except BROKEN as error:
-        raise DataError(f"{path} is no list of tensors, and nothing in it is run: {_first_line(error)}") from error
+        raise DataError(f"{path} is no list of tensors, and nothing in it is run: {reason(error)}") from error
 
 
 def _stored(key: str, tensor: Mapping[str, Any], places: Mapping[Any, Any]) -> Stored:
@@ -183,10 +139,6 @@ def _check_whole(folder: Path, key: str, tensor: Stored) -> None:
     elements, places = sum(item.box.elements for item in tensor.items), {item.box.offset for item in tensor.items}
     if elements != whole.elements or len(places) != len(tensor.items):
         raise DataError(f"{folder / METADATA}: {key} has {whole.elements} elements, its pieces have {elements}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class _Window(io.RawIOBase):

@@ -288,7 +288,8 @@ def test_a_checkpoint_of_full_tuning_is_exported(tiny_model: Any, tmp_path: Path
     shards = [Shard(n, "weight", tuple(t.shape), Box.whole(tuple(t.shape)), t) for n, t in hf_weights(hf).items()]
     files = {"config.json": hf / "config.json"}
     save(tmp_path / "run/checkpoints", 6, shards, Contents("model", {"step": 6}, files))
-    assert main(["export", str(tmp_path / "run"), "--to", "torch_dist", str(tmp_path / "out")]) == 0
+    for _ in range(2):  # an earlier export of its kind is replaced
+        assert main(["export", str(tmp_path / "run"), "--to", "torch_dist", str(tmp_path / "out")]) == 0
     assert torch.load(tmp_path / "out/release/common.pt", weights_only=True)["iteration"] == 6
     assert convert(tmp_path / "out", tmp_path / "back", model=str(hf)) == "torch_dist"
     theirs, ours = hf_weights(hf), hf_weights(tmp_path / "back")
