@@ -97,7 +97,7 @@ def _sources(spec: ModelSpec, reader: TorchDistReader) -> dict[str, _Source]:
     used: set[str] = set()
     parts: dict[str, list[tuple[Place, Whole]]] = {}
     for whole in wholes(spec):
-        places = find_places(whole, reader.tensors)
+        places = find_places(whole, reader.keys)
         if not places:
             raise _other_model(reader, spec, f"has no {stored_place(whole).key}")
         for place, part in places:
@@ -105,24 +105,23 @@ def _sources(spec: ModelSpec, reader: TorchDistReader) -> dict[str, _Source]:
             used.add(place.key)
             for name in dict.fromkeys(piece.name for piece in part.pieces):
                 parts.setdefault(name, []).append((place, part))
-    more = sorted(key for key in reader.tensors if key not in used and not OPTIMIZER.match(key))
+    more = sorted(key for key in reader.keys if key not in used and not OPTIMIZER.match(key))
     if more:
         raise _other_model(reader, spec, f"holds {len(more)} tensors more, first {more[0]}")
     shapes = {piece.name: piece.shape for found in parts.values() for _, part in found for piece in part.pieces}
     return {
-        name: _Source(reader.tensors[found[0][0].key].dtype, shapes[name], tuple(found))
-        for name, found in parts.items()
+        name: _Source(reader.stored(found[0][0].key).dtype, shapes[name], tuple(found)) for name, found in parts.items()
     }
 
 
 def _check_shape(reader: TorchDistReader, spec: ModelSpec, place: Place, part: Whole) -> None:
-    shape = reader.tensors[place.key].shape
+    shape = reader.stored(place.key).shape
     axes, inner = shape[: len(place.axes)], shape[len(place.axes) :]
     fits = inner == part.shape or (part.padded and inner[1:] == part.shape[1:] and inner[0] > part.shape[0])
     if axes != place.counts or not fits:
         raise _other_model(reader, spec, f"has {place.key} of shape {shape}, not {(*place.counts, *part.shape)}")
-    if reader.tensors[place.key].dtype not in TORCH_DTYPES:
-        raise _other_model(reader, spec, f"has {place.key} of type {reader.tensors[place.key].dtype}")
+    if reader.stored(place.key).dtype not in TORCH_DTYPES:
+        raise _other_model(reader, spec, f"has {place.key} of type {reader.stored(place.key).dtype}")
 
 
 def _other_model(reader: TorchDistReader, spec: ModelSpec, what: str) -> ConfigError:

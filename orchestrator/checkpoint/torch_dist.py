@@ -9,8 +9,10 @@ weights-only unpickler; ``common.pt`` is not opened.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -38,32 +40,73 @@ class Item:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a folder: ``dtype`` is a safetensors code, or torch's name where safetensors has none."""
+    """A tensor of a folder: ``dtype`` is a safetensors code, or torch's name where safetensors has none.
+
+    ``items`` are sorted by their offsets: a tensor of all layers and experts has thousands.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     items: tuple[Item, ...]
 
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [item.box.offset[0] for item in self.items]
+
+    @cached_property
+    def _longest(self) -> int:
+        return max((item.box.size[0] for item in self.items), default=0)
+
+    def around(self, box: Box) -> tuple[Item, ...]:
+        """The pieces that may have a part in ``box``, by its first axis; none of the others has.
+
+        Example:
+            >>> rows = [Item(Box((row, 0), (1, 4)), "__0_0.distcp", 0, 0) for row in range(9)]
+            >>> [item.box.offset[0] for item in Stored("F32", (9, 4), tuple(rows)).around(Box((3, 1), (2, 1)))]
+            [3, 4]
+        """
+        if not self.shape:
+            return self.items
+        first = bisect_right(self._starts, box.offset[0] - self._longest)
+        return self.items[first : bisect_left(self._starts, box.offset[0] + box.size[0])]
+
 
 class TorchDistReader:
-    """The tensors of a folder by their keys, read box by box; of the files only the pieces that are asked for."""
+    """The tensors of a folder by their keys, read box by box; of the files only the pieces that are asked for.
+
+    What is said of a tensor is checked when it is asked for: optimizers store theirs in ways of their own.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Read and check ``.metadata``.
+        """Read ``.metadata``.
 
         Raises:
-            DataError: it is missing or broken, asks for code to run, leads out of the folder, or a tensor's pieces do
-                not make it whole.
+            DataError: it is missing or broken, or asks for code to run.
         """
         self.folder = folder
-        self._tensors = dict(_read_metadata(folder / METADATA))
-        for key, tensor in self._tensors.items():
-            _check_whole(folder, key, tensor)
+        self._listed, self._places = _read_metadata(folder / METADATA)
+        self._known: dict[str, Stored] = {}
 
     @property
-    def tensors(self) -> Mapping[str, Stored]:
-        """All tensors by key. What is no tensor (``_extra_state``, random states) is left out."""
-        return self._tensors
+    def keys(self) -> Collection[str]:
+        """The keys of all tensors. What is no tensor (``_extra_state``, random states) is left out."""
+        return self._listed.keys()
+
+    def stored(self, key: str) -> Stored:
+        """What is said of a tensor.
+
+        Raises:
+            KeyError: there is no such tensor.
+            DataError: it leads out of the folder, or the tensor's pieces do not make it whole.
+        """
+        if key not in self._known:
+            listed = self._listed[key]
+            try:
+                self._known[key] = tensor = _stored(key, listed, self._places)
+            except BROKEN as error:
+                raise DataError(f"{self.folder / METADATA}: {key} is listed wrongly: {reason(error)}") from error
+            _check_whole(self.folder, key, tensor)
+        return self._known[key]
 
     def read(self, key: str, box: Box) -> torch.Tensor:
         """Read one box: a new CPU tensor of shape ``box.size`` in the stored type.
@@ -73,13 +116,13 @@ class TorchDistReader:
             ValueError: the box does not lie in it.
             DataError: a file is missing or damaged, holds another tensor than ``.metadata`` says, or asks for code.
         """
-        tensor = self._tensors[key]
+        tensor = self.stored(key)
         if box.intersect(Box.whole(tensor.shape)) != box:
             raise ValueError(f"{key} has shape {tensor.shape}: {box} does not lie in it")
         if tensor.dtype not in TORCH_DTYPES:
             raise DataError(f"{self.folder}: {key} has type {tensor.dtype}, which is not supported")
         result = torch.empty(box.size, dtype=TORCH_DTYPES[tensor.dtype])
-        for item in tensor.items:
+        for item in tensor.around(box):
             if (common := item.box.intersect(box)) is not None:
                 data = self._load(key, tensor.dtype, item)
                 inside, target = (common.shift(tuple(-n for n in each.offset)) for each in (item.box, box))
@@ -102,15 +145,15 @@ class TorchDistReader:
         return data.reshape(item.box.size)  # old versions leave leading axes of one away
 
 
-def _read_metadata(path: Path) -> Iterator[tuple[str, Stored]]:
+def _read_metadata(path: Path) -> tuple[dict[str, Any], dict[tuple[str, Any], Any]]:
+    """What is listed of each tensor, and where each of its pieces lies by ``(key, offset)``."""
     try:
         with path.open("rb") as file:
             metadata = ListUnpickler(file).load()
         listed = metadata.state["storage_data"].items()
         places = {(index.state["fqn"], index.state.get("offset")): info.state for index, info in listed}
-        for key, tensor in metadata.state["state_dict_metadata"].items():
-            if type(tensor).__name__ == "TensorStorageMetadata":
-                yield key, _stored(key, tensor.state, places)
+        every = metadata.state["state_dict_metadata"].items()
+        return {key: one.state for key, one in every if type(one).__name__ == "TensorStorageMetadata"}, places
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: this is no torch_dist checkpoint") from error
     except BROKEN as error:
@@ -126,7 +169,8 @@ def _stored(key: str, tensor: Mapping[str, Any], places: Mapping[Any, Any]) -> S
             raise ValueError(f"{key} is stored {place['transform_descriptors']}")
         items.append(Item(box, str(place["relative_path"]), int(place["offset"]), int(place["length"])))
     dtype = tensor["properties"].state
-    return Stored(str(dtype[0] if isinstance(dtype, tuple) else dtype["dtype"]), tuple(tensor["size"]), tuple(items))
+    dtype = dtype[0] if isinstance(dtype, tuple) else dtype["dtype"]
+    return Stored(str(dtype), tuple(tensor["size"]), tuple(sorted(items, key=lambda item: item.box.offset)))
 
 
 def _check_whole(folder: Path, key: str, tensor: Stored) -> None:

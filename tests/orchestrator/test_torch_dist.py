@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata
 
 from orchestrator.checkpoint.megatron_names import wholes
 from orchestrator.checkpoint.megatron_weights import checkpoint_folder, export_torch_dist, import_torch_dist
-from orchestrator.checkpoint.torch_dist import TorchDistReader
+from orchestrator.checkpoint.torch_dist import Item, Stored, TorchDistReader
 from orchestrator.checkpoint.torch_dist_writer import TorchDistWriter
 from orchestrator.cli import main
 from orchestrator.convert import convert
@@ -49,13 +51,29 @@ def put(folder: Path, value: Any) -> None:
 
 def test_what_torch_writes_is_read_whole_and_in_boxes(folder: Path) -> None:
     reader = TorchDistReader(folder)
-    assert set(reader.tensors) == set(TENSORS)
+    assert set(reader.keys) == set(TENSORS)
     for key, value in TENSORS.items():
         assert torch.equal(reader.read(key, Box.whole(tuple(value.shape))), value)
         assert reader.read(key, Box.whole(tuple(value.shape))).dtype == value.dtype
     assert torch.equal(reader.read("a", Box((1, 2), (2, 3))), TENSORS["a"][1:3, 2:5])
     with pytest.raises(ValueError, match=r"a has shape \(4, 6\)"):
         reader.read("a", Box((3, 0), (2, 6)))
+
+
+@given(st.data())
+def test_no_piece_is_overlooked(data: st.DataObject) -> None:
+    """However a tensor is cut, and whichever box is asked for."""
+    rows = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
+    columns = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    items = [
+        Item(Box((sum(rows[:i]), sum(columns[:j])), (rows[i], columns[j])), "", 0, 0)
+        for i in range(len(rows))
+        for j in range(len(columns))
+    ]
+    start = data.draw(st.integers(0, sum(rows) - 1))
+    box = Box((start, 0), (data.draw(st.integers(1, sum(rows) - start)), 1))
+    found = Stored("F32", (sum(rows), sum(columns)), tuple(items)).around(box)
+    assert {item for item in items if item.box.intersect(box)} <= set(found)
 
 
 def test_torch_reads_what_we_write(tmp_path: Path) -> None:
@@ -70,7 +88,7 @@ def test_torch_reads_what_we_write(tmp_path: Path) -> None:
     target = {"w": torch.zeros(2, 4, 6)}
     dcp.load(target, checkpoint_id=tmp_path / "out", no_dist=True)
     assert torch.equal(target["w"], torch.stack([TENSORS["a"], TENSORS["a"] + 1]))
-    assert set(TorchDistReader(tmp_path / "out").tensors) == {"w"}
+    assert set(TorchDistReader(tmp_path / "out").keys) == {"w"}
 
 
 class Payload:
@@ -138,7 +156,7 @@ def test_the_metadata_cannot_lead_out_of_its_folder(folder: Path, file: str) -> 
     value = metadata(folder)
     put(folder, replace(value, storage_data={k: replace(v, relative_path=file) for k, v in value.storage_data.items()}))
     with pytest.raises(DataError, match=r"only \.distcp files beside it are read"):
-        TorchDistReader(folder)
+        TorchDistReader(folder).stored("a")
 
 
 def test_damage_is_named(folder: Path) -> None:
@@ -174,11 +192,12 @@ def test_pieces_that_make_no_whole_are_named(folder: Path) -> None:
     tensor.size = torch.Size((5, 6))
     put(folder, value)
     with pytest.raises(DataError, match="a has 30 elements, its pieces have 24"):
-        TorchDistReader(folder)
+        TorchDistReader(folder).stored("a")
     tensor.size = torch.Size((4, 5))
     put(folder, value)
     with pytest.raises(DataError, match=r"a has shape \(4, 5\), a piece of it is"):
-        TorchDistReader(folder)
+        TorchDistReader(folder).stored("a")
+    assert torch.equal(TorchDistReader(folder).read("c", Box((), ())), TENSORS["c"])  # others are as good as before
 
 
 def test_what_cannot_be_read_is_refused(folder: Path, tiny_model: Any, tmp_path: Path) -> None:
@@ -188,8 +207,8 @@ def test_what_cannot_be_read_is_refused(folder: Path, tiny_model: Any, tmp_path:
     with pytest.raises(DataError, match="a has type complex32, which is not supported"):
         TorchDistReader(folder).read("a", Box.whole((4, 6)))
     put(folder, replace(value, storage_data={k: replace(v, transform_descriptors=["zip"]) for k, v in value.storage_data.items()}))  # fmt: skip # noqa: E501
-    with pytest.raises(DataError, match=r"is no list of tensors, .*: a is stored \['zip'\]"):
-        TorchDistReader(folder)
+    with pytest.raises(DataError, match=r"a is listed wrongly: a is stored \['zip'\]"):
+        TorchDistReader(folder).stored("a")
     export_torch_dist(tiny_model("llama"), tmp_path / "out")
     release = tmp_path / "out/release"
     value = metadata(release)
