@@ -15,6 +15,7 @@ from parallel.shards import Box, Piece
 from parallel.specs import ModelSpec, SpecError
 
 LAYERS, EXPERTS = "decoder.layers.", "mlp.experts."
+FAMILIES_THERE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 # transformer-engine fuses these norms into the linear after them; without it they have modules of their own.
 FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -72,10 +73,13 @@ def wholes(spec: ModelSpec) -> Iterator[Whole]:
     """All tensors of a model, from the embedding to the head.
 
     Raises:
-        SpecError: megatron-core has no layers like this family's.
+        SpecError: megatron-core has no layers like this family's, or others' names for them are not proven here.
     """
-    if spec.sandwich_norms or spec.norm_offset:
-        raise SpecError(f"megatron-core's own models have no layers like those of {spec.family}", "--to merged")
+    if spec.family not in FAMILIES_THERE:
+        raise SpecError(
+            f"torch_dist is known for {', '.join(FAMILIES_THERE)}, not for {spec.family}",
+            "isotrain export DIR --to merged OUT  (a Hugging Face folder)",
+        )
     table = (spec.vocab, spec.hidden)
     yield Whole(("embedding.word_embeddings.weight",), table, (names.whole_piece(names.EMBEDDING, table),), padded=True)
     for layer in range(spec.layers):
