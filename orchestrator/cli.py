@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.cli_checkpoints import add_checkpoints, add_verify, run_checkpoints, run_explain, run_verify
+from orchestrator.cli_doors import add_convert, add_copy, add_export, run_convert, run_copy, run_export
 from orchestrator.errors import ConfigError, ExitCode
 
 CODES = """exit codes: 0 done, 1 a check came out red, 64 your configuration, 65 corrupt data or checkpoint,
@@ -231,22 +232,6 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--explain", action="store_true", help="say what would be restored and what has changed")
 
 
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="DIR", help="a run folder or a checkpoint")
-    parser.add_argument("--to", required=True, choices=("peft", "merged"), help="an adapter, or a whole model")
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands import export
-
-    out = export(arguments.path, arguments.to, arguments.out)
-    _say(f"exported to {out}")
-    if arguments.json:
-        print(json.dumps({"code": 0, "to": arguments.to, "out": str(out)}))
-    return 0
-
-
 def _at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -344,10 +329,22 @@ COMMANDS = {
         run_verify,
     ),
     "export": Command(
-        "Write the newest checkpoint as a PEFT adapter or as a merged model.",
+        "Write the newest checkpoint as a PEFT adapter, as a merged model, or for megatron-core.",
         "isotrain export runs/first --to peft adapter",
-        _add_export,
-        _export,
+        add_export,
+        run_export,
+    ),
+    "copy": Command(
+        "Copy a checkpoint to or from another place (s3://...), proven there by its digests.",
+        "isotrain copy runs/first/checkpoints/step-000050 s3://bucket/step-000050",
+        add_copy,
+        run_copy,
+    ),
+    "convert": Command(
+        "Make a folder of other tools (pickled weights, torch_dist) one in safetensors.",
+        "isotrain convert old-model new-model --allow-pickle",
+        add_convert,
+        run_convert,
     ),
     "generate": Command(
         "Answer a prompt with transformers and peft.",

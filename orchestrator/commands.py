@@ -296,27 +296,48 @@ def make_folder(run_dir: Path) -> None:
 
 
 def export(path: Path, to: str, out: Path) -> Path:
-    """Export a run's newest checkpoint, or one checkpoint, as a PEFT adapter or as a merged model.
+    """Export a run's newest checkpoint, or one checkpoint, as a PEFT adapter, as a merged model or for megatron-core.
 
     Args:
-        path: a run folder or a checkpoint.
-        to: ``peft`` or ``merged``.
+        path: a run folder or a checkpoint; for ``torch_dist`` a model's folder, too.
+        to: ``peft``, ``merged`` or ``torch_dist``.
         out: a new folder.
     Raises:
         ConfigError: there is no checkpoint, or ``out`` is taken. DataError: the checkpoint is damaged.
     """
     from orchestrator.checkpoint.export import export_adapter, export_merged
     from orchestrator.checkpoint.load import open_checkpoint
+    from orchestrator.checkpoint.megatron_weights import export_checkpoint, export_torch_dist
 
+    if to == "torch_dist" and (path.expanduser() / "config.json").is_file():
+        export_torch_dist(path.expanduser(), out)
+        return out
     try:
         checkpoint = open_checkpoint(path.expanduser(), verify=True).folder
     except DataError as error:
         raise _with_older(error, path, to, out) from error
     if to == "peft":
         export_adapter(checkpoint, out)
+    elif to == "torch_dist":
+        export_checkpoint(checkpoint, out)
     else:
         export_merged(checkpoint, base_folder(checkpoint), out)
     return out
+
+
+def export_to_url(path: Path, to: str, url: str) -> None:
+    """:func:`export` to a URL: made in a temporary folder of this machine, sent, and read back there.
+
+    Raises:
+        ConfigError, DataError, ResourceError: as export, or the place cannot be used, does not answer, or keeps
+            something else than it is given.
+    """
+    import tempfile
+
+    from orchestrator.storage import upload
+
+    with tempfile.TemporaryDirectory() as folder:
+        upload(export(path, to, Path(folder) / "export"), url)
 
 
 def _with_older(error: DataError, path: Path, to: str, out: Path) -> DataError:

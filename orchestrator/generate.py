@@ -72,15 +72,21 @@ def _load(base: Path, adapter: Path | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from orchestrator.checkpoint.hf_reader import adapter_files, weight_files
+
+    weight_files(base)  # raises where there are only pickles, which those libraries would open
+    if adapter is not None:
+        adapter_files(adapter)
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # transformers and peft speak to each other there, not to our user
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", local_files_only=True)
+    ours = {"local_files_only": True, "trust_remote_code": False}
+    model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", use_safetensors=True, **ours)
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter))
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(str(base), **ours)
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,16 +18,15 @@ from orchestrator.checkpoint.experts import (
     joined_halves,
     weight_places,
 )
-from orchestrator.checkpoint.folder import explain, sync_folder, write_durably
 from orchestrator.checkpoint.hf_reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     INDEX,
     AdapterReader,
-    read_json,
     weight_files,
 )
-from orchestrator.checkpoint.load import WEIGHT_SUFFIXES, CheckpointReader, check_file
+from orchestrator.checkpoint.load import CheckpointReader, check_file
+from orchestrator.checkpoint.out_folder import copy_companions, copy_file, fresh_folder, write_json
 from orchestrator.checkpoint.quantised_base import QuantisedBase
 from orchestrator.checkpoint.tensor_file import TORCH_DTYPES, FileWriter, TensorEntry, TensorFiles, lay_out
 from orchestrator.errors import ConfigError
@@ -41,7 +34,6 @@ from parallel.families import read_model
 from parallel.shards import Box
 from parallel.specs import read_hf_config
 
-MARKER = "isotrain.json"  # says that we wrote a folder, and what
 BUFFER_BYTES = 64 * 2**20
 FLOATS = ("F64", "F32", "BF16", "F16")
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -62,7 +54,7 @@ def export_adapter(checkpoint_folder: Path, out: Path) -> None:
         raise ConfigError(f"{checkpoint.folder} holds a full model, no adapter", "export it with --to merged")
     records = {path: record for path, record in checkpoint.manifest.files.items() if path.startswith("adapter/")}
     needed = sum(record.bytes for record in records.values())
-    with _fresh_folder(out, needed, [checkpoint.folder], {"step": checkpoint.step, "to": "peft"}) as folder:
+    with fresh_folder(out, needed, [checkpoint.folder], {"step": checkpoint.step, "to": "peft"}) as folder:
         for path, record in records.items():
             check_file(checkpoint.folder / path, record, verify=True)
         adapter = AdapterReader(checkpoint.folder / "adapter")
@@ -72,7 +64,7 @@ def export_adapter(checkpoint_folder: Path, out: Path) -> None:
         for path in records:
             name = path.removeprefix("adapter/")
             if not joined or name not in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-                _copy(checkpoint.folder / path, folder / name)
+                copy_file(checkpoint.folder / path, folder / name)
 
 
 def _write_joined(adapter: AdapterReader, folder: Path) -> None:
@@ -101,7 +93,7 @@ def _write_joined(adapter: AdapterReader, folder: Path) -> None:
         writer.close()
     finally:
         writer.abort()
-    _write_json(folder / ADAPTER_CONFIG, joined_config(adapter.config, adapter.names))
+    write_json(folder / ADAPTER_CONFIG, joined_config(adapter.config, adapter.names))
 
 
 def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precision: str | None = None) -> None:
@@ -141,12 +133,12 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
     source = QuantisedBase(tensors, base, checkpoint.manifest.about)
     plans = _plan_files(tensors, paths, PRECISIONS.get(precision or ""))
     needed = sum(entry.bytes for entries in plans.values() for entry in entries)
-    with _fresh_folder(out, needed, [checkpoint.folder, base], {"step": checkpoint.step, "to": "merged"}) as folder:
+    with fresh_folder(out, needed, [checkpoint.folder, base], {"step": checkpoint.step, "to": "merged"}) as folder:
         for path, entries in plans.items():
             writer = FileWriter(folder / path.name, entries)
             try:
                 for entry in entries:
-                    for rows in _row_boxes(entry):
+                    for rows in row_boxes(entry):
                         if adapter is not None and entry.key in saved:
                             whole = adapter.read(saved[entry.key], "weight", rows)
                             writer.write(whole.to(TORCH_DTYPES[entry.dtype]))
@@ -157,8 +149,8 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
                 writer.abort()
         if len(plans) > 1:
             weight_map = {entry.key: path.name for path, entries in plans.items() for entry in entries}
-            _write_json(folder / INDEX, {"metadata": {"total_size": needed}, "weight_map": weight_map})
-        _copy_companions(base, folder, precision)
+            write_json(folder / INDEX, {"metadata": {"total_size": needed}, "weight_map": weight_map})
+        copy_companions(base, folder, PRECISIONS.get(precision or ""))
 
 
 def _check_targets(
@@ -203,7 +195,7 @@ def _plan_files(tensors: TensorFiles, paths: Sequence[Path], dtype: str | None) 
     return {path: lay_out(entries) for path, entries in plans.items()}
 
 
-def _row_boxes(entry: TensorEntry) -> Iterator[Box]:
+def row_boxes(entry: TensorEntry) -> Iterator[Box]:
     """Boxes of whole rows in order, each of about BUFFER_BYTES in fp32 (one row at least)."""
     whole = Box.whole(entry.shape)
     if not whole.elements:
@@ -247,69 +239,3 @@ def _update(adapter: AdapterReader, pair: LoraPair, start: int, count: int) -> t
     a = adapter.read(pair.a, "weight", Box.whole(adapter.shape(pair.a))).float()
     b = adapter.read(pair.b, "weight", Box((start, 0), (count, r))).float()
     return pair.scale * (b @ a)
-
-
-def _copy_companions(base: Path, folder: Path, precision: str | None) -> None:
-    """Copy configuration and tokenizer, all that is no weights."""
-    for path in sorted(base.iterdir()):
-        if path.is_file() and path.name != MARKER and not path.name.lower().endswith(WEIGHT_SUFFIXES):
-            if path.name == "config.json" and precision is not None:
-                config = read_json(path)
-                name = str(TORCH_DTYPES[PRECISIONS[precision]]).removeprefix("torch.")
-                config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
-                _write_json(folder / path.name, config)
-            else:
-                _copy(path, folder / path.name)
-
-
-@contextlib.contextmanager
-def _fresh_folder(out: Path, needed_bytes: int, sources: Sequence[Path], about: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name when the block ends well, and is removed when it does not."""
-    _check_out(out, sources, str(about["to"]))
-    out = out.absolute()
-    token = secrets.token_hex(4)
-    temporary, aside = (out.with_name(f".{out.name}.{what}-{token}") for what in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        files = sorted(path.name for path in temporary.iterdir())
-        _write_json(temporary / MARKER, {"written_by": "isotrain export", **about, "files": files})
-        sync_folder(temporary)
-        if out.exists():
-            out.rename(aside)
-        temporary.rename(out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise explain(error, out.parent, needed_bytes, "OUT") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _check_out(out: Path, sources: Sequence[Path], to: str) -> None:
-    for source in sources:
-        if out.resolve().is_relative_to(source.resolve()):
-            raise ConfigError(f"{out} lies in {source}, which is only read", "choose a folder outside of it")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file", "choose a folder that does not exist yet")
-    found = {path.name for path in out.iterdir()} if out.exists() else set()
-    earlier = read_json(out / MARKER) if MARKER in found else {}
-    if earlier.get("to", to) != to:
-        raise ConfigError(f"{out} holds an export --to {earlier['to']}", "choose a folder that does not exist yet")
-    ours = {MARKER, *earlier.get("files", ())} if earlier else set()
-    if found - ours:
-        raise ConfigError(
-            f"{out} is not empty: {', '.join(sorted(found - ours)[:3])} did not come from an export",
-            "choose a folder that does not exist yet",
-        )
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    with target.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _write_json(path: Path, value: object) -> None:
-    write_durably(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")

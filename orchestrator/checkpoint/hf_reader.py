@@ -115,12 +115,9 @@ class AdapterReader(WeightReader):
                 dense adapter.
             DataError: a file is truncated or broken.
         """
-        if not (folder / ADAPTER_WEIGHTS).exists():
-            raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}{_pickles(folder)}", _convert_hint("peft", folder))
-        if not (folder / ADAPTER_CONFIG).exists():
-            raise ConfigError(f"{folder} has no {ADAPTER_CONFIG}", "name a folder that PEFT's save_pretrained wrote")
-        super().__init__([folder / ADAPTER_WEIGHTS])
-        self.config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        weights, config = adapter_files(folder)
+        super().__init__([weights])
+        self.config: dict[str, Any] = read_json(config)
         self._halves: dict[str, LogicalHalf] = {}
         self._last: dict[str, torch.Tensor] = {}
         if self.config.get("target_parameters"):
@@ -171,24 +168,50 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the order of their names.
 
     Raises:
-        ConfigError: there are none (pickled ``.bin`` files are never read).
-        DataError: the index is broken, names a file outside of the folder or one that is missing.
+        ConfigError: there are none (pickled ``.bin`` files are not opened here).
+        DataError: as :func:`indexed_files`.
     """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     index = folder / INDEX
     if not index.exists():
-        raise ConfigError(f"{folder} has no {WEIGHTS} and no {INDEX}{_pickles(folder)}", _convert_hint("hf", folder))
+        raise ConfigError(f"{folder} has no {WEIGHTS} and no {INDEX}{_pickles(folder)}", _convert_hint(folder))
+    return indexed_files(index, ".safetensors")
+
+
+def adapter_files(folder: Path) -> tuple[Path, Path]:
+    """The weights and the configuration of a PEFT adapter folder.
+
+    Raises:
+        ConfigError: one of them is not there (pickled ``.bin`` files are not opened here).
+    """
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}{_pickles(folder)}", _convert_hint(folder))
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise ConfigError(f"{folder} has no {ADAPTER_CONFIG}", "name a folder that PEFT's save_pretrained wrote")
+    return folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
+
+
+def indexed_files(index: Path, suffix: str) -> list[Path]:
+    """The files that an index places tensors in, in the order of their names.
+
+    Raises:
+        DataError: the index is broken, names a file that does not lie beside it with this suffix, or one that is
+            missing.
+    """
+    folder = index.parent
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise DataError(f"{index} has no weight_map of tensor names to file names")
     files = sorted(set(names.values()))
     for file in files:
-        if Path(file).name != file or file in (".", "..") or "\\" in file or not file.endswith(".safetensors"):
-            raise DataError(f"{index} names {file!r}: only safetensors files beside it are read")
+        if Path(file).name != file or file in (".", "..") or "\\" in file or not file.endswith(suffix):
+            raise DataError(f"{index} names {file!r}: only {suffix} files beside it are read")
         if not (folder / file).exists():
             present = sum((folder / other).exists() for other in files)
-            raise DataError(f"{folder / file} is missing: {present} of {len(files)} files named by {INDEX} are there")
+            raise DataError(
+                f"{folder / file} is missing: {present} of {len(files)} files named by {index.name} are there"
+            )
     return [folder / file for file in files]
 
 
@@ -215,17 +238,20 @@ def _weight(name: str, kind: str) -> str:
     return name
 
 
+def _pickled(folder: Path) -> list[str]:
+    return sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+
+
 def _pickles(folder: Path) -> str:
-    found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    return f"; it has {', '.join(found[:3])}, but pickled weights are never opened" if found else ""
+    found = _pickled(folder)
+    return f"; it has {', '.join(found[:3])}, but pickled weights are not opened" if found else ""
 
 
-def _convert_hint(kind: str, folder: Path) -> str:
+def _convert_hint(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is no folder: check the path"
-    if kind == "peft":
-        return "load it once in PEFT and write it again with save_pretrained(FOLDER), which writes safetensors"
-    return (
-        'python -c "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])'
-        f'.save_pretrained(sys.argv[2])" {folder} NEW_FOLDER'
-    )
+    if (folder / ".metadata").exists():
+        return f"isotrain convert {folder} NEW_FOLDER --model CONFIG_FOLDER  (it is a torch_dist checkpoint)"
+    if _pickled(folder):
+        return f"isotrain convert {folder} NEW_FOLDER --allow-pickle"
+    return "name a folder with safetensors weights, as save_pretrained writes it"

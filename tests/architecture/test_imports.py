@@ -35,12 +35,14 @@ ADAPTERS = {
     "huggingface_hub": ("orchestrator/models.py",),
     "bitsandbytes": ("parallel/nf4.py",),
     "wandb": ("orchestrator/metrics.py",),
+    "fsspec": ("orchestrator/storage.py",),
 }
 LAZY = {"deepspeed", "hydra", "omegaconf", "peft", "transformers", "huggingface_hub", "wandb", "rich", "bitsandbytes"}
 WITHOUT_TORCH = (
     *(f"parallel/{name}.py" for name in ("specs", "topology", "stages", "shards", "capabilities")),
     *(path for path in TREES if path.startswith("parallel/families/")),
 )
+OPENS_PICKLES = "orchestrator/checkpoint/unpickling.py"
 READS_ENVIRONMENT = {"launch/environment.py"}
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
 
@@ -135,6 +137,17 @@ def test_no_globals_and_one_reader_of_the_environment(path: str) -> None:
         assert not isinstance(node, ast.Global), f"{path}:{node.lineno} has a global statement: pass the value on"
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
             assert path in READS_ENVIRONMENT, f"{path}:{node.lineno}: environment variables are for {READS_ENVIRONMENT}"
+
+
+def test_pickles_are_opened_in_one_file() -> None:
+    opens = ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "numpy.load", "joblib.load")
+    found = {
+        path
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in opens
+    }
+    assert found == {OPENS_PICKLES}, f"pickles are opened in {OPENS_PICKLES}, where no code in them can run: {found}"
 
 
 @pytest.mark.parametrize("path", TREES)

@@ -94,8 +94,13 @@ def test_a_model_in_pickle_is_refused_without_being_read(
     (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     words = tiny_run_model.words(model__path=model, run_dir=tmp_path / "run")
     done: Done = command("train", *words, "--json", code=64)
-    assert "pytorch_model.bin, but pickled weights are never opened" in done.json["error"]
-    assert "save_pretrained" in done.hint and is_one_screen(done.err) and not (tmp_path / "run").exists()
+    assert "pytorch_model.bin, but pickled weights are not opened" in done.json["error"]
+    assert (
+        "isotrain convert" in done.hint
+        and "--allow-pickle" in done.hint
+        and is_one_screen(done.err)
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_good_one_before_it(

@@ -116,3 +116,12 @@ def _logits(engine: Any, groups: Any) -> Any:
     dist.barrier(group=groups.by_name["world"])
     groups.close()
     return None if value is None else value.cpu().numpy()
+
+
+def hf_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All logical tensors of a Hugging Face folder."""
+    from orchestrator.checkpoint.hf_reader import HfReader
+    from parallel.shards import Box
+
+    reader = HfReader(folder)
+    return {name: reader.read(name, "weight", Box.whole(reader.shape(name))) for name in reader.names}

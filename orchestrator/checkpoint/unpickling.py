@@ -1,0 +1,70 @@
+"""The two ways in which a pickle is opened here; neither runs what is in it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from orchestrator.checkpoint.tensor_file import DTYPE_CODES
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+RECORDS = {
+    *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((f"{_CHECKPOINT}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
+    (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    (f"{_CHECKPOINT}.filesystem", "_StoragePrefix"),
+    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType")),
+    *((f"{_CHECKPOINT}.planner", f"{kind}WriteData") for kind in ("Tensor", "BytesIO")),
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+    *(("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")),
+    *(("pathlib", name) for name in ("PosixPath", "WindowsPath")),
+    *(("pathlib._local", name) for name in ("PosixPath", "WindowsPath")),
+}
+PLAIN = {("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("collections", "OrderedDict"): dict}
+# What bytes that are no such pickle make an unpickler or torch's loader raise.
+BROKEN = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError)
+
+
+def load_tensors(file: Path | IO[bytes]) -> Any:
+    """What ``torch.save`` wrote, by torch's weights-only unpickler; a path is mapped, not read. Raises BROKEN."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path))
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, for torch explains itself at length."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class _Record:
+    """Stands in for an object of a class that is never made: keeps what the pickle gives it, and does nothing."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.state: Any = arguments
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class ListUnpickler(pickle.Unpickler):
+    """Opens the list of tensors of a torch_dist folder: knows the names in RECORDS and PLAIN, and torch's dtypes.
+
+    None of the classes of RECORDS is made, or even touched: a pickle could set attributes of a class that it reaches.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._made: dict[tuple[str, str], type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in RECORDS:
+            return self._made.setdefault((module, name), type(name, (_Record,), {}))
+        if (module, name) in PLAIN:
+            return PLAIN[module, name]
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return DTYPE_CODES.get(dtype, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no list of tensors needs")
