@@ -25,6 +25,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "metrics.sinks": ("jsonl", "tensorboard", "wandb"),
 }
 
+PROLOGUES = ("module", "venv", "conda", "apptainer", "pyxis")
+
+
+def _is_prologue(words: list[str]) -> bool:
+    """A kind and the one thing that it takes; of modules, one or more."""
+    return words[0] in PROLOGUES and (len(words) == 2 or (words[0] == "module" and len(words) > 2))
+
+
 # key: (what is asked, whether a value is so, a value that is)
 RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     **{
@@ -41,9 +49,22 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         for key in (
             *("seed", "optimizer.lr", "optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_norm"),
             *("optimizer.warmup_steps", "checkpoint.every_steps", "checkpoint.keep", "experts.balancing_loss"),
+            *("cluster.slurm.signal_s", "cluster.slurm.restarts"),
         )
     },
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),
+    "cluster.slurm.silent_s": ("above 0", lambda value: value > 0, "120"),
+    "cluster.slurm.stalled_s": ("above 0", lambda value: value > 0, "1800"),
+    "cluster.slurm.time": (
+        "a time of Slurm's: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, in quotes",
+        lambda value: re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", value) is not None,
+        "'08:00:00'",
+    ),
+    "cluster.slurm.prologue": (
+        "empty, or one of module, venv, conda, apptainer and pyxis with what it takes",
+        lambda value: not value or _is_prologue(value),
+        "[venv,/path/to/.venv]",
+    ),
     "tuner.loraplus_lr_ratio": ("above 0", lambda value: value > 0, "16"),
     "tuner.alpha": ("above 0", lambda value: value > 0, "32"),
     "tuner.dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1, "0"),
