@@ -151,7 +151,8 @@ def job_states(job_id: str) -> list[JobState]:
         if UNKNOWN_JOB.search(str(error)):
             return _accounted(job_id) or [JobState(job_id, UNKNOWN, FORGOTTEN)]
         return [JobState(job_id, UNKNOWN, str(error).splitlines()[0])]
-    return [_state(_fields(line)) for line in shown.splitlines() if line.strip()]
+    states = [_state(_fields(line)) for line in shown.splitlines() if line.strip()]
+    return sorted(states, key=lambda state: (len(state.job_id), state.job_id))
 
 
 def _fields(line: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.command import Command, add_overrides
-from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.errors import ConfigError
 
 
 def _say(text: str) -> None:
@@ -75,7 +75,7 @@ def _wait(arguments: argparse.Namespace) -> int:
     from orchestrator.jobs.follow import chosen_runs, wait_for
 
     found = wait_for(chosen_runs(arguments.runs), _say)
-    code = next((one.code or int(ExitCode.PEER_LOST) for one in found if one.code != 0), 0)
+    code = next((status.exit_code for status in found if status.exit_code), 0)
     _show(found, arguments.json, code)
     return code
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.slurm.commands import FORGOTTEN, UNKNOWN, JobState, SlurmError, cancel, find_by_comment, job_states
 from orchestrator.config.building import read_job
-from orchestrator.errors import ConfigError, PeerLost
+from orchestrator.errors import ConfigError, ExitCode, PeerLost
 from orchestrator.jobs.record import (
     read_ended,
     read_submission,
@@ -47,6 +47,13 @@ class Status:
         """Whether nothing more will happen."""
         state = JobState(self.job_id, self.state, self.reason)
         return not state.is_active and not state.is_out_of_reach
+
+    @property
+    def exit_code(self) -> int:
+        """What the job's end means, as an exit code: 0 only when it is completed."""
+        if self.state == "COMPLETED":
+            return 0
+        return self.code or int(ExitCode.GAVE_UP if self.state == "CANCELLED" else ExitCode.PEER_LOST)
 
 
 def chosen_runs(words: Sequence[str]) -> list[Path]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -35,13 +34,6 @@ class SlurmShell(Shell):
     def wait_for_state(self, job: str, *states: str, timeout_s: float = 120) -> None:
         """Wait until a job is in one of these states."""
         wait_for(lambda: self.field(job, "JobState") in states, timeout_s)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.slurm)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-folder, rank = Path(sys.argv[1]), os.environ["SLURM_PROCID"]
-mine = {name: value for name, value in os.environ.items() if name.startswith("STRANGE")}
-value = {"argv": sys.argv[2:], "environment": mine, "host": os.uname().nodename}
-(folder / f"rank-{rank}.json").write_text(json.dumps(value))
+
+def main(folder: Path, words: list[str]) -> None:
+    mine = {name: value for name, value in os.environ.items() if name.startswith("STRANGE")}
+    value = {"argv": words, "environment": mine, "host": os.uname().nodename}
+    (folder / f"rank-{os.environ['SLURM_PROCID']}.json").write_text(json.dumps(value))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

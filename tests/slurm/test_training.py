@@ -16,6 +16,7 @@ from tests.end_to_end.shell import Folder, close, wait_for
 from tests.slurm.conftest import SlurmShell
 from tests.slurm.rig import Cluster
 
+pytestmark = pytest.mark.slurm
 STEPS, EVERY = 60, 6
 TWO_NODES = {"cluster": "slurm_cpu", "cluster__nodes": 2, "topology__pp": 2, "steps": STEPS}
 TWO_NODES |= {"checkpoint__every_steps": EVERY, "checkpoint__keep": 0, "optimizer__schedule": "constant"}
@@ -138,7 +139,7 @@ def test_a_preempted_job_makes_room_and_comes_back(
     slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
 ) -> None:
     run = Folder(slurm.folder / "preempted")
-    typed = words(tiny_run_model, run, cluster__slurm__exclusive="true", cluster__slurm__exclude="node[3-4]")
+    typed = words(tiny_run_model, run, cluster__slurm__exclusive="true", cluster__slurm__exclude="'node[3-4]'")
     job = slurm.submit(*typed)
     wait_for(lambda: logged(run) > 5)
     urgent = ["sbatch", "--parsable", "-phigh", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
@@ -188,13 +189,19 @@ def test_a_run_that_makes_no_progress_is_given_up(slurm: SlurmShell, cluster: Cl
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
 
 
-def test_tasks_of_an_array_go_on_with_the_same_run(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
-    run = Folder(slurm.folder / "array")
+def test_tasks_of_an_array_go_on_with_the_same_run_and_leave_no_secret(
+    slurm: SlurmShell, tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    run, keys = Folder(slurm.folder / "array"), tmp_path / "keys"
+    keys.write_text("WANDB_API_KEY=hunter2hunter2\n")
+    keys.chmod(0o600)
     typed = tiny_run_model.words(cluster="slurm_cpu", cluster__nodes=1, run_dir=run.path, steps=2)
-    job = slurm.submit(*typed, "cluster.slurm.array='0-1%1'")
+    job = slurm.submit(*typed, "cluster.slurm.array='0-1%1'", f"cluster.slurm.secrets={keys}")
     done = slurm.isotrain("wait", str(run.path), "--json").json
     assert [(one["job_id"], one["code"]) for one in done["jobs"]] == [(f"{job}_0", 0), (f"{job}_1", 0)]
     assert len(run.losses) == 2 and "is finished: 2 of 2 steps" in log(run)
+    everything = b"".join(found.read_bytes() for found in run.path.rglob("*") if found.is_file())
+    assert b"hunter2" not in everything and "hunter2" not in slurm.cluster.ask("scontrol", "show", "job", job)
 
 
 def test_a_job_whose_dependency_failed_does_not_wait_for_ever(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
@@ -216,13 +223,11 @@ def test_a_refusal_of_the_real_sbatch_is_said_with_the_nearest_name(
     assert "invalid partition specified: batsch" in done.err and done.hint.startswith("cluster.slurm.partition=batch")
 
 
-def test_no_secret_is_left_anywhere(slurm: SlurmShell, tiny_run_model: TinyRun, tmp_path: Path) -> None:
-    run, file = Folder(slurm.folder / "secret"), tmp_path / "keys"
-    file.write_text("WANDB_API_KEY=hunter2hunter2\n")
-    file.chmod(0o600)
-    typed = tiny_run_model.words(cluster="slurm_cpu", cluster__nodes=1, run_dir=run.path, steps=1)
-    job = slurm.submit(*typed, f"cluster.slurm.secrets={file}")
-    slurm.isotrain("wait", str(run.path))
-    everything = b"".join(found.read_bytes() for found in run.path.rglob("*") if found.is_file())
-    assert b"hunter2" not in everything
-    assert "hunter2" not in slurm.cluster.ask("scontrol", "show", "job", job)
+def test_scancel_leaves_time_for_one_save_and_nothing_requeues(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
+    run = Folder(slurm.folder / "scancelled")
+    job = slurm.submit(*words(tiny_run_model, run, steps=100_000, checkpoint__every_steps=0))
+    wait_for(lambda: logged(run) > 2)
+    slurm.cluster.ask("scancel", job)
+    done = slurm.isotrain("wait", str(run.path), "--json", code=85).json
+    assert [(one["state"], one["code"], one["saved"]) for one in done["jobs"]] == [("CANCELLED", 85, logged(run))]
+    assert slurm.field(job, "Restarts") == "0"

@@ -17,6 +17,7 @@ from orchestrator.jobs.submit import header, render_script, static_script
 from tests.end_to_end.shell import ROOT, wait_for
 from tests.slurm.conftest import SlurmShell
 
+pytestmark = pytest.mark.slurm
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 # What `isotrain allocation` is here: the same srun command, for a rank that only says what it got.
 STAND_IN = """#!{python}
