@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +53,11 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def slurm(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> SlurmShell:
     """A shell whose ``isotrain`` is this checkout's."""
-    folder = tmp_path_factory.mktemp("login")
+    return login(cluster, tmp_path_factory.mktemp("login"))
+
+
+def login(cluster: Cluster, folder: Path) -> SlurmShell:
+    """A login node's shell in an empty folder."""
     command = folder / "bin" / "isotrain"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m orchestrator "$@"\n')
