@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.command import CODES, Command, add_overrides
+from orchestrator.command import CODES, WIDTH_ELSEWHERE, Command, add_overrides
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.cli import ALLOCATION
 from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
-
-WIDTH_ELSEWHERE = 120  # columns of tables that go into a file or a pipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

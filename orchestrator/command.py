@@ -13,6 +13,8 @@ CODES = """exit codes: 0 done, 1 a check came out red, 64 your configuration, 65
 70 our fault, 71 out of memory or disk, 85 interrupted and saved: run it again, 86 lost a peer: run it again,
 93 gave up: do not run it again, 130 second Ctrl-C"""
 
+WIDTH_ELSEWHERE = 120  # columns of tables that go into a file or a pipe
+
 
 class _Parser(argparse.ArgumentParser):
     """Usage errors are configuration errors: 64, with an example as the hint."""

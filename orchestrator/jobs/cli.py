@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.command import Command, add_overrides
+from orchestrator.command import WIDTH_ELSEWHERE, Command, add_overrides
 from orchestrator.errors import ConfigError
 
 
@@ -68,7 +68,7 @@ def _show(found: Sequence[Any], as_json: bool, code: int = 0) -> None:
     for one in found:
         cells = (one.job_id, one.state, "" if one.code is None else str(one.code), f"{one.step}/{one.steps}")
         table.add_row(*map(Text, (*cells, str(one.saved), one.nodes, str(one.run_dir), one.reason)))
-    Console(soft_wrap=True).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE).print(table)
 
 
 def _wait(arguments: argparse.Namespace) -> int:

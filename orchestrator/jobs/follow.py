@@ -108,7 +108,7 @@ def statuses(run_dir: Path) -> list[Status]:
             state = dataclasses.replace(
                 state, state="COMPLETED" if mine.code == 0 else "FAILED", reason="", code=mine.code
             )
-        words = mine.message if mine and not state.is_active else state.reason
+        words = mine.message if mine and mine.code and not state.is_active else state.reason
         progress = (last_logged_step(run_dir / "metrics.jsonl") or 0, latest_step(run_dir) or 0, job.steps)
         found.append(
             Status(

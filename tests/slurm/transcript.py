@@ -9,8 +9,10 @@ import argparse
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from launch.environment import isotrain_cache
 from orchestrator.pages import between_marks
 from orchestrator.smollm2 import make_model
 from tests.slurm.conftest import SlurmShell, login
@@ -28,8 +30,8 @@ def typed(shell: SlurmShell, command: str) -> str:
     done = subprocess.run(
         ["bash", "-c", command], cwd=shell.folder, env=shell.environment, capture_output=True, text=True, check=True
     )
-    shown = (done.stderr + done.stdout).replace(f"{shell.folder}/", "").rstrip()
-    return f"$ {command}\n{shown}"
+    shown = (done.stderr + done.stdout).replace(f"{shell.folder}/", "")
+    return "\n".join(line.rstrip() for line in [f"$ {command}", *shown.splitlines()])
 
 
 def record(cluster: Cluster, shell: SlurmShell) -> str:
@@ -55,7 +57,8 @@ def main() -> None:
     try:
         cluster.up()
         with tempfile.TemporaryDirectory() as folder:
-            text = record(cluster, login(cluster, Path(folder)))
+            shell = replace(login(cluster, Path(folder)), cache=isotrain_cache())  # the model is there
+            text = record(cluster, shell)
     finally:
         cluster.down()
     if page is None:
