@@ -41,9 +41,10 @@ class Patience:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """``program``: the argv of one rank. ``environment``: what ranks get beside our own."""
+    """``hosts``: the nodes to use, in Slurm's order. ``program``: one rank's argv. ``environment``: added to ours."""
 
     allocation: Allocation
+    hosts: tuple[str, ...]
     ranks_per_node: int
     program: tuple[str, ...]
     environment: Mapping[str, str]
@@ -53,7 +54,7 @@ class StepRequest:
     @property
     def world_size(self) -> int:
         """How many ranks are started."""
-        return self.allocation.nodes * self.ranks_per_node
+        return len(self.hosts) * self.ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Signals:
 
 
 def srun_command(request: StepRequest) -> tuple[str, ...]:
-    """The srun command: every node of the allocation, ranks in the order of nodes, cores dealt out among them.
+    """The srun command: ranks in the order of nodes, a node's cores dealt out among its ranks.
 
     Ranks that end do not end the others: that is decided here, after their last words.
     """
@@ -90,7 +91,8 @@ def srun_command(request: StepRequest) -> tuple[str, ...]:
     cores = max(1, given.cpus_per_node // per_node)
     crowded = ("--overcommit",) if per_node > given.cpus_per_node else ()
     return (
-        *("srun", f"--nodes={given.nodes}", f"--ntasks={request.world_size}", f"--ntasks-per-node={per_node}"),
+        *("srun", f"--nodes={len(request.hosts)}", f"--nodelist={','.join(request.hosts)}"),
+        *(f"--ntasks={request.world_size}", f"--ntasks-per-node={per_node}"),
         *(f"--cpus-per-task={cores}", *crowded, "--distribution=block", "--export=ALL", "--input=none", "--mpi=none"),
         *("--kill-on-bad-exit=0", "--wait=0", "--job-name=ranks", *request.program),
     )

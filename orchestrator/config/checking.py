@@ -28,6 +28,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 PROLOGUES = ("module", "venv", "conda", "apptainer", "pyxis")
 
 
+def _is_range(text: str) -> bool:
+    """``FEWEST-MOST``, whole numbers from 1."""
+    fewest, _, most = text.partition("-")
+    return fewest.isdigit() and most.isdigit() and 1 <= int(fewest) <= int(most)
+
+
 def _is_prologue(words: list[str]) -> bool:
     """A kind and the one thing that it takes; of modules, one or more."""
     return words[0] in PROLOGUES and (len(words) == 2 or (words[0] == "module" and len(words) > 2))
@@ -55,6 +61,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),
     "cluster.slurm.silent_s": ("above 0", lambda value: value > 0, "120"),
     "cluster.slurm.stalled_s": ("above 0", lambda value: value > 0, "1800"),
+    "cluster.slurm.nodes": ("a range such as 2-8", lambda value: _is_range(value), "2-8"),
     "cluster.slurm.time": (
         "a time of Slurm's: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, in quotes",
         lambda value: re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", value) is not None,

@@ -23,6 +23,7 @@ class ModelConfig:
 class SlurmConfig:
     """What ``isotrain submit`` asks of Slurm beside nodes and GPUs; null: the option is left out. docs/launch.md.
 
+    ``nodes``: a range such as 2-8 instead of ``cluster.nodes``; the run is planned anew for the nodes of each start.
     ``prologue``: what makes ``isotrain`` known on a node: [] (the submitter's PATH), [module, NAME, ...],
     [venv, FOLDER], [conda, NAME], or the ranks' container: [apptainer, IMAGE], [pyxis, IMAGE]. ``secrets``: a file of
     NAME=VALUE lines for the ranks' environment, mode 0600. ``requeue``: go on in a new allocation after preemption,
@@ -31,6 +32,7 @@ class SlurmConfig:
     no sign of life, and all of them do no step, before they are started again.
     """
 
+    nodes: str | None = None
     account: str | None = None
     partition: str | None = None
     qos: str | None = None

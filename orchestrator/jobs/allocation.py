@@ -21,12 +21,13 @@ from launch.exits import INTERRUPTED, PEER_LOST, RankExit
 from launch.slurm.allocation import Allocation, read_allocation
 from launch.slurm.commands import SlurmError, host_names, node_address, requeue, was_preempted
 from launch.slurm.step import Patience, Signals, StepRequest, StepResult, run_step
-from orchestrator.commands import Say, check_files, ended, make_folder, plan_job, run_folder
+from orchestrator.commands import Say, check_files, ended, make_folder, run_folder
 from orchestrator.config.building import read_job
 from orchestrator.config.job import ClusterConfig, JobConfig, SlurmConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.config.secrets import read_secrets
 from orchestrator.errors import ExitCode
+from orchestrator.jobs.nodes import plan_on
 from orchestrator.jobs.record import (
     Ended,
     Submission,
@@ -71,11 +72,11 @@ def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> 
     say(f"job {allocation.job_id} on {allocation.node_list}: {decision.message}")
     if decision.kind == "finished":
         return int(ExitCode.DONE)
-    job = dataclasses.replace(
-        job, cluster=dataclasses.replace(job.cluster, nodes=allocation.nodes), run_dir=str(run_dir)
-    )
     check_files(job, decision.kind)
-    planned = plan_job(job)
+    planned = plan_on(dataclasses.replace(job, run_dir=str(run_dir)), allocation.nodes)
+    job = planned.job
+    if job.cluster.nodes < allocation.nodes:
+        say(f"{job.cluster.nodes} of {allocation.nodes} nodes are used: the batch cannot be cut for more of them")
     make_folder(run_dir)
     with locked(run_dir):
         write_run(run_dir, job, planned.plan.to_json())
@@ -180,6 +181,7 @@ def is_worth_another_try(cause: RankExit | None) -> bool:
 
 def _request(run_dir: Path, job: JobConfig, allocation: Allocation, attempt: int) -> StepRequest:
     slurm, per_node = job.cluster.slurm, job.cluster.gpus_per_node
+    hosts = tuple(host_names(allocation.node_list)[: job.cluster.nodes])
     meeting = slurm_folder(run_dir) / f"meeting-{allocation.job_id}-{allocation.restarts}-{attempt}.json"
     for earlier in slurm_folder(run_dir).glob("meeting-*.json"):
         earlier.unlink(missing_ok=True)
@@ -187,12 +189,13 @@ def _request(run_dir: Path, job: JobConfig, allocation: Allocation, attempt: int
     environment = rank_variables(per_node, min(usable_cores(), allocation.cpus_per_node)) | {
         TERMINAL_VARIABLE: "2",
         MEETING_VARIABLE: str(meeting),
-        MEETING_HOST_VARIABLE: node_address(host_names(allocation.node_list)[0]),
+        MEETING_HOST_VARIABLE: node_address(hosts[0]),
     }
     if slurm.secrets:
         environment |= read_secrets(Path(slurm.secrets))
     return StepRequest(
         allocation=allocation,
+        hosts=hosts,
         ranks_per_node=per_node,
         program=rank_program(run_dir, slurm, job.cluster.device),
         environment=environment,

@@ -171,7 +171,9 @@ def log_files(run_dir: Path, rank: str | None) -> list[Path]:
     return files
 
 
-def log_lines(run_dir: Path, rank: str | None, is_over: Callable[[], bool] | None) -> Iterator[str]:
+def log_lines(
+    run_dir: Path, rank: str | None, is_over: Callable[[], bool] | None, ask_every_s: float = ASK_EVERY_S
+) -> Iterator[str]:
     """Lines of the logs; those of all ranks are merged and say whose they are.
 
     Args:
@@ -190,7 +192,7 @@ def log_lines(run_dir: Path, rank: str | None, is_over: Callable[[], bool] | Non
         if over:
             return
         time.sleep(0.3)
-        if is_over is not None and time.monotonic() - asked > ASK_EVERY_S:
+        if is_over is not None and time.monotonic() - asked > ask_every_s:
             over, asked = is_over(), time.monotonic()
 
 

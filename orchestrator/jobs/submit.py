@@ -15,11 +15,12 @@ from pathlib import Path
 from launch.environment import child_environment, path_with
 from launch.slurm.commands import SlurmError, find_by_comment, job_states, partitions, submit_once
 from launch.slurm.script import Header, render_script, words_file
-from orchestrator.commands import Planned, Say, check_files, make_folder, plan_job, run_folder
+from orchestrator.commands import Planned, Say, check_files, make_folder, run_folder
 from orchestrator.config.job import ClusterConfig, JobConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.config.secrets import read_secrets
 from orchestrator.errors import ConfigError, PeerLost
+from orchestrator.jobs.nodes import node_range, plan_on
 from orchestrator.jobs.record import Submission, read_submission, slurm_folder, write_submission
 from orchestrator.runs import Decision, decide_train, locked, write_run, write_whole
 
@@ -59,7 +60,9 @@ def prepare(overrides: Sequence[str]) -> Prepared:
     """
     job = compose_job(overrides)
     run_dir = run_folder(job)
-    planned = plan_job(job)
+    fewest, most = node_range(job.cluster)
+    plan_on(job, fewest)
+    planned = plan_on(job, most)
     if "\\" in str(run_dir):
         raise ConfigError(
             f"run_dir={run_dir}: Slurm loses the log of a job in a folder with a backslash", "run_dir=ANOTHER"
@@ -90,7 +93,7 @@ def header(cluster: ClusterConfig, run_dir: Path) -> Header:
     gpus = slurm.gres or (f"gpu:{cluster.gpus_per_node}" if cluster.device == "cuda" else None)
     options: dict[str, str | None] = {
         "job-name": f"isotrain-{name}"[:60],
-        "nodes": str(cluster.nodes),
+        "nodes": slurm.nodes or str(cluster.nodes),
         "gres": gpus,
         "exclusive": "" if slurm.exclusive else None,
         "mem": "0" if slurm.exclusive else None,

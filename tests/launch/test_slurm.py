@@ -54,8 +54,10 @@ def test_an_allocation_is_read_from_its_variables() -> None:
 )
 def test_srun_gets_one_task_per_rank_and_deals_out_the_cores(cpus: int, cores: str, crowded: bool) -> None:
     given = Allocation("9", nodes=2, node_list="n[1-2]", cpus_per_node=cpus)
-    argv = srun_command(StepRequest(given, 4, ("python", "rank.py"), {}, Path("run")))
-    assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", cores, "--kill-on-bad-exit=0"} <= set(argv)
+    argv = srun_command(StepRequest(given, ("n1", "n2"), 4, ("python", "rank.py"), {}, Path("run")))
+    assert {"--nodes=2", "--nodelist=n1,n2", "--ntasks=8", "--ntasks-per-node=4", cores, "--kill-on-bad-exit=0"} <= set(
+        argv
+    )
     assert ("--overcommit" in argv) == crowded and argv[-2:] == ("python", "rank.py")
 
 

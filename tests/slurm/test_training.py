@@ -167,6 +167,23 @@ def test_a_lost_node_is_replaced(
     assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
 
 
+def test_a_range_of_nodes_goes_on_with_those_that_are_left(
+    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+) -> None:
+    run = Folder(slurm.folder / "elastic")
+    job = slurm.submit(*words(tiny_run_model, run, cluster__nodes=4, cluster__slurm__nodes="'2-4'"))
+    wait_for(lambda: logged(run) > 8)
+    assert len(run.exits) == 0 and slurm.field(job, "NumNodes") == "4"
+    cluster.power_cut("node4")
+    try:
+        cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=power")
+        slurm.isotrain("wait", str(run.path))
+    finally:
+        cluster.power_on("node4")
+    assert slurm.field(job, "NumNodes") == "3" and "2 of 3 nodes are used" in log(run)  # two stages, a batch of 4
+    assert close(run.losses, undisturbed.losses)
+
+
 def test_a_cancelled_job_saves_and_is_not_requeued(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
     run = Folder(slurm.folder / "cancelled")
     job = slurm.submit(*words(tiny_run_model, run, steps=100_000, checkpoint__every_steps=0))

@@ -25,10 +25,12 @@ import os, sys
 from pathlib import Path
 from launch.environment import slurm_variables
 from launch.slurm.allocation import read_allocation
+from launch.slurm.commands import host_names
 from launch.slurm.step import StepRequest, srun_command
 assert sys.argv[1:3] == ["allocation", "--run-dir"] and sys.argv[4] == "--"
 program = ("{python}", "-S", "{dump}", os.environ["DUMP_INTO"], sys.argv[3], *sys.argv[5:])
-argv = srun_command(StepRequest(read_allocation(slurm_variables()), 2, program, {{}}, Path(".")))
+given = read_allocation(slurm_variables())
+argv = srun_command(StepRequest(given, tuple(host_names(given.node_list)), 2, program, {{}}, Path(".")))
 os.execvp(argv[0], argv)
 """
 STRANGE = [
