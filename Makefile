@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(shell (pwd; cat constraints.txt pyproject.toml
 DEMO_DIR ?= runs/demo
 ARGS ?=
 
-.PHONY: help setup model demo test grid lint format certify bench-train clean
+.PHONY: help setup model demo test test-slurm grid lint format certify bench-train clean
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s '@'
 
@@ -34,9 +34,17 @@ model: setup  ## put SmolLM2-135M-Instruct into the cache, once (25 s)
 demo: setup  ## plan, train, resume elsewhere, export, compare; checks its own result (under 10 minutes)
 	@$(BIN)/python -m orchestrator.demo $(DEMO_DIR)
 
-test: setup  ## all tests but the finer grid, with coverage; ARGS="-k name" for some
+test: setup  ## all tests but the finer grid and Slurm's, with coverage; ARGS="-k name" for some
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest -m "not grid" --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+	@$(BIN)/python -m pytest -m "not grid and not slurm" --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+
+# Debian's own packages, where this user may install; elsewhere the tests say what is missing, and are skipped.
+SLURM := slurm-wlm munge shellcheck
+test-slurm: setup  ## jobs that train, are killed and go on, on a real Slurm of 4 nodes on this machine (4 minutes)
+	@PATH=$$PATH:/usr/sbin; if ! { command -v slurmctld && command -v munged && command -v shellcheck; } >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
+	  $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends $(SLURM) || true; fi
+	@$(BIN)/python -m pytest tests/slurm -m slurm $(ARGS)
 
 grid: setup  ## the finer grid of topologies: more cells of what make test holds
 	@$(BIN)/python -m pytest -m grid $(ARGS)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TERMINAL_VARIABLE = "ISOTRAIN_TERMINAL"
+MEETING_VARIABLE = "ISOTRAIN_MEETING"
+MEETING_HOST_VARIABLE = "ISOTRAIN_MEETING_HOST"
 
 
 class LaunchError(ValueError):
@@ -31,6 +33,8 @@ class RankEnvironment:
 def rank_environment(variables: Mapping[str, str] | None = None) -> RankEnvironment | None:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun sets them; None outside of a launch.
 
+    Slurm sets its own for every task, also for a shell, so they count only where isotrain has started the tasks.
+
     Raises:
         LaunchError: a variable is no whole number, or the rank is not below the world size.
     Example:
@@ -40,6 +44,8 @@ def rank_environment(variables: Mapping[str, str] | None = None) -> RankEnvironm
         True
     """
     known = os.environ if variables is None else variables
+    if MEETING_VARIABLE in known and "SLURM_PROCID" in known:
+        return _task_of_slurm(known)
     if "RANK" not in known or "WORLD_SIZE" not in known:
         return None
     rank, world_size = _whole(known, "RANK"), _whole(known, "WORLD_SIZE")
@@ -50,6 +56,39 @@ def rank_environment(variables: Mapping[str, str] | None = None) -> RankEnvironm
     local_rank = _whole(known, "LOCAL_RANK") if "LOCAL_RANK" in known else rank
     local_world_size = _whole(known, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in known else world_size
     return RankEnvironment(rank, world_size, local_rank, local_world_size)
+
+
+def _task_of_slurm(known: Mapping[str, str]) -> RankEnvironment:
+    """Who a task of an srun step is. Slurm counts the tasks of nodes in its short form: ``4(x2),3``."""
+    counts: list[int] = []
+    for part in known["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return RankEnvironment(
+        rank=_whole(known, "SLURM_PROCID"),
+        world_size=_whole(known, "SLURM_NTASKS"),
+        local_rank=_whole(known, "SLURM_LOCALID"),
+        local_world_size=counts[_whole(known, "SLURM_NODEID")],
+    )
+
+
+def meeting_place(variables: Mapping[str, str] | None = None) -> tuple[Path, str] | None:
+    """Where ranks that isotrain has started on Slurm meet: the file that says it, and the first rank's host.
+
+    Example:
+        >>> meeting_place({"ISOTRAIN_MEETING": "/run/slurm/meeting.json", "ISOTRAIN_MEETING_HOST": "10.0.0.7"})
+        (PosixPath('/run/slurm/meeting.json'), '10.0.0.7')
+        >>> meeting_place({}) is None
+        True
+    """
+    known = os.environ if variables is None else variables
+    file = known.get(MEETING_VARIABLE)
+    return (Path(file), known[MEETING_HOST_VARIABLE]) if file else None
+
+
+def slurm_variables() -> dict[str, str]:
+    """What Slurm has told this process."""
+    return {name: value for name, value in os.environ.items() if name.startswith("SLURM")}
 
 
 def become_rank(rank: int, world_size: int) -> None:
@@ -165,6 +204,17 @@ def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child: ours without what an outer torchrun set, and the additions."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     return inherited | dict(additions)
+
+
+def path_with(folder: Path, variables: Mapping[str, str] | None = None) -> str:
+    """PATH with a folder of commands before all others.
+
+    Example:
+        >>> path_with(Path("/venv/bin"), {"PATH": "/bin"})
+        '/venv/bin:/bin'
+    """
+    known = os.environ if variables is None else variables
+    return os.pathsep.join([str(folder), *(part for part in [known.get("PATH", "")] if part)])
 
 
 def wandb_is_offline(variables: Mapping[str, str] | None = None) -> bool:

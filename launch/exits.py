@@ -95,6 +95,27 @@ def first_cause(exits: Mapping[int, RankExit], silent: Mapping[int, RankExit] | 
     return next(iter([*own, *unheard, *interrupted, *lost]), None)
 
 
+def explain_end(
+    run_dir: Path, world_size: int, codes: Mapping[int, int], *, stopped: bool, out_of_memory: bool
+) -> RankExit | None:
+    """Why a launch ended, from what its ranks have said and from what the one that started them saw.
+
+    Args:
+        run_dir: the run folder.
+        world_size: how many ranks there were.
+        codes: what processes ended with, minus the signal's number when a signal ended one; the first of them only.
+        stopped: the ranks were asked to stop.
+        out_of_memory: the kernel counted an out-of-memory kill while the ranks ran.
+    """
+    exits = read_exits(run_dir)
+    unheard = set(range(world_size)) - set(exits)
+    if stopped and not exits:
+        return RankExit(0, INTERRUPTED, "Interrupted", "stopped before the first step", "", None, time.time())
+    # Those that were seen to fail come before those that were then ended.
+    silent = {rank: silent_exit(rank, codes.get(rank), out_of_memory) for rank in unheard & set(codes) or unheard}
+    return first_cause(exits, silent)
+
+
 def silent_exit(rank: int, return_code: int | None, out_of_memory: bool) -> RankExit:
     """The exit of a rank that wrote none, as far as its process tells.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.environment import TERMINAL_VARIABLE, child_environment
-from launch.exits import INTERNAL, INTERRUPTED, RankExit, clear_exits, first_cause, read_exits, silent_exit
+from launch.exits import INTERNAL, RankExit, clear_exits, explain_end, read_exits
 from launch.parent import dying_with_parent
 from launch.request import Rendered
 from launch.states import clear_states, rank_pids, signal_ranks
@@ -163,19 +163,13 @@ def _result(
     run_dir: Path, world_size: int, return_code: int, log: Path, stopped_and_out_of_memory: tuple[bool, bool]
 ) -> LaunchResult:
     stopped, out_of_memory = stopped_and_out_of_memory
-    exits = read_exits(run_dir)
     codes = {0: return_code} if world_size == 1 else _codes_in(log)
-    unheard = set(range(world_size)) - set(exits)
-    # Those that torchrun saw fail come before those that it then ended.
-    silent = {rank: silent_exit(rank, codes.get(rank), out_of_memory) for rank in unheard & set(codes) or unheard}
-    if stopped and not exits:
-        cause = RankExit(0, INTERRUPTED, "Interrupted", "stopped before the first step", "", None, time.time())
-        return LaunchResult(cause.code, cause)
-    if return_code > 0 and not exits and not codes:
+    heard = stopped or codes or read_exits(run_dir)
+    if return_code > 0 and not heard:
         hint = f"see {log}"
         cause = RankExit(0, INTERNAL, "Launcher", f"torchrun ended with code {return_code}", hint, None, time.time())
         return LaunchResult(cause.code, cause)
-    first = first_cause(exits, silent)
+    first = explain_end(run_dir, world_size, codes, stopped=stopped, out_of_memory=out_of_memory)
     return LaunchResult(first.code if first else 0, first)
 
 

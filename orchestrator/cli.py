@@ -5,56 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from orchestrator.cli_checkpoints import add_checkpoints, add_verify, run_checkpoints, run_explain, run_verify
 from orchestrator.cli_doors import add_convert, add_copy, add_export, run_convert, run_copy, run_export
+from orchestrator.command import CODES, WIDTH_ELSEWHERE, Command, add_overrides
 from orchestrator.errors import ConfigError, ExitCode
-
-CODES = """exit codes: 0 done, 1 a check came out red, 64 your configuration, 65 corrupt data or checkpoint,
-70 our fault, 71 out of memory or disk, 85 interrupted and saved: run it again, 86 lost a peer: run it again,
-93 gave up: do not run it again, 130 second Ctrl-C"""
-
-
-WIDTH_ELSEWHERE = 120  # columns of tables that go into a file or a pipe
-
-
-class _Parser(argparse.ArgumentParser):
-    """Usage errors are configuration errors: 64, with an example as the hint."""
-
-    example = ""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: -"):
-            message += " (a job's values are KEY=VALUE, without dashes)"
-        message = message.removesuffix(", KEY=VALUE")  # optional, but argparse names it beside a missing argument
-        raise ConfigError(f"{self.prog}: {message}", self.example)
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command: ``add`` adds its arguments, ``run`` does it, prints, and returns the exit code."""
-
-    summary: str
-    example: str
-    add: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-    def parser(self, name: str) -> argparse.ArgumentParser:
-        """The parser of this command."""
-        parser = _Parser(
-            prog=f"isotrain {name}",
-            description=self.summary,
-            epilog=f"example:\n  {self.example}\n\n{CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.example = self.example
-        self.add(parser)
-        parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-        return parser
+from orchestrator.jobs.cli import ALLOCATION
+from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +43,8 @@ def _dispatch(name: str, words: list[str]) -> int:
 
         print(f"isotrain {version('isotrain')}")
         return 0
+    if name == "allocation":
+        return ALLOCATION.run(ALLOCATION.parser(name).parse_args(words))
     if name not in COMMANDS:
         import difflib
 
@@ -143,17 +105,8 @@ def _is_not_first_rank() -> bool:
     return me is not None and me.rank > 0
 
 
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="in Hydra's grammar; GROUP=CHOICE for groups (docs: configuration.md)",
-    )
-
-
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    _add_overrides(parser)
+    add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the command, and start nothing")
 
 
@@ -228,7 +181,7 @@ def _report(finished: Any, as_json: bool) -> int:
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="DIR", help="the run folder")
-    _add_overrides(parser)
+    add_overrides(parser)
     parser.add_argument("--explain", action="store_true", help="say what would be restored and what has changed")
 
 
@@ -273,7 +226,7 @@ def _print_side_by_side(answers: Sequence[Any]) -> None:
 
 
 def _add_certify(parser: argparse.ArgumentParser) -> None:
-    _add_overrides(parser)
+    add_overrides(parser)
     parser.add_argument("--up-to", type=int, default=4, metavar="N", help="topologies of up to N processes (4)")
     parser.add_argument("--tuner", action="append", default=[], metavar="NAME", help="this row only; several times")
     parser.add_argument("--only", default="", metavar="TEXT", help="topologies with this in their name, such as tp2")
@@ -291,11 +244,11 @@ def _certify(arguments: argparse.Namespace) -> int:
     return certified(request, arguments.out, arguments.write, arguments.json, arguments.ship)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "plan": Command(
         "Show what would run and why: topology, batch split, memory. Starts nothing.",
         "isotrain plan model=smollm2_135m cluster=laptop",
-        _add_overrides,
+        add_overrides,
         _plan,
     ),
     "train": Command(
@@ -352,6 +305,7 @@ COMMANDS = {
         _add_generate,
         _generate,
     ),
+    **SLURM_COMMANDS,
 }
 
 

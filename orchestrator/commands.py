@@ -87,7 +87,7 @@ def plan_job(job: JobConfig) -> Planned:
 
 def cluster_spec(cluster: ClusterConfig) -> ClusterSpec:
     """The cluster as the planner knows it."""
-    return ClusterSpec(**dataclasses.asdict(cluster))
+    return ClusterSpec(cluster.name, cluster.nodes, cluster.gpus_per_node, cluster.device, cluster.memory_gib)
 
 
 def rendered_launch(planned: Planned, run_dir: Path) -> Rendered:

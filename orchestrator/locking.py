@@ -55,7 +55,7 @@ def locked(run_dir: Path, lease_s: float = LEASE_S, beat_s: float = BEAT_S) -> I
             raise _taken(run_dir, read_holder(run_dir)) from error
         holder = read_holder(run_dir)
         me = _me()
-        if holder is not None and holder.host != me.host and _beats(path, lease_s):
+        if holder is not None and not _is_gone(holder, me) and _beats(path, lease_s):
             raise _taken(run_dir, holder)
         _write(stream, json.dumps(asdict(me)))
         done = threading.Event()
@@ -102,6 +102,11 @@ def _me() -> Holder:
 def _taken(run_dir: Path, holder: Holder | None) -> ConfigError:
     who = f" ({holder})" if holder is not None else ""
     return ConfigError(f"another isotrain is training in {run_dir}{who}", "wait for it, or run_dir=ANOTHER")
+
+
+def _is_gone(holder: Holder, me: Holder) -> bool:
+    """Whether the holder cannot live: the kernel gave its lock to us, or its scheduler has started its job anew."""
+    return holder.host == me.host or (bool(scheduler_job()) and holder.job == me.job)
 
 
 def _beats(path: Path, lease_s: float) -> bool:

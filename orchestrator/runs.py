@@ -122,7 +122,7 @@ def is_ours(run_dir: Path) -> bool:
 
 def _is_ours_alone(folder: Path) -> bool:
     """Whether a folder without ``job.yaml`` is empty, or holds only what a launch that failed early leaves behind."""
-    left_behind = {"exits", "logs", "states", "checkpoints", "plan.json", ".lock"}
+    left_behind = {"exits", "logs", "states", "slurm", "checkpoints", "plan.json", ".lock"}
     names = {path.name for path in folder.iterdir() if not path.name.startswith((".plan.json.", ".job.yaml."))}
     return names <= left_behind and not list_steps(folder / "checkpoints")
 
@@ -204,10 +204,10 @@ def write_run(run_dir: Path, job: JobConfig, plan_json: str) -> None:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}", "run_dir=ANOTHER") from error
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Replace a file in one move, so that no reader sees half of it."""
+def write_whole(file: Path, text: str, mode: int = 0o666) -> None:
+    """Replace a file in one move, so that no reader sees half of it; ``mode`` is cut by the umask."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as stream:
+    with open(aside, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, mode)) as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.environment import LaunchError, terminal_descriptor
+from launch.beat import start_beating
+from launch.environment import LaunchError, meeting_place, terminal_descriptor
 from launch.exits import RUN_AGAIN, write_exit
 from launch.output import redirect
 from launch.states import enter, leave
@@ -22,6 +23,7 @@ from launch.stop import StopRequest
 from orchestrator.errors import ExitCode, IsotrainError
 from parallel.specs import SpecError
 
+BEAT_S = 2.0  # between two signs of life of a rank on Slurm
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|std::bad_alloc", re.IGNORECASE)
 LOST_PEER = re.compile(
     r"connection (closed|reset)|broken pipe|connection refused|connectFullMesh|timed out waiting|timed out after"
@@ -131,8 +133,10 @@ def guarded(run_dir: Path, rank: int, work: Callable[[], int]) -> int:
     """
     launched = terminal_descriptor()
     redirect(run_dir, rank, launched)
-    StopRequest.installed()
+    stop = StopRequest.installed()
     enter(run_dir, rank)
+    if meeting_place() is not None:
+        start_beating(run_dir, rank, BEAT_S, stop)
     try:
         code = int(work())
         name = ExitCode(code).name.lower() if code in list(ExitCode) else "unknown"

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from launch.environment import RankEnvironment, isotrain_cache, rank_environment, wanted_threads
+from launch.environment import RankEnvironment, isotrain_cache, meeting_place, rank_environment, wanted_threads
 from launch.exits import first_cause, read_exits
+from launch.meeting import meet
 from launch.stop import StopRequest
 from orchestrator.assemble import load_adapter, open_engine, room
 from orchestrator.checkpoint.exchange import Peers
@@ -122,6 +123,8 @@ def _me() -> RankEnvironment:
 
 def _open_store(me: RankEnvironment) -> dist.Store:
     """The key-value store of the launch; all started ranks call it."""
+    if place := meeting_place():
+        return meet(*place, me, PEER_TIMEOUT)
     store: dist.Store = next(dist.rendezvous("env://", me.rank, me.world_size, timeout=PEER_TIMEOUT))[0]
     return store
 

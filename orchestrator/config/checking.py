@@ -27,6 +27,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "metrics.sinks": ("jsonl", "tensorboard", "wandb"),
 }
 
+PROLOGUES = ("module", "venv", "conda", "apptainer", "pyxis")
+
+
+def _is_range(text: str) -> bool:
+    """``FEWEST-MOST``, whole numbers from 1."""
+    fewest, _, most = text.partition("-")
+    return fewest.isdigit() and most.isdigit() and 1 <= int(fewest) <= int(most)
+
+
+def _is_prologue(words: list[str]) -> bool:
+    """A kind and the one thing that it takes; of modules, one or more."""
+    return words[0] in PROLOGUES and (len(words) == 2 or (words[0] == "module" and len(words) > 2))
+
+
 # key: (what is asked, whether a value is so, a value that is)
 RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     **{
@@ -44,9 +58,23 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
             *("seed", "optimizer.lr", "optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_norm"),
             *("optimizer.warmup_steps", "checkpoint.every_steps", "experts.balancing_loss"),
             *(f"checkpoint.keep_{which}" for which in ("last", "every", "best")),
+            *("cluster.slurm.signal_s", "cluster.slurm.restarts"),
         )
     },
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),
+    "cluster.slurm.silent_s": ("above 0", lambda value: value > 0, "120"),
+    "cluster.slurm.stalled_s": ("above 0", lambda value: value > 0, "1800"),
+    "cluster.slurm.nodes": ("a range such as 2-8", lambda value: _is_range(value), "2-8"),
+    "cluster.slurm.time": (
+        "a time of Slurm's: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, in quotes",
+        lambda value: re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", value) is not None,
+        "'08:00:00'",
+    ),
+    "cluster.slurm.prologue": (
+        "empty, or one of module, venv, conda, apptainer and pyxis with what it takes",
+        lambda value: not value or _is_prologue(value),
+        "[venv,/path/to/.venv]",
+    ),
     "tuner.loraplus_lr_ratio": ("above 0", lambda value: value > 0, "16"),
     "tuner.alpha": ("above 0", lambda value: value > 0, "32"),
     "tuner.dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1, "0"),

@@ -20,6 +20,43 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    """What ``isotrain submit`` asks of Slurm beside nodes and GPUs; null: the option is left out. docs/launch.md.
+
+    ``nodes``: a range such as 2-8 instead of ``cluster.nodes``; the run is planned anew for the nodes of each start.
+    ``prologue``: what makes ``isotrain`` known on a node: [] (the submitter's PATH), [module, NAME, ...],
+    [venv, FOLDER], [conda, NAME], or the ranks' container: [apptainer, IMAGE], [pyxis, IMAGE]. ``secrets``: a file of
+    NAME=VALUE lines for the ranks' environment, mode 0600. ``requeue``: go on in a new allocation after preemption,
+    the time limit or a lost node. ``signal_s``: how long before the time limit a run stops and saves. ``restarts``:
+    how often ranks are started again without a new checkpoint. ``silent_s``, ``stalled_s``: how long a rank may give
+    no sign of life, and all of them do no step, before they are started again.
+    """
+
+    nodes: str | None = None
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    gres: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    reservation: str | None = None
+    mail_user: str | None = None
+    mail_type: str | None = None
+    array: str | None = None
+    dependency: str | None = None
+    exclusive: bool = True
+    extra: list[str] = field(default_factory=list)
+    prologue: list[str] = field(default_factory=list)
+    secrets: str | None = None
+    requeue: bool = True
+    signal_s: int = 120
+    restarts: int = 3
+    silent_s: float = 120.0
+    stalled_s: float = 1800.0
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """``gpus_per_node`` counts ranks per node, also on a CPU. ``memory_gib`` is per rank."""
 
@@ -28,6 +65,7 @@ class ClusterConfig:
     gpus_per_node: int = 4
     device: str = "cpu"
     memory_gib: float = 4.0
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from orchestrator.config.building import (
 from orchestrator.config.hints import SETTINGS, unknown_key
 from orchestrator.config.job import JobConfig
 from orchestrator.config.paths import with_absolute_paths
+from orchestrator.config.secrets import refuse_secrets
 from orchestrator.errors import ConfigError
 
 __all__ = [
@@ -105,6 +106,7 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    refuse_secrets(overrides)
     parser = OverridesParser.create()
     parsed = []
     for place, text in enumerate(overrides):

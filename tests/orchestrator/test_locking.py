@@ -75,6 +75,16 @@ def test_a_holder_elsewhere_that_beats_is_refused_and_a_silent_one_taken_over(tm
         assert holder is not None and holder.host == os.uname().nodename
 
 
+def test_a_job_that_its_scheduler_has_started_anew_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    began = time.monotonic()
+    with locked(tmp_path, lease_s=60):
+        assert time.monotonic() - began < 5
+
+
 def test_a_lock_from_long_ago_is_taken_over_at_once(tmp_path: Path) -> None:
     os.utime(elsewhere(tmp_path), (1e9, 1e9))
     began = time.monotonic()

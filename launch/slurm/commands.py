@@ -1,0 +1,252 @@
+"""Slurm's own commands, with a time limit, and errors that say whether asking again helps."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# What Slurm says while it is busy, restarting or out of reach (src/common/slurm_errno.c).
+PASSING = re.compile(
+    r"socket timed out|unable to contact slurm controller|connection (refused|timed out|reset)|no route to host"
+    r"|resource temporarily unavailable|temporarily unable to accept job|in standby mode|zero bytes were transmitted"
+    r"|unexpected message received|unable to establish control(ler)? (machine|address)|did not answer",
+    re.IGNORECASE,
+)
+UNKNOWN_JOB = re.compile(r"invalid job id", re.IGNORECASE)
+ACTIVE = frozenset(
+    [
+        "PENDING",
+        "CONFIGURING",
+        "RUNNING",
+        "COMPLETING",
+        "SUSPENDED",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "REQUEUE_FED",
+        "RESIZING",
+        "STAGE_OUT",
+        "SIGNALING",
+        "SPECIAL_EXIT",
+        "STOPPED",
+        "PREEMPTED_REQUEUED",
+    ]
+)
+UNKNOWN = "UNKNOWN"
+FORGOTTEN = "Slurm has forgotten it"
+ANSWER_S = 60.0
+
+
+class SlurmError(RuntimeError):
+    """A command of Slurm's failed; the message is Slurm's own. ``passing``: it may work later."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.passing = bool(PASSING.search(message))
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job (or one task of an array) as Slurm sees it. ``code``: None where Slurm does not say."""
+
+    job_id: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    code: int | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it waits, runs or ends just now."""
+        return self.state in ACTIVE
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether Slurm gave no answer; a job that Slurm has forgotten is not out of reach, it has ended."""
+        return self.state == UNKNOWN and self.reason != FORGOTTEN
+
+
+def ask(argv: Sequence[str], *, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """Run a command of Slurm's; return its standard output.
+
+    Raises:
+        SlurmError: it is not there, failed, or gave no answer in a minute.
+    """
+    try:
+        done = subprocess.run(
+            argv, cwd=cwd, env=environment, capture_output=True, text=True, errors="replace", timeout=ANSWER_S
+        )
+    except FileNotFoundError as error:
+        raise SlurmError(f"{argv[0]} is not on the PATH: this is no Slurm machine") from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"{argv[0]} did not answer in {ANSWER_S:.0f} s") from error
+    if done.returncode != 0:
+        said = done.stderr.strip() or done.stdout.strip() or f"{argv[0]} ended with code {done.returncode}"
+        raise SlurmError(re.sub(r"^\w+: (error: )?", "", said))
+    return done.stdout
+
+
+def submit_once(
+    script: Path,
+    mark: str,
+    *,
+    cwd: Path,
+    environment: Mapping[str, str],
+    say: Callable[[str], None],
+    patience_s: float = 180.0,
+) -> str:
+    """Submit a job, again where that helps, and never twice: before each retry the job is looked for by its comment.
+
+    Args:
+        script: the batch script.
+        mark: the comment, of this submission alone.
+        cwd, environment: sbatch's.
+        say: tells the user why it takes longer.
+        patience_s: how long to go on.
+    Returns:
+        The job id.
+    Raises:
+        SlurmError: Slurm refuses, or ``patience_s`` have passed (``passing`` then: it may have taken the job).
+    """
+    argv = ["sbatch", "--parsable", "--export=ALL", f"--comment={mark}", str(script)]
+    deadline, pause_s = time.monotonic() + patience_s, 1.0
+    must_look = False
+    while True:
+        try:
+            if must_look and (taken := find_by_comment(mark)):
+                return taken
+            return ask(argv, cwd=cwd, environment=environment).strip().partition(";")[0]
+        except SlurmError as error:
+            if not error.passing or time.monotonic() + pause_s > deadline:
+                raise
+            say(f"Slurm: {error}; asking again in {pause_s:.0f} s")
+        must_look = True
+        time.sleep(pause_s)
+        pause_s = min(30.0, 2 * pause_s)
+
+
+def find_by_comment(mark: str) -> str | None:
+    """The id of our job with this comment, also when it has ended a moment ago; None when there is none.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    listed = ask(["squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%F %k"])
+    for line in listed.splitlines():
+        job_id, _, comment = line.strip().partition(" ")
+        if comment.strip() == mark:
+            return job_id
+    return None
+
+
+def job_states(job_id: str) -> list[JobState]:
+    """The job, or each task of an array that Slurm lists; UNKNOWN when Slurm does not answer or has forgotten it."""
+    try:
+        shown = ask(["scontrol", "--oneliner", "show", "job", job_id])
+    except SlurmError as error:
+        if UNKNOWN_JOB.search(str(error)):
+            return _accounted(job_id) or [JobState(job_id, UNKNOWN, FORGOTTEN)]
+        return [JobState(job_id, UNKNOWN, str(error).splitlines()[0])]
+    states = [_state(_fields(line)) for line in shown.splitlines() if line.strip()]
+    return sorted(states, key=lambda state: (len(state.job_id), state.job_id))
+
+
+def _fields(line: str) -> dict[str, str]:
+    """``Key=value`` pairs of scontrol's one line. The first of a name counts: what users choose (paths) comes last."""
+    fields: dict[str, str] = {}
+    for word in line.split():
+        key, _, value = word.partition("=")
+        fields.setdefault(key, value)
+    return fields
+
+
+def _state(fields: Mapping[str, str]) -> JobState:
+    job_id = fields["JobId"]
+    if "ArrayTaskId" in fields:
+        job_id = f"{fields.get('ArrayJobId', job_id)}_{fields['ArrayTaskId']}"
+    state = fields.get("JobState", UNKNOWN)
+    code = None if state in ACTIVE else _exit_code(fields.get("ExitCode", ""))
+    nodes = fields.get("NodeList", "")
+    return JobState(job_id, state, fields.get("Reason", ""), "" if nodes == "(null)" else nodes, code)
+
+
+def _exit_code(text: str) -> int | None:
+    """``CODE:SIGNAL`` as the code a shell would see.
+
+    Example:
+        >>> _exit_code("85:0"), _exit_code("0:15"), _exit_code("")
+        (85, 143, None)
+    """
+    code, _, number = text.partition(":")
+    if not (code.isdigit() and number.isdigit()):
+        return None
+    return int(code) or (128 + int(number) if int(number) else 0)
+
+
+def _accounted(job_id: str) -> list[JobState]:
+    """What sacct knows of a job; nothing where there is no accounting."""
+    words = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=JobID,State,ExitCode"]
+    try:
+        listed = ask(words)
+    except SlurmError:
+        return []
+    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 2]
+    return [JobState(one, state.split()[0], "", "", _exit_code(code)) for one, state, code in rows]
+
+
+def was_preempted(job_id: str) -> bool:
+    """Whether Slurm is taking a running job's nodes for another one."""
+    try:
+        fields = _fields(ask(["scontrol", "--oneliner", "show", "job", job_id]))
+    except SlurmError:
+        return False
+    return fields.get("PreemptTime", "None") != "None" and fields.get("JobState") in ("RUNNING", "PREEMPTED")
+
+
+def node_address(node: str) -> str:
+    """The address that Slurm itself uses for a node.
+
+    Raises:
+        SlurmError: Slurm does not answer, or does not know the node.
+    """
+    shown = ask(["scontrol", "--oneliner", "show", "node", node])
+    return _fields(shown).get("NodeAddr", node)
+
+
+def host_names(node_list: str) -> list[str]:
+    """``node[1-3]`` as names, in Slurm's order, which is that of ranks.
+
+    Raises:
+        SlurmError: it is no node list.
+    """
+    return ask(["scontrol", "show", "hostnames", node_list]).split()
+
+
+def requeue(job_id: str) -> None:
+    """Put a running job back into the queue.
+
+    Raises:
+        SlurmError: Slurm refuses (as for a job submitted with ``--no-requeue``), or does not answer.
+    """
+    ask(["scontrol", "requeue", job_id])
+
+
+def cancel(job_id: str, number: str = "") -> None:
+    """End a job; with ``number`` (such as USR1) send that signal to its batch script instead.
+
+    Raises:
+        SlurmError: Slurm refuses or does not answer.
+    """
+    ask(["scancel", "--batch", f"--signal={number}", job_id] if number else ["scancel", job_id])
+
+
+def partitions() -> list[str]:
+    """The names of the partitions, without the mark of the default one; none when Slurm does not answer."""
+    try:
+        return [name.rstrip("*") for name in ask(["sinfo", "--noheader", "--format=%P"]).split()]
+    except SlurmError:
+        return []

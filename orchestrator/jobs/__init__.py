@@ -1,0 +1,1 @@
+"""Runs as jobs of Slurm's: submitting, following, and what happens inside of an allocation."""

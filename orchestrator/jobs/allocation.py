@@ -1,0 +1,260 @@
+"""What the batch script runs: plans for the nodes there are, runs the ranks, starts them again if that helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.environment import (
+    MEETING_HOST_VARIABLE,
+    MEETING_VARIABLE,
+    TERMINAL_VARIABLE,
+    rank_variables,
+    slurm_variables,
+    usable_cores,
+)
+from launch.exits import INTERRUPTED, PEER_LOST, RankExit
+from launch.slurm.allocation import Allocation, read_allocation
+from launch.slurm.commands import SlurmError, host_names, node_address, requeue, was_preempted
+from launch.slurm.step import Patience, Signals, StepRequest, StepResult, run_step
+from orchestrator.commands import Say, check_files, ended, make_folder, run_folder
+from orchestrator.config.building import read_job
+from orchestrator.config.job import ClusterConfig, JobConfig, SlurmConfig
+from orchestrator.config.loading import compose_job
+from orchestrator.config.secrets import read_secrets
+from orchestrator.errors import ExitCode
+from orchestrator.jobs.nodes import plan_on
+from orchestrator.jobs.record import (
+    Ended,
+    Submission,
+    is_cancelled,
+    note_start,
+    slurm_folder,
+    write_ended,
+    write_submission,
+)
+from orchestrator.locking import locked
+from orchestrator.runs import decide_train, latest_step, write_run
+
+# Ends of a rank that another try may not meet again: it was killed, crashed, lost a peer, or hangs.
+WORTH_ANOTHER_TRY = frozenset({"Killed", "Crash", "PeerLost", "Silent", "Stalled", "Launcher"})
+STARTS_WITHOUT_PROGRESS = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an allocation ends: the code for Slurm, and whether the job goes back into the queue."""
+
+    code: int
+    cause: str
+    message: str
+    requeue: bool = False
+
+
+def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> int:
+    """Train in this allocation of Slurm's; returns the exit code of the job.
+
+    Args:
+        run_dir: a run folder that ``isotrain submit`` has written; None: compose ``overrides`` here (sbatch by hand).
+        overrides: what was typed after the script's name.
+        say: writes a line into the job's log.
+    Raises:
+        ConfigError: the job cannot work on these nodes, or the folder holds another run.
+    """
+    signals = Signals()  # at once: a signal while we plan must not be lost, nor end us
+    allocation = read_allocation(slurm_variables())
+    job = read_job(run_dir) if run_dir else by_hand(overrides, allocation)
+    run_dir = run_dir or run_folder(job)
+    decision = decide_train(run_dir, job)
+    say(f"job {allocation.job_id} on {allocation.node_list}: {decision.message}")
+    if decision.kind == "finished":
+        return int(ExitCode.DONE)
+    check_files(job, decision.kind)
+    planned = plan_on(dataclasses.replace(job, run_dir=str(run_dir)), allocation.nodes)
+    job = planned.job
+    if job.cluster.nodes < allocation.nodes:
+        say(f"{job.cluster.nodes} of {allocation.nodes} nodes are used: the batch cannot be cut for more of them")
+    make_folder(run_dir)
+    with locked(run_dir):
+        write_run(run_dir, job, planned.plan.to_json())
+        if overrides:
+            write_submission(run_dir, Submission(f"isotrain:by-hand-{allocation.job_id}", allocation.job_id))
+        say(planned.words)
+        starts = note_start(run_dir, allocation.job_id, decision.step)
+        verdict = _train(run_dir, job, allocation, signals, say, starts)
+        say(verdict.message)
+        write_ended(
+            run_dir, Ended(allocation.job_id, verdict.code, verdict.cause, verdict.message, requeued=verdict.requeue)
+        )
+    return _leave(verdict, allocation, say)
+
+
+def by_hand(overrides: Sequence[str], allocation: Allocation) -> JobConfig:
+    """The job that was typed after ``sbatch slurm/train.sbatch``, on the cluster that the allocation is.
+
+    Nodes and ranks per node are the allocation's always; device and memory unless ``cluster=`` names them. A folder
+    without ``run_dir`` is named after the job, so that it is the same one after a requeue.
+    """
+    job = compose_job(overrides)
+    named = any(text.startswith("cluster=") for text in overrides)
+    cluster = job.cluster if named else cluster_of(allocation, job.cluster)
+    on_node = (allocation.gpus_per_node if cluster.device == "cuda" else 0) or (cluster.gpus_per_node if named else 1)
+    cluster = dataclasses.replace(cluster, nodes=allocation.nodes, gpus_per_node=allocation.ranks_per_node or on_node)
+    run_dir = job.run_dir
+    if run_dir is None:
+        name = Path(job.model.path or "model").name.lower()
+        run_dir = str(Path("runs", f"{name}-job-{allocation.job_id}").absolute())
+    return dataclasses.replace(job, cluster=cluster, run_dir=run_dir)
+
+
+def cluster_of(allocation: Allocation, otherwise: ClusterConfig) -> ClusterConfig:
+    """What the nodes are: GPUs where Slurm has given some and torch sees them, else processes that share the memory."""
+    changes: dict[str, object] = {"name": "allocation"}
+    ranks = allocation.ranks_per_node or 1
+    if allocation.memory_mib:
+        changes["memory_gib"] = round(allocation.memory_mib / 1024 / ranks, 1)
+    if allocation.gpus_per_node:
+        import torch
+
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(0).total_memory / 2**30
+            changes |= {"device": "cuda", "memory_gib": round(0.95 * total, 1)}  # the driver and nccl take their share
+    return dataclasses.replace(otherwise, **changes)  # type: ignore[arg-type]
+
+
+def _train(
+    run_dir: Path, job: JobConfig, allocation: Allocation, signals: Signals, say: Say, starts: Sequence[int]
+) -> Verdict:
+    """Run the ranks, again after an end that another try may not meet, until that makes no progress."""
+    tries = Tries(job.cluster.slurm.restarts, latest_step(run_dir) or 0)
+    attempt = 0
+    while True:
+        result = run_step(_request(run_dir, job, allocation, attempt), signals, lambda: _progress(run_dir), say)
+        attempt += 1
+        if signals.heard or result.code == INTERRUPTED or not is_worth_another_try(result.cause):
+            return _verdict(run_dir, job, allocation, signals, result, starts)
+        assert result.cause is not None
+        step = latest_step(run_dir) or 0
+        if not tries.again(step):
+            words = (
+                f"{result.cause.message}; {tries.limit + 1} times without a new checkpoint after step {step}: given up"
+            )
+            return Verdict(int(ExitCode.GAVE_UP), result.cause.cause, words)
+        say(f"{result.cause.message}; starting again from step {step}")
+
+
+class Tries:
+    """Counts starts that brought no new checkpoint.
+
+    Example:
+        >>> tries = Tries(1, step=0)
+        >>> [tries.again(step) for step in (5, 5, 5)]
+        [True, True, False]
+    """
+
+    def __init__(self, limit: int, step: int) -> None:
+        self.limit = limit
+        self._step = step
+        self._in_vain = 0
+
+    def again(self, step: int) -> bool:
+        """Whether to start once more, now that the newest checkpoint holds ``step`` steps."""
+        self._in_vain = self._in_vain + 1 if step <= self._step else 0
+        self._step = max(step, self._step)
+        return self._in_vain <= self.limit
+
+
+def is_worth_another_try(cause: RankExit | None) -> bool:
+    """Whether the first cause is one that may not come again.
+
+    Example:
+        >>> is_worth_another_try(RankExit(2, 86, "Killed", "rank 2 was killed", "", None, 0.0))
+        True
+        >>> is_worth_another_try(RankExit(2, 64, "ConfigError", "steps=0", "", None, 0.0)), is_worth_another_try(None)
+        (False, False)
+    """
+    return cause is not None and cause.cause in WORTH_ANOTHER_TRY
+
+
+def _request(run_dir: Path, job: JobConfig, allocation: Allocation, attempt: int) -> StepRequest:
+    slurm, per_node = job.cluster.slurm, job.cluster.gpus_per_node
+    hosts = tuple(host_names(allocation.node_list)[: job.cluster.nodes])
+    meeting = slurm_folder(run_dir) / f"meeting-{allocation.job_id}-{allocation.restarts}-{attempt}.json"
+    for earlier in slurm_folder(run_dir).glob("meeting-*.json"):
+        earlier.unlink(missing_ok=True)
+    meeting.parent.mkdir(exist_ok=True)
+    environment = rank_variables(per_node, min(usable_cores(), allocation.cpus_per_node)) | {
+        TERMINAL_VARIABLE: "2",
+        MEETING_VARIABLE: str(meeting),
+        MEETING_HOST_VARIABLE: node_address(hosts[0]),
+    }
+    if slurm.secrets:
+        environment |= read_secrets(Path(slurm.secrets))
+    return StepRequest(
+        allocation=allocation,
+        hosts=hosts,
+        ranks_per_node=per_node,
+        program=rank_program(run_dir, slurm, job.cluster.device),
+        environment=environment,
+        run_dir=run_dir,
+        patience=Patience(silent_s=slurm.silent_s, stalled_s=slurm.stalled_s),
+    )
+
+
+def rank_program(run_dir: Path, slurm: SlurmConfig, device: str) -> tuple[str, ...]:
+    """What each srun task runs: this Python's isotrain, or the one of a container.
+
+    Example:
+        >>> rank_program(Path("/r"), SlurmConfig(prologue=["apptainer", "image.sif"]), "cuda")
+        ('apptainer', 'exec', '--nv', 'image.sif', 'isotrain', 'worker', '/r')
+        >>> rank_program(Path("/r"), SlurmConfig(prologue=["pyxis", "image.sqsh"]), "cuda")
+        ('--container-image=image.sqsh', '--container-mounts=/r:/r', 'isotrain', 'worker', '/r')
+    """
+    kind, *names = slurm.prologue or [""]
+    inside = ("isotrain", "worker", str(run_dir))
+    if kind == "apptainer":
+        return ("apptainer", "exec", *(("--nv",) if device == "cuda" else ()), *names, *inside)
+    if kind == "pyxis":
+        return (f"--container-image={names[0]}", f"--container-mounts={run_dir}:{run_dir}", *inside)
+    return (sys.executable, "-m", "orchestrator", "worker", str(run_dir))
+
+
+def _progress(run_dir: Path) -> object:
+    """Grows with every step."""
+    try:
+        return (run_dir / "metrics.jsonl").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _verdict(
+    run_dir: Path, job: JobConfig, allocation: Allocation, signals: Signals, result: StepResult, starts: Sequence[int]
+) -> Verdict:
+    """What follows from how the ranks ended and from who asked them to."""
+    finished = ended(run_dir, job.steps, result.code, result.cause)
+    cause = result.cause.cause if result.cause else "done"
+    plain = Verdict(result.code, cause, finished.message)
+    if result.code not in (INTERRUPTED, PEER_LOST):
+        return plain
+    if is_cancelled(run_dir, allocation.job_id):
+        return dataclasses.replace(plain, message=f"{plain.message}; cancelled, so it is not requeued")
+    warned = signal.SIGUSR1 in signals.heard or was_preempted(allocation.job_id)
+    if not (warned and job.cluster.slurm.requeue):
+        return plain
+    if len(starts) >= STARTS_WITHOUT_PROGRESS and min(starts[-STARTS_WITHOUT_PROGRESS:]) >= finished.step:
+        words = f"{len(starts)} allocations brought no checkpoint after step {finished.step}: not requeued"
+        return Verdict(int(ExitCode.GAVE_UP), cause, words)
+    return dataclasses.replace(plain, requeue=True, message=f"{plain.message}; it goes on when Slurm gives nodes again")
+
+
+def _leave(verdict: Verdict, allocation: Allocation, say: Say) -> int:
+    if verdict.requeue:
+        try:
+            requeue(allocation.job_id)
+        except SlurmError as error:
+            say(f"Slurm does not requeue job {allocation.job_id}: {error}")
+    return verdict.code

@@ -1,0 +1,152 @@
+"""The commands for Slurm, and the one that the batch script runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.command import WIDTH_ELSEWHERE, Command, add_overrides
+from orchestrator.errors import ConfigError
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    add_overrides(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script, and do nothing")
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from orchestrator.jobs.submit import prepare, submit
+
+    if arguments.dry_run:
+        prepared = prepare(arguments.overrides)
+        _say(prepared.decision.message)
+        _say(prepared.planned.words)
+        values = {"code": 0, "run_dir": str(prepared.run_dir), "script": prepared.script}
+        print(json.dumps(values) if arguments.json else prepared.script, end="\n" if arguments.json else "")
+        return 0
+    done = submit(arguments.overrides, _say)
+    _say(done.message)
+    if arguments.json:
+        print(json.dumps(done.summary()))
+    elif done.job_id:
+        print(f"job      {done.job_id}\nrun      {done.run_dir}\nscript   {done.summary()['script']}")
+        print(f"log      {done.run_dir}/slurm/   (isotrain logs -f {done.run_dir})")
+        print(f"next     isotrain status {done.run_dir}")
+    return 0
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR|all", help="run folders; all: every one you submitted")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from orchestrator.jobs.follow import chosen_runs, statuses
+
+    _show([status for run in chosen_runs(arguments.runs) for status in statuses(run)], arguments.json)
+    return 0
+
+
+def _show(found: Sequence[Any], as_json: bool, code: int = 0) -> None:
+    if as_json:
+        jobs = [asdict(status) | {"run_dir": str(status.run_dir)} for status in found]
+        print(json.dumps({"code": code, "jobs": jobs}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("job", "state", "code", "step", "saved", "nodes", "run", "why", box=None, pad_edge=False)
+    for one in found:
+        cells = (one.job_id, one.state, "" if one.code is None else str(one.code), f"{one.step}/{one.steps}")
+        table.add_row(*map(Text, (*cells, str(one.saved), one.nodes, str(one.run_dir), one.reason)))
+    Console(width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE).print(table)
+
+
+def _wait(arguments: argparse.Namespace) -> int:
+    from orchestrator.jobs.follow import chosen_runs, wait_for
+
+    found = wait_for(chosen_runs(arguments.runs), _say)
+    code = next((status.exit_code for status in found if status.exit_code), 0)
+    _show(found, arguments.json, code)
+    return code
+
+
+def _add_cancel(parser: argparse.ArgumentParser) -> None:
+    _add_runs(parser)
+    parser.add_argument("--now", action="store_true", help="at once, without saving")
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from orchestrator.jobs.follow import cancel_run, chosen_runs
+
+    done = {str(run): cancel_run(run, arguments.now) for run in chosen_runs(arguments.runs)}
+    for words in done.values():
+        _say(words)
+    if arguments.json:
+        print(json.dumps({"code": 0, "cancelled": done}))
+    return 0
+
+
+def _add_logs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run folder")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the job is over")
+    parser.add_argument("--rank", metavar="N|all", help="what one rank wrote, or all of them with their numbers")
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from orchestrator.jobs.follow import log_lines, statuses
+
+    run: Path = arguments.run.expanduser().absolute()
+    if not (run / "job.yaml").is_file():
+        raise ConfigError(f"{run} is no run folder: it has no job.yaml", "isotrain status all")
+
+    def is_over() -> bool:
+        return all(status.is_over for status in statuses(run))
+
+    lines = log_lines(run, arguments.rank, is_over if arguments.follow else None)
+    if arguments.json:
+        print(json.dumps({"code": 0, "lines": list(lines)}))
+        return 0
+    for line in lines:
+        print(line, flush=True)
+    return 0
+
+
+def _add_allocation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-dir", default="")
+    add_overrides(parser)
+
+
+def _allocation(arguments: argparse.Namespace) -> int:
+    from orchestrator.jobs.allocation import run_allocation
+
+    return run_allocation(Path(arguments.run_dir) if arguments.run_dir else None, arguments.overrides, _say)
+
+
+# Not for people: what slurm/train.sbatch runs.
+ALLOCATION = Command(
+    "Train in this allocation.", "sbatch slurm/train.sbatch KEY=VALUE ...", _add_allocation, _allocation
+)
+COMMANDS = {
+    "submit": Command(
+        "Plan a run and hand it to Slurm; a run that has a checkpoint goes on.",
+        "isotrain submit model=llama3_8b cluster=slurm_4x8 data.path=chat.jsonl run_dir=runs/first",
+        _add_submit,
+        _submit,
+    ),
+    "status": Command("Say how runs on Slurm are.", "isotrain status all", _add_runs, _status),
+    "logs": Command("Show what a run on Slurm has written.", "isotrain logs -f runs/first", _add_logs, _logs),
+    "wait": Command("Wait until runs on Slurm are over.", "isotrain wait runs/first", _add_runs, _wait),
+    "cancel": Command(
+        "End runs on Slurm after their step and a save.", "isotrain cancel runs/first", _add_cancel, _cancel
+    ),
+}

@@ -1,0 +1,40 @@
+"""Runs whose number of nodes may change from one start to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from orchestrator.commands import Planned, plan_job
+from orchestrator.config.job import ClusterConfig, JobConfig
+from orchestrator.errors import ConfigError
+from parallel.specs import SpecError
+
+
+def node_range(cluster: ClusterConfig) -> tuple[int, int]:
+    """Fewest and most nodes that a run may have.
+
+    Example:
+        >>> node_range(ClusterConfig(nodes=4))
+        (4, 4)
+    """
+    fewest, _, most = (cluster.slurm.nodes or f"{cluster.nodes}-{cluster.nodes}").partition("-")
+    return int(fewest), int(most)
+
+
+def plan_on(job: JobConfig, nodes: int) -> Planned:
+    """The plan on ``nodes`` nodes; where the run may have fewer, on the most of them that can be used.
+
+    The global batch, the order of samples and the schedule are the job's whatever the number of nodes.
+
+    Raises:
+        ConfigError, SpecError: no number of nodes can be used; the reason against the most.
+    """
+    fewest = min(nodes, node_range(job.cluster)[0])
+    reason: ConfigError | SpecError | None = None
+    for count in range(nodes, fewest - 1, -1):
+        try:
+            return plan_job(dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=count)))
+        except (ConfigError, SpecError) as error:
+            reason = reason or error
+    assert reason is not None
+    raise reason

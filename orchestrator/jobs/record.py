@@ -1,0 +1,110 @@
+"""What a run folder knows of its Slurm jobs: ``slurm/*.json``, each written whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.environment import isotrain_cache
+from orchestrator.runs import write_whole
+
+
+@dataclass(frozen=True)
+class Submission:
+    """``mark``: the comment that makes the job findable. ``job_id``: None until Slurm has said it."""
+
+    mark: str
+    job_id: str | None = None
+    submitted: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the last allocation of a run ended. ``requeued``: it goes on in another one."""
+
+    job_id: str
+    code: int
+    cause: str
+    message: str
+    requeued: bool = False
+    time: float = 0.0
+
+
+def slurm_folder(run_dir: Path) -> Path:
+    """Where it is kept.
+
+    Example:
+        >>> slurm_folder(Path("run")).as_posix()
+        'run/slurm'
+    """
+    return run_dir / "slurm"
+
+
+def read_submission(run_dir: Path) -> Submission | None:
+    """The newest submission; None when there was none."""
+    values = _read(slurm_folder(run_dir) / "job.json")
+    return Submission(**values) if values else None
+
+
+def write_submission(run_dir: Path, submission: Submission) -> None:
+    """Remember a submission, here and in the list of all."""
+    _write(slurm_folder(run_dir) / "job.json", asdict(submission))
+    listed = _registry() / submission.mark.rpartition(":")[2]
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    listed.write_text(str(run_dir), encoding="utf-8")
+
+
+def submitted_runs() -> list[Path]:
+    """All run folders that were submitted from this account and are still there, oldest first."""
+    files = sorted(_registry().glob("*"), key=lambda file: file.stat().st_mtime) if _registry().is_dir() else []
+    folders = dict.fromkeys(Path(file.read_text(encoding="utf-8")) for file in files)
+    return [folder for folder in folders if (folder / "job.yaml").is_file()]
+
+
+def _registry() -> Path:
+    return isotrain_cache() / "submitted"
+
+
+def read_ended(run_dir: Path) -> Ended | None:
+    """How the last allocation ended; None while the first one has not."""
+    values = _read(slurm_folder(run_dir) / "ended.json")
+    return Ended(**values) if values else None
+
+
+def write_ended(run_dir: Path, ended: Ended) -> None:
+    """Say how this allocation ends."""
+    _write(slurm_folder(run_dir) / "ended.json", asdict(ended) | {"time": time.time()})
+
+
+def is_cancelled(run_dir: Path, job_id: str) -> bool:
+    """Whether ``isotrain cancel`` was told to end this job (or the array that it belongs to)."""
+    return _read(slurm_folder(run_dir) / "cancelled.json").get("job_id") in (job_id, job_id.partition("_")[0])
+
+
+def write_cancelled(run_dir: Path, job_id: str) -> None:
+    """Record the wish to end a job, before Slurm is told: what ends it then does not requeue it."""
+    _write(slurm_folder(run_dir) / "cancelled.json", {"job_id": job_id, "time": time.time()})
+
+
+def note_start(run_dir: Path, job_id: str, step: int) -> list[int]:
+    """Note at which step an allocation starts; returns those of all starts of the same job, this one last."""
+    values = _read(slurm_folder(run_dir) / "starts.json")
+    steps = [*(values.get("steps", []) if values.get("job_id") == job_id else []), step]
+    _write(slurm_folder(run_dir) / "starts.json", {"job_id": job_id, "steps": steps})
+    return steps
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+
+
+def _write(file: Path, values: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(values) + "\n")

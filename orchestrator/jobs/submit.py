@@ -1,0 +1,223 @@
+"""``isotrain submit``: plan, write the run folder and its batch script, hand it to sbatch once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.environment import child_environment, path_with
+from launch.slurm.commands import SlurmError, find_by_comment, job_states, partitions, submit_once
+from launch.slurm.script import Header, render_script, words_file
+from orchestrator.commands import Planned, Say, check_files, make_folder, run_folder
+from orchestrator.config.job import ClusterConfig, JobConfig
+from orchestrator.config.loading import compose_job
+from orchestrator.config.secrets import read_secrets
+from orchestrator.errors import ConfigError, PeerLost
+from orchestrator.jobs.nodes import node_range, plan_on
+from orchestrator.jobs.record import Submission, read_submission, slurm_folder, write_submission
+from orchestrator.locking import locked
+from orchestrator.runs import Decision, decide_train, write_run, write_whole
+
+ON_RANKS = ("apptainer", "pyxis")  # prologues that wrap the ranks; the others are for the script itself
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job as it would be submitted; nothing has been done yet."""
+
+    run_dir: Path
+    planned: Planned
+    decision: Decision
+    script: str
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """``job_id``: None when the run is finished and nothing was submitted."""
+
+    run_dir: Path
+    job_id: str | None
+    message: str
+
+    def summary(self) -> dict[str, object]:
+        """What ``--json`` prints."""
+        script = slurm_folder(self.run_dir) / "train.sbatch"
+        said = {"job_id": self.job_id, "run_dir": str(self.run_dir), "message": self.message}
+        return {"code": 0, **said, "script": str(script)}
+
+
+def prepare(overrides: Sequence[str]) -> Prepared:
+    """Compose, plan and render; nothing is written.
+
+    Raises:
+        ConfigError, SpecError, LaunchError: the job cannot work, or a value cannot stand in an #SBATCH line.
+    """
+    job = compose_job(overrides)
+    run_dir = run_folder(job)
+    fewest, most = node_range(job.cluster)
+    plan_on(job, fewest)
+    planned = plan_on(job, most)
+    if "\\" in str(run_dir):
+        raise ConfigError(
+            f"run_dir={run_dir}: Slurm loses the log of a job in a folder with a backslash", "run_dir=ANOTHER"
+        )
+    if job.cluster.slurm.secrets:
+        read_secrets(Path(job.cluster.slurm.secrets))
+    script = render_script(static_script(), header(job.cluster, run_dir), run_dir)
+    return Prepared(run_dir, planned, decide_train(run_dir, job), script)
+
+
+def static_script() -> str:
+    """The text of ``slurm/train.sbatch``, of the installed package or of the checkout.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "slurm", package.parent / "slurm"):
+        if (folder / "train.sbatch").is_file():
+            return (folder / "train.sbatch").read_text(encoding="utf-8")
+    raise ConfigError(f"slurm/train.sbatch is not in {package} or beside it", "pip install --force-reinstall isotrain")
+
+
+def header(cluster: ClusterConfig, run_dir: Path) -> Header:
+    """The ``#SBATCH`` lines of a run. The log lies in the run folder, which is where sbatch is called."""
+    slurm = cluster.slurm
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_dir.name).strip("-.") or "run"
+    gpus = slurm.gres or (f"gpu:{cluster.gpus_per_node}" if cluster.device == "cuda" else None)
+    options: dict[str, str | None] = {
+        "job-name": f"isotrain-{name}"[:60],
+        "nodes": slurm.nodes or str(cluster.nodes),
+        "gres": gpus,
+        "exclusive": "" if slurm.exclusive else None,
+        "mem": "0" if slurm.exclusive else None,
+        "cpus-per-task": None if slurm.exclusive else str(cluster.gpus_per_node),
+        "time": slurm.time,
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        "reservation": slurm.reservation,
+        "mail-user": slurm.mail_user,
+        "mail-type": slurm.mail_type or ("END,FAIL" if slurm.mail_user else None),
+        "array": slurm.array,
+        "dependency": slurm.dependency,
+        "kill-on-invalid-dep": "yes" if slurm.dependency else None,
+        "signal": f"B:USR1@{slurm.signal_s}",
+        "requeue" if slurm.requeue else "no-requeue": "",
+        "open-mode": "append",
+        "output": "slurm/%A_%a.log" if slurm.array else "slurm/%j.log",
+    }
+    return Header(tuple((key, value) for key, value in options.items() if value is not None), tuple(slurm.extra))
+
+
+def submit(overrides: Sequence[str], say: Say = lambda text: None) -> Submitted:
+    """Submit a run: a new one, or one that goes on after its newest checkpoint.
+
+    A second call while the job waits or runs is refused; one whose answer was lost is found again, not repeated.
+
+    Raises:
+        ConfigError: the job cannot work, the run has a job already, or Slurm refuses it (in Slurm's words).
+        PeerLost: Slurm does not answer.
+    """
+    prepared = prepare(overrides)
+    job, run_dir, decision = prepared.planned.job, prepared.run_dir, prepared.decision
+    if decision.kind == "finished":
+        return Submitted(run_dir, None, decision.message)
+    check_files(job, decision.kind)
+    taken = _earlier_job(run_dir)
+    if taken is not None:
+        return Submitted(
+            run_dir, taken, f"job {taken} was taken by Slurm at the first try: nothing was submitted again"
+        )
+    make_folder(run_dir)
+    say(decision.message)
+    say(prepared.planned.words)
+    with locked(run_dir):
+        write_run(run_dir, dataclasses.replace(job, run_dir=str(run_dir)), prepared.planned.plan.to_json())
+        script = _write_script(prepared, job)
+    mark = f"isotrain:{secrets.token_hex(8)}"
+    write_submission(run_dir, Submission(mark, None, time.time()))
+    environment = child_environment({"PATH": path_with(Path(sys.executable).parent)})
+    try:
+        job_id = submit_once(script, mark, cwd=run_dir, environment=environment, say=say)
+    except SlurmError as error:
+        if error.passing:
+            words = f"Slurm does not answer ({error}); whether it has taken the job is not known"
+            raise PeerLost(words, "the same command again: it looks for the job first") from error
+        (slurm_folder(run_dir) / "job.json").unlink(missing_ok=True)
+        raise refused(str(error), job.cluster) from error
+    write_submission(run_dir, Submission(mark, job_id, time.time()))
+    return Submitted(run_dir, job_id, f"job {job_id} is submitted")
+
+
+def _write_script(prepared: Prepared, job: JobConfig) -> Path:
+    folder = slurm_folder(prepared.run_dir)
+    folder.mkdir(exist_ok=True)
+    for name in ("cancelled.json", "starts.json"):
+        (folder / name).unlink(missing_ok=True)
+    prologue = job.cluster.slurm.prologue
+    (folder / "prologue").write_bytes(words_file([] if prologue[:1] and prologue[0] in ON_RANKS else prologue))
+    script = folder / "train.sbatch"
+    write_whole(script, prepared.script, mode=0o600)
+    return script
+
+
+def _earlier_job(run_dir: Path) -> str | None:
+    """The job whose id was lost on its way back, if there is one.
+
+    Raises:
+        ConfigError: the run's job waits or runs. PeerLost: Slurm does not say whether it does.
+    """
+    earlier = read_submission(run_dir)
+    if earlier is None:
+        return None
+    if earlier.job_id is None:
+        try:
+            found = find_by_comment(earlier.mark)
+        except SlurmError as error:
+            raise PeerLost(f"Slurm does not answer ({error})", "the same command again") from error
+        if found is not None:
+            write_submission(run_dir, dataclasses.replace(earlier, job_id=found))
+        return found
+    states = job_states(earlier.job_id)
+    for state in states:
+        if state.is_active:
+            raise ConfigError(
+                f"{run_dir} is job {state.job_id} already ({state.state})",
+                f"isotrain status {run_dir}   or   isotrain cancel {run_dir}   or   run_dir=ANOTHER",
+            )
+    if states and states[0].is_out_of_reach:
+        raise PeerLost(
+            f"Slurm does not say whether job {earlier.job_id} runs: {states[0].reason}", "the same command again"
+        )
+    return None
+
+
+def refused(said: str, cluster: ClusterConfig) -> ConfigError:
+    """Slurm's refusal, in its own words, with a hint where there is one to give."""
+    slurm, low = cluster.slurm, said.lower()
+    hint = "see sinfo, and cluster.slurm.* in docs/launch.md"
+    if "invalid partition" in low or "partition" in low:
+        there = partitions()
+        near = difflib.get_close_matches(slurm.partition or "", there, n=1) or there[:1] or ["NAME"]
+        hint = f"cluster.slurm.partition={near[0]}" + (f"   (there are: {', '.join(there)})" if there else "")
+    elif "account" in low:
+        hint = "cluster.slurm.account=NAME   (yours: sacctmgr show associations user=$USER format=account,qos)"
+    elif "qos" in low and "limit" in low:
+        hint = "wait until some of your jobs have ended (isotrain status all), or cluster.slurm.qos=ANOTHER"
+    elif "qos" in low:
+        hint = "cluster.slurm.qos=NAME   (yours: sacctmgr show associations user=$USER format=account,qos)"
+    elif "time limit" in low:
+        hint = f"cluster.slurm.time='01:00:00'   (now {slurm.time})"
+    elif "node configuration" in low or "gres" in low:
+        hint = "cluster.nodes=N or cluster.gpus_per_node=N, as the partition has (sinfo -o '%P %D %G')"
+    return ConfigError(f"Slurm refuses the job: {said}", hint)

@@ -1,0 +1,101 @@
+"""A Slurm that says what it is told to, at the boundary of processes: for its refusals and for its silences.
+
+``replies`` holds what the next calls of sbatch do, a line each: ``ok``, ``refuse MESSAGE``, ``lose MESSAGE`` (takes the
+job, and fails all the same) or ``drop MESSAGE`` (fails, and takes nothing). ``silent`` makes all other commands fail.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+TIMED_OUT = "Batch job submission failed: Socket timed out on send/recv operation"
+
+
+class FakeSlurm:
+    """The folder of the fake commands, seen from a test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        for name in ("sbatch", "squeue", "scontrol", "scancel", "sinfo", "sacct"):
+            command = folder / name
+            command.write_text(f'#!/bin/sh\nexec {sys.executable} -S {Path(__file__).resolve()} {folder} {name} "$@"\n')
+            command.chmod(command.stat().st_mode | stat.S_IXUSR)
+
+    def replies(self, *lines: str) -> None:
+        """What sbatch answers next; after that ``ok``."""
+        (self.folder / "replies").write_text("\n".join(lines) + "\n")
+
+    def silent(self, is_silent: bool = True) -> None:
+        """Whether nothing answers but sbatch."""
+        (self.folder / "silent").unlink(missing_ok=True)
+        if is_silent:
+            (self.folder / "silent").touch()
+
+    def set_state(self, state: str) -> None:
+        """What scontrol says of every job; empty: it knows none."""
+        (self.folder / "state").write_text(state)
+
+    @property
+    def jobs(self) -> list[dict[str, str]]:
+        """The jobs that were taken."""
+        return read_lines(self.folder / "jobs")
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """Every call, with the command's name first."""
+        return read_lines(self.folder / "calls")
+
+
+def main(folder: Path, name: str, words: list[str]) -> int:
+    with (folder / "calls").open("a") as calls:
+        calls.write(json.dumps([name, *words]) + "\n")
+    if name == "sbatch":
+        return _sbatch(folder, words)
+    if (folder / "silent").exists():
+        print(f"{name}: error: Unable to contact slurm controller (connect failure)", file=sys.stderr)
+        return 1
+    if name == "squeue":
+        print("\n".join(f"{job['id']} {job['comment']}" for job in read_lines(folder / "jobs")))
+    if name == "sinfo":
+        print("batch*\nhigh")
+    if name == "scontrol" and "show" in words:
+        state = (folder / "state").read_text() if (folder / "state").exists() else "PENDING"
+        if not state:
+            print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
+            return 1
+        print(f"JobId={words[-1]} JobName=x JobState={state} Reason=None ExitCode=0:0 NodeList=(null)")
+    if name == "sacct":
+        print("Slurm accounting storage is disabled", file=sys.stderr)
+        return 1
+    return 0
+
+
+def read_lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _sbatch(folder: Path, words: list[str]) -> int:
+    file = folder / "replies"
+    waiting = file.read_text().splitlines() if file.exists() else []
+    kind, _, message = (waiting.pop(0) if waiting else "ok").partition(" ")
+    file.write_text("\n".join(waiting) + "\n" if waiting else "")
+    if kind in ("ok", "lose"):
+        comment = next(word.partition("=")[2] for word in words if word.startswith("--comment="))
+        with (folder / "jobs").open("a") as jobs:
+            number = 1 + sum(1 for _ in (folder / "jobs").open())
+            value = {"id": str(number), "comment": comment, "script": words[-1], "cwd": str(Path.cwd())}
+            jobs.write(json.dumps(value) + "\n")
+        if kind == "ok":
+            print(number)
+            return 0
+    print(f"sbatch: error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))

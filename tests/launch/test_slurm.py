@@ -1,0 +1,140 @@
+"""Slurm's parts that need no Slurm: who a task is, where ranks meet, signs of life, and what srun's words mean."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from launch.beat import STOP, Listener, start_beating, wish
+from launch.environment import LaunchError, RankEnvironment, rank_environment
+from launch.meeting import meet
+from launch.slurm.allocation import Allocation, read_allocation
+from launch.slurm.script import EXTRA, PLAIN
+from launch.slurm.step import StepRequest, srun_command, tasks_ended
+from launch.states import enter, leave
+from launch.stop import StopRequest
+
+TASK = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "7",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+}
+JOB = {"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "32"}
+
+
+def test_a_task_is_a_rank_only_where_we_have_started_it() -> None:
+    assert rank_environment(TASK) is None  # a shell under srun has these too
+    me = rank_environment(TASK | {"ISOTRAIN_MEETING": "/m", "RANK": "0", "WORLD_SIZE": "1"})
+    assert me == RankEnvironment(rank=5, world_size=7, local_rank=1, local_world_size=2)
+
+
+def test_an_allocation_is_read_from_its_variables() -> None:
+    given = read_allocation(
+        JOB | {"SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "8", "SLURM_MEM_PER_CPU": "1000"}
+    )
+    assert (given.nodes, given.ranks_per_node, given.gpus_per_node, given.memory_mib) == (2, 4, 8, 32000)
+    task = read_allocation(JOB | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "1"})
+    assert (task.job_id, task.restarts) == ("7_2", 1)  # the raw id may be that of the whole array
+    with pytest.raises(LaunchError, match="this is no job of Slurm's") as raised:
+        read_allocation({})
+    assert raised.value.hint.startswith("isotrain submit")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cores", "crowded"), [(32, "--cpus-per-task=8", False), (1, "--cpus-per-task=1", True)]
+)
+def test_srun_gets_one_task_per_rank_and_deals_out_the_cores(cpus: int, cores: str, crowded: bool) -> None:
+    given = Allocation("9", nodes=2, node_list="n[1-2]", cpus_per_node=cpus)
+    argv = srun_command(StepRequest(given, ("n1", "n2"), 4, ("python", "rank.py"), {}, Path("run")))
+    assert {"--nodes=2", "--nodelist=n1,n2", "--ntasks=8", "--ntasks-per-node=4", cores, "--kill-on-bad-exit=0"} <= set(
+        argv
+    )
+    assert ("--overcommit" in argv) == crowded and argv[-2:] == ("python", "rank.py")
+
+
+def test_what_srun_says_of_tasks_is_understood() -> None:
+    assert tasks_ended("srun: error: n1: tasks 0-1: Segmentation fault (core dumped)") == [
+        (0, -11, "n1"),
+        (1, -11, "n1"),
+    ]
+    assert tasks_ended("srun: error: n1: task 3: Out Of Memory") == [(3, 1, "n1")]
+    assert tasks_ended("srun: Job step aborted: Waiting up to 32 seconds") == []
+
+
+def test_fifty_launches_of_two_jobs_on_one_node_do_not_clash(tmp_path: Path) -> None:
+    def job(name: str) -> int:
+        def rank(number: int) -> int:
+            me = RankEnvironment(number, 2, number, 2)
+            store = meet(tmp_path / name, "127.0.0.1", me, timedelta(seconds=30))
+            store.set(str(number), name)
+            assert store.get(str(1 - number)).decode() == name
+            together.wait()  # all are open at once
+            return int(store.port)
+
+        with ThreadPoolExecutor(2) as ranks:
+            first, second = ranks.map(rank, range(2))
+        assert first == second
+        return first
+
+    for launch in range(50):
+        together = threading.Barrier(4)
+        with ThreadPoolExecutor(2) as jobs:
+            ports = list(jobs.map(job, (f"{launch}-a", f"{launch}-b")))
+        assert len(set(ports)) == 2
+
+
+def test_a_first_rank_that_does_not_come_is_a_lost_peer(tmp_path: Path) -> None:
+    from orchestrator.supervise import explain
+
+    with pytest.raises(ConnectionError, match="timed out waiting for rank 0") as raised:
+        meet(tmp_path / "nobody", "127.0.0.1", RankEnvironment(1, 2, 1, 2), timedelta(seconds=0.2))
+    assert explain(raised.value).code == 86
+
+
+def test_silence_is_told_from_life_and_from_leaving(tmp_path: Path) -> None:
+    now = 100.0
+    listener = Listener(tmp_path, clock=lambda: now)
+    for rank in range(3):
+        enter(tmp_path, rank)
+    assert listener.silent_s() == {0: 0, 1: 0, 2: 0}
+    now = 107.0
+    leave(tmp_path, 2)
+    os.utime(tmp_path / "states" / "rank-0.json", ns=(1, 1))  # any change counts: clocks of nodes differ
+    assert listener.silent_s() == {0: 0, 1: 7.0}
+
+
+def test_a_rank_beats_and_hears_the_wish_to_stop(tmp_path: Path) -> None:
+    stop = StopRequest()
+    enter(tmp_path, 0)
+    os.utime(tmp_path / "states" / "rank-0.json", ns=(1, 1))
+    wish(tmp_path, "")
+    start_beating(tmp_path, 0, 0.02, stop)
+    deadline = time.monotonic() + 10
+    while (tmp_path / "states" / "rank-0.json").stat().st_mtime_ns == 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not stop.requested
+    wish(tmp_path, STOP)
+    while not stop.requested:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("value", ["a b", "$(id)", "`id`", "a'b", 'a"b', "a\nb", "a\\b", "a$b", "a;b\n#SBATCH --x", ""])
+def test_an_sbatch_line_holds_nothing_that_could_be_taken_otherwise(value: str) -> None:
+    assert not PLAIN.fullmatch(value)
+    assert not EXTRA.fullmatch(f"--comment={value}") or not value
+
+
+def test_signals_are_known_by_slurms_words_for_them() -> None:
+    assert tasks_ended("srun: error: n1: task 0: Aborted") == [(0, -signal.SIGABRT, "n1")]
+    assert tasks_ended("srun: error: n1: task 0: Terminated") == [(0, -signal.SIGTERM, "n1")]

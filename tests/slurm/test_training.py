@@ -1,0 +1,250 @@
+"""Runs that train on a real Slurm: the same losses, and the same adapter bit for bit whatever happens on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import TinyRun
+from tests.end_to_end.shell import Folder, close, wait_for
+from tests.slurm.conftest import SlurmShell
+from tests.slurm.rig import Cluster
+
+pytestmark = pytest.mark.slurm
+STEPS, EVERY = 60, 6
+TWO_NODES = {"cluster": "slurm_cpu", "cluster__nodes": 2, "topology__pp": 2, "steps": STEPS}
+TWO_NODES |= {"checkpoint__every_steps": EVERY, "checkpoint__keep": 0, "optimizer__schedule": "constant"}
+
+
+def words(tiny: TinyRun, run: Folder, **changes: object) -> list[str]:
+    """A run of two stages on two nodes, long enough to be disturbed."""
+    return tiny.words(**(TWO_NODES | changes), run_dir=run.path)
+
+
+def adapter(run: Folder, step: int) -> str:
+    """The digest of what was learned, and of the optimizer's state."""
+    files = sorted(run.checkpoint(step).rglob("*.safetensors"))
+    assert files
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def logged(run: Folder) -> int:
+    """The last step that metrics.jsonl holds."""
+    file = run.path / "metrics.jsonl"
+    return len(file.read_bytes().splitlines()) if file.is_file() else 0
+
+
+def log(run: Folder) -> str:
+    """The job's own log."""
+    return "".join(file.read_text() for file in sorted((run.path / "slurm").glob("*.log")))
+
+
+def rank_process(cluster: Cluster, run: Folder) -> tuple[str, int]:
+    """A node with a rank of this run that is not the first one, and the process of that rank on this machine."""
+    for node in cluster.nodes:
+        for pid in cluster.pids(node):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"worker" in words and str(run.path).encode() in words:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if b"SLURM_PROCID=1" in variables:
+                    return node, pid
+    raise AssertionError("rank 1 does not run")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: SlurmShell, tiny_run_model: TinyRun) -> Folder:
+    """The same run, started by torchrun on this machine and left alone."""
+    run = Folder(slurm.folder / "undisturbed")
+    slurm.isotrain("train", *words(tiny_run_model, run, cluster="laptop", cluster__nodes=1, topology__dp=1))
+    return run
+
+
+def test_tp_pp_dp_on_four_nodes_is_one_process(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
+    one, four = Folder(slurm.folder / "one"), Folder(slurm.folder / "four nodes")
+    slurm.isotrain("train", *tiny_run_model.words(run_dir=one.path))
+    sizes = {"cluster": "slurm_cpu", "cluster__gpus_per_node": 2, "topology__tp": 2, "topology__pp": 2}
+    typed = tiny_run_model.words(**sizes, run_dir=f"'{four.path}'")
+    shown = slurm.isotrain("submit", *typed, "--dry-run").out
+    assert not four.path.exists()
+    job = slurm.submit(*typed)
+    done = slurm.isotrain("wait", str(four.path), "--json").json
+    assert [(one["job_id"], one["state"], one["code"], one["step"]) for one in done["jobs"]] == [
+        (job, "COMPLETED", 0, 6)
+    ]
+    assert (four.path / "slurm" / "train.sbatch").read_text() == shown
+    assert close(four.losses, one.losses)
+    assert len(four.exits) == 8 and not list((four.path / "states").glob("rank-*"))
+    assert "done: 6 of 6 steps" in slurm.isotrain("logs", str(four.path)).out
+    assert "[7] --- rank 7, process" in slurm.isotrain("logs", str(four.path), "--rank", "all").out
+
+
+def test_by_hand_the_cluster_is_the_allocation(slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder) -> None:
+    run = Folder(slurm.folder / "by-hand")
+    script = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
+    typed = words(tiny_run_model, run, cluster=None, cluster__nodes=None, steps=4)
+    argv = ["sbatch", "--wait", "-N2", f"--output={slurm.folder}/by-hand.log", str(script), *typed]
+    slurm.run(argv)
+    assert run.losses == {step: undisturbed.losses[step] for step in range(1, 5)}
+    (status,) = slurm.isotrain("status", str(run.path), "--json").json["jobs"]
+    assert (status["state"], status["step"]) == ("COMPLETED", 4)
+
+
+def test_a_killed_rank_is_started_again_in_the_allocation(
+    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+) -> None:
+    run = Folder(slurm.folder / "killed")
+    job = slurm.submit(*words(tiny_run_model, run))
+    wait_for(lambda: logged(run) > 8)
+    node, pid = rank_process(cluster, run)
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    time.sleep(0.5)
+    before = logged(run)
+    wait_for(lambda: logged(run) > before or slurm.field(job, "JobState") != "RUNNING")
+    recovered_s = time.monotonic() - killed
+    slurm.isotrain("wait", str(run.path))
+    assert f"rank 1 was killed by SIGKILL and left no word ({node}); starting again from step" in log(run)
+    assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
+    assert run.losses == undisturbed.losses
+    assert slurm.field(job, "Restarts") == "0"
+    assert recovered_s < 30, f"{recovered_s:.0f} s"
+    print(f"training again {recovered_s:.1f} s after kill -9")
+
+
+def test_a_warned_job_saves_and_goes_on_in_another_allocation(
+    slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
+) -> None:
+    run = Folder(slurm.folder / "warned")
+    job = slurm.submit(*words(tiny_run_model, run))
+    wait_for(lambda: logged(run) > 5)
+    slurm.cluster.ask("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 does
+    wait_for(lambda: slurm.field(job, "Restarts") == "1")
+    saved = run.steps[-1]
+    assert saved % EVERY, "the step that was running is what was saved"
+    wait_for(lambda: logged(run) > saved + 3)
+    slurm.cluster.ask("scontrol", "requeue", job)  # and without any warning
+    slurm.isotrain("wait", str(run.path))
+    assert f"resuming {run.path} after step {saved} of {STEPS}" in log(run)
+    assert slurm.field(job, "Restarts") == "2"
+    assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
+
+
+def test_a_preempted_job_makes_room_and_comes_back(
+    slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
+) -> None:
+    run = Folder(slurm.folder / "preempted")
+    typed = words(tiny_run_model, run, cluster__slurm__exclusive="true", cluster__slurm__exclude="'node[3-4]'")
+    job = slurm.submit(*typed)
+    wait_for(lambda: logged(run) > 5)
+    urgent = ["sbatch", "--parsable", "-phigh", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
+    high = slurm.run(urgent).out.strip()
+    slurm.wait_for_state(high, "COMPLETED")
+    slurm.isotrain("wait", str(run.path))
+    assert slurm.field(job, "Restarts") == "1"
+    assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
+
+
+def test_a_lost_node_is_replaced(
+    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+) -> None:
+    run = Folder(slurm.folder / "lost")
+    job = slurm.submit(*words(tiny_run_model, run))
+    wait_for(lambda: logged(run) > 8)
+    node, _ = rank_process(cluster, run)
+    cluster.power_cut(node)
+    try:
+        cluster.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=power")  # sooner than by itself
+        slurm.isotrain("wait", str(run.path))
+    finally:
+        cluster.power_on(node)
+    assert slurm.field(job, "Restarts") == "1"
+    assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
+
+
+def test_a_range_of_nodes_goes_on_with_those_that_are_left(
+    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+) -> None:
+    run = Folder(slurm.folder / "elastic")
+    job = slurm.submit(*words(tiny_run_model, run, cluster__nodes=4, cluster__slurm__nodes="'2-4'"))
+    wait_for(lambda: logged(run) > 8)
+    assert len(run.exits) == 0 and slurm.field(job, "NumNodes") == "4"
+    cluster.power_cut("node4")
+    try:
+        cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=power")
+        slurm.isotrain("wait", str(run.path))
+    finally:
+        cluster.power_on("node4")
+    assert slurm.field(job, "NumNodes") == "3" and "2 of 3 nodes are used" in log(run)  # two stages, a batch of 4
+    assert close(run.losses, undisturbed.losses)
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
+    run = Folder(slurm.folder / "cancelled")
+    job = slurm.submit(*words(tiny_run_model, run, steps=100_000, checkpoint__every_steps=0))
+    wait_for(lambda: logged(run) > 2)
+    slurm.isotrain("cancel", str(run.path))
+    done = slurm.isotrain("wait", str(run.path), "--json", code=85).json
+    assert [(one["state"], one["code"], one["saved"]) for one in done["jobs"]] == [("FAILED", 85, logged(run))]
+    assert slurm.field(job, "Restarts") == "0" and "cancelled, so it is not requeued" in log(run)
+
+
+def test_a_run_that_makes_no_progress_is_given_up(slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun) -> None:
+    run = Folder(slurm.folder / "hopeless")
+    typed = words(tiny_run_model, run, steps=100_000, checkpoint__every_steps=0, cluster__slurm__restarts=0)
+    slurm.submit(*typed, "cluster.slurm.silent_s=5")
+    wait_for(lambda: logged(run) > 2)
+    _, pid = rank_process(cluster, run)
+    os.kill(pid, signal.SIGSTOP)
+    done = slurm.isotrain("wait", str(run.path), "--json", code=93).json
+    assert "rank 1 gives no sign of life for" in done["jobs"][0]["reason"]
+    assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
+
+
+def test_tasks_of_an_array_go_on_with_the_same_run_and_leave_no_secret(
+    slurm: SlurmShell, tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    run, keys = Folder(slurm.folder / "array"), tmp_path / "keys"
+    keys.write_text("WANDB_API_KEY=hunter2hunter2\n")
+    keys.chmod(0o600)
+    typed = tiny_run_model.words(cluster="slurm_cpu", cluster__nodes=1, run_dir=run.path, steps=2)
+    job = slurm.submit(*typed, "cluster.slurm.array='0-1%1'", f"cluster.slurm.secrets={keys}")
+    done = slurm.isotrain("wait", str(run.path), "--json").json
+    assert [(one["job_id"], one["code"]) for one in done["jobs"]] == [(f"{job}_0", 0), (f"{job}_1", 0)]
+    assert len(run.losses) == 2 and "is finished: 2 of 2 steps" in log(run)
+    everything = b"".join(found.read_bytes() for found in run.path.rglob("*") if found.is_file())
+    assert b"hunter2" not in everything and "hunter2" not in slurm.cluster.ask("scontrol", "show", "job", job)
+
+
+def test_a_job_whose_dependency_failed_does_not_wait_for_ever(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
+    failed = slurm.run(["sbatch", "--parsable", "--output=/dev/null", "--wrap", "exit 3"]).out.strip()
+    run = Folder(slurm.folder / "dependent")
+    typed = tiny_run_model.words(cluster="slurm_cpu", cluster__nodes=1, run_dir=run.path, steps=1)
+    slurm.submit(*typed, f"cluster.slurm.dependency=afterok:{failed}")
+    done = subprocess.run(
+        ["isotrain", "wait", str(run.path)], env=slurm.environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and "CANCELLED" in done.stdout
+
+
+def test_a_refusal_of_the_real_sbatch_is_said_with_the_nearest_name(
+    slurm: SlurmShell, tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    typed = tiny_run_model.words(cluster="slurm_cpu", run_dir=tmp_path / "run")
+    done = slurm.isotrain("submit", *typed, "cluster.slurm.partition=batsch", code=64)
+    assert "invalid partition specified: batsch" in done.err and done.hint.startswith("cluster.slurm.partition=batch")
+
+
+def test_scancel_leaves_time_for_one_save_and_nothing_requeues(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
+    run = Folder(slurm.folder / "scancelled")
+    job = slurm.submit(*words(tiny_run_model, run, steps=100_000, checkpoint__every_steps=0))
+    wait_for(lambda: logged(run) > 2)
+    slurm.cluster.ask("scancel", job)
+    done = slurm.isotrain("wait", str(run.path), "--json", code=85).json
+    assert [(one["state"], one["code"], one["saved"]) for one in done["jobs"]] == [("CANCELLED", 85, logged(run))]
+    assert slurm.field(job, "Restarts") == "0"

@@ -1,0 +1,71 @@
+"""``python -m tests.slurm.transcript --write docs/launch.md``: what a user sees when a node is lost, from a real Slurm.
+
+A run of SmolLM2 on two of four nodes is submitted, one of its nodes loses power, and the run goes on elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from launch.environment import isotrain_cache
+from orchestrator.pages import between_marks
+from orchestrator.smollm2 import make_model
+from tests.slurm.conftest import SlurmShell, login
+from tests.slurm.rig import Cluster
+
+MARK = "<!-- transcript: written by `python -m tests.slurm.transcript` -->"
+SUBMIT = (
+    "isotrain submit model=smollm2_135m data=lighthouse cluster=slurm_cpu cluster.nodes=2 topology.pp=2 steps=12 \\"
+)
+SUBMIT += "\n    batch.global_sequences=2 batch.sequence_tokens=64 checkpoint.every_steps=2 run_dir=runs/first"
+
+
+def typed(shell: SlurmShell, command: str) -> str:
+    """A command and what it shows; where this is happening is not shown."""
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=shell.folder, env=shell.environment, capture_output=True, text=True, check=True
+    )
+    shown = (done.stderr + done.stdout).replace(f"{shell.folder}/", "")
+    return "\n".join(line.rstrip() for line in [f"$ {command}", *shown.splitlines()])
+
+
+def record(cluster: Cluster, shell: SlurmShell) -> str:
+    """The transcript."""
+    log = shell.folder / "runs" / "first" / "metrics.jsonl"
+    parts = [typed(shell, SUBMIT)]
+    while not log.is_file() or len(log.read_text().splitlines()) < 5:
+        time.sleep(0.2)
+    parts.append(typed(shell, "isotrain status runs/first"))
+    cluster.power_cut("node2")
+    parts.append("(node2 loses power)")
+    parts.append(typed(shell, "isotrain wait runs/first"))
+    parts.append(typed(shell, "isotrain logs runs/first"))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, help="put it between the marks of this page")
+    page = parser.parse_args().write
+    make_model()
+    cluster = Cluster(4)
+    try:
+        cluster.up()
+        with tempfile.TemporaryDirectory() as folder:
+            shell = replace(login(cluster, Path(folder)), cache=isotrain_cache())  # the model is there
+            text = record(cluster, shell)
+    finally:
+        cluster.down()
+    if page is None:
+        print(text)
+    else:
+        page.write_text(between_marks(page.read_text(), MARK, f"```text\n{text}\n```"))
+
+
+if __name__ == "__main__":
+    main()
