@@ -64,7 +64,7 @@ def matrices(spec: ModelSpec, targets: Any) -> dict[str, torch.Tensor]:
     found = {}
     chosen = names.resolve_targets(targets, spec)
     for layer in range(spec.layers):
-        for linear in names.linears(spec):
+        for linear in names.linears(spec, layer):
             for part in linear.parts:
                 if names.layer_prefix(layer) + part[1] in chosen:
                     for piece in names.adapter_pieces(linear, part, spec, layer, R, 1, 0):
