@@ -24,8 +24,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from parallel.attention import SdpaAttention
 from parallel.fused import geglu, rms_norm, swiglu
 from parallel.fused_attention import RotarySelfAttention
-from parallel.latent_attention import LatentSelfAttention, LatentSubmodules
 from parallel.provider_experts import Router
+from parallel.provider_latent import LatentSelfAttention, LatentSubmodules
 from parallel.specs import ModelSpec
 
 

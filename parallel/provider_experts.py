@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
-from parallel.balancing import Balance
-from parallel.routing import choose_experts
+from parallel.balancing import Balance, ChoiceCounts
+from parallel.routing import affinities, choose_experts
 from parallel.specs import ModelSpec
 
 
@@ -17,13 +17,15 @@ class Router(TopKRouter):
 
     ``adapter``, where there is one, adds to the logits what it makes of the tokens. ``balance``, where there is one,
     adds its loss to the run's; megatron-core's own are off, because they depend on the micro-batch and on padding.
-    ``choice_bias`` shifts the choice where the model has one, in fp32 whatever the model's type; nothing trains it.
+    ``choice_bias`` shifts the choice where the model has one, in fp32 whatever the model's type. No gradient reaches
+    it; ``counts``, where there are any, say how it is moved.
     """
 
     def __init__(self, spec: ModelSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.adapter: torch.nn.Module | None = None
         self.balance: Balance | None = None
+        self.counts: ChoiceCounts | None = None
         self.spec = spec
         self.choice_bias: torch.nn.Parameter | None = None
         if spec.routing is not None and spec.routing.bias:
@@ -44,6 +46,9 @@ class Router(TopKRouter):
             probabilities, chosen = choose_experts(
                 rows, spec.experts_per_token, spec.routing, spec.normalise_expert_weights, self.choice_bias
             )
-        if self.balance is not None and self.training and torch.is_grad_enabled():
-            probabilities = self.balance(logits, chosen, probabilities)
+        if self.training and torch.is_grad_enabled():
+            if self.counts is not None:
+                self.counts.add(chosen, logits.shape[0])
+            if self.balance is not None:
+                probabilities = self.balance(affinities(logits, spec.routing), chosen, probabilities)
         return probabilities, chosen

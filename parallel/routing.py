@@ -7,6 +7,19 @@ import torch
 from parallel.specs import Routing
 
 
+def affinities(logits: torch.Tensor, rule: Routing | None) -> torch.Tensor:
+    """The scores of experts as shares that sum to 1, fp32 (arXiv:2412.19437, eq. 19); no rule: softmax.
+
+    Example:
+        >>> affinities(torch.zeros(1, 4), Routing("sigmoid")).tolist()
+        [[0.25, 0.25, 0.25, 0.25]]
+    """
+    if rule is None or rule.score == "softmax":
+        return logits.float().softmax(dim=-1)
+    scores = logits.float().sigmoid()
+    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+
+
 def choose_experts(
     logits: torch.Tensor, count: int, rule: Routing, normalise: bool, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

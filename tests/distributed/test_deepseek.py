@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+from megatron.core.tensor_parallel import mappings
 
+from orchestrator.checkpoint.hf_reader import HfReader
+from parallel.shards import Box
 from parallel.topology import Topology
+from tests.distributed.test_balancing import rows
+from tests.distributed.test_experts import distance
 from tests.distributed.test_logits import assert_same_logits
 from tests.distributed.test_parity import assert_same
+from tests.distributed.test_peft_oracle import backward, weights
+from tests.helpers import runs
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
 FINER = pytest.mark.grid
+BIAS_NAME = "model.layers.2.mlp.gate.e_score_correction_bias"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 100.0}
 DENSE = {"first_k_dense_replace": 4}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,3 +99,123 @@ def test_a_run_equals_one_process(pool: Pool, tiny_model: Callable[..., Path], w
     """From weights that attend and route sharply, as those of families with windows."""
     run = RUNS[what]
     assert_same(pool, run, run.on(**CELLS[name]), str(tiny_model(run.family, **dict(run.changes))))
+
+
+def losing_shares(run: Run, base: str) -> Any:
+    """Train where each rank keeps its own heads' share of the gradient of the keys' rotary part."""
+    from parallel.provider_latent import LatentSelfAttention
+
+    def kept(self: Any, rotary: torch.Tensor) -> torch.Tensor:
+        if not self.config.sequence_parallel:
+            return rotary
+        gathered: torch.Tensor = mappings.gather_from_sequence_parallel_region(
+            rotary, tensor_parallel_output_grad=False, group=self.tp_group
+        )
+        return gathered
+
+    with patch.object(LatentSelfAttention, "_for_all_heads", kept):
+        return runs.train(run, base)
+
+
+@pytest.mark.parametrize(("what", "name"), [("dense-full", "tp2"), ("lora", "tp2-sp")])
+def test_a_share_of_the_rotary_gradient_is_not_enough(
+    pool: Pool, tiny_model: Callable[..., Path], what: str, name: str
+) -> None:
+    """The trap of replicated down projections; without the sum replicas drift apart, or the run is another one."""
+    run, there = RUNS[what], RUNS[what].on(**CELLS[name])
+    base = str(tiny_model(run.family, **dict(run.changes)))
+    expected = runs.merge([pool.run(1, runs.train, run, base)[0][2]])
+    found = [state for _, _, state in pool.run(2, losing_shares, there, base)]
+    try:
+        spoilt = runs.merge(found)
+    except AssertionError as error:
+        assert "kv_a_proj_with_mqa" in str(error) and "differ" in str(error)
+        return
+    assert distance(spoilt, expected) > 1e-2
+
+
+def train_with_transformers(run: Run, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """An ordinary loop; after each step biases move by the counts of its positions up to the last label."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    chosen: dict[int, torch.Tensor] = {}
+    for number, gate in enumerate(gates):
+        gate.register_forward_hook(lambda module, inputs, out, number=number: chosen.update({number: out[2]}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.0)
+    losses = []
+    for step in range(run.steps):
+        batch = runs.global_batch(run, step)
+        labels = torch.stack([row[1] for row in batch])
+        optimizer.zero_grad()
+        losses.append(backward(run, step, model))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for number, gate in enumerate(gates):
+            counts = torch.zeros(run.model.experts)
+            for index, learned in zip(chosen[number].view(*labels.shape, -1), labels != -100, strict=True):
+                for token in index[: int(learned.nonzero().max()) + 1]:
+                    counts[token] += 1
+            gate.e_score_correction_bias += run.bias_rate * (counts.mean() - counts).sign()
+    return losses, {key: value for key, value in model.state_dict().items() if ".experts." not in key}
+
+
+BIASED = Run("deepseek_v3", full=True, learning_rate=1e-4, bias_rate=0.05, rows=rows(12))
+
+
+@pytest.fixture(scope="module")
+def biased(pool: Pool, tiny_model: Callable[..., Path]) -> tuple[Run, Path, Any]:
+    """The run, its model and what it is on one process."""
+    folder = tiny_model("deepseek_v3")
+    return BIASED, folder, pool.run(1, runs.train, BIASED, str(folder))[0]
+
+
+def test_biases_move_by_what_the_whole_batch_chose(biased: tuple[Run, Path, Any]) -> None:
+    run, folder, (losses, _, state) = biased
+    expected, tensors = train_with_transformers(run, folder)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    found = {name: value for name, value in weights([state]).items() if name in tensors}
+    assert found.keys() == tensors.keys() and distance(found, tensors) <= 1e-4
+    before = HfReader(folder).read(BIAS_NAME, "weight", Box((0,), (8,)))
+    assert (found[BIAS_NAME] - before).abs().min() > 0.04
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        CELLS["tp2-sp-ep2-dp2"],
+        {"topology": Topology(cp=2, pp=2), "recompute": "full", "tokens": 16, "rows": rows(16)},
+    ],
+    ids=["tp2-ep2-dp2", "cp2-pp2-recompute-padding"],
+)
+def test_no_cut_and_no_padding_changes_biases(
+    pool: Pool, biased: tuple[Run, Path, Any], changes: dict[str, Any]
+) -> None:
+    run, folder, (losses, _, state) = biased
+    there = run.on(**changes)
+    found = pool.run(there.topology.world_size, runs.train, there, str(folder))
+    assert found[0][0] == pytest.approx(losses, rel=1e-5)
+    merged, expected = (weights(states) for states in ([each[2] for each in found], [state]))
+    assert distance(merged, expected) <= 1e-4
+
+
+def test_the_balancing_loss_takes_shares_of_sigmoids(pool: Pool, tiny_model: Callable[..., Path]) -> None:
+    run = Run("deepseek_v3", full=True, learning_rate=1e-4, balancing_loss=0.5)
+    assert_same(pool, run, run.on(**CELLS["tp2-sp-ep2-dp2"]), str(tiny_model("deepseek_v3")))
+
+
+def test_layers_that_predict_further_tokens_are_left_out(
+    pool: Pool, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As transformers leaves them out: V3's files hold them as one more layer."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_model("deepseek_v3"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    further = {name.replace("layers.3.", "layers.4."): value for name, value in tensors.items() if "layers.3." in name}
+    save_file({**tensors, **further}, folder / "model.safetensors", {"format": "pt"})
+    run = Run("deepseek_v3", full=True, steps=0, changes=(("num_nextn_predict_layers", 1),))
+    state = runs.merge([pool.run(1, runs.train, run, str(folder))[0][2]])
+    assert {name for name, kind in state if kind == "weight"} == tensors.keys()
+    assert_same_logits(pool, folder, run, [[5, 9, 3, 77]])

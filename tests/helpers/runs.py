@@ -143,6 +143,7 @@ class Run:
     recompute: str = "none"
     precision: str = "fp32"
     balancing_loss: float = 0.0
+    bias_rate: float = 0.0
     seed: int = 3
     changes: tuple[tuple[str, Any], ...] = ()
     rows: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()  # (tokens, labels) to take instead of random ones
@@ -193,6 +194,7 @@ def engine_spec(run: Run) -> EngineSpec:
         sequence_tokens=run.tokens,
         cp_comm=run.cp_comm,
         balancing_loss=run.balancing_loss,
+        bias_rate=run.bias_rate,
         quantise=run.quantise,
         frozen=frozen_weights(run.freeze, run.model),
         lr_ratios=rate_ratios(dict(run.lr_ratios), run.model),

@@ -34,6 +34,12 @@ TARGETS: dict[str, Any] = {
     "router": ["gate"],
     "some-layers": r"model\.layers\.(1|2)\.(self_attn\.k_proj|mlp\.experts\.\d+\.down_proj)|.*\.3\.mlp\.gate",
 }
+TARGETS_OF_DEEPSEEK: dict[str, Any] = {
+    "everything": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *EVERYTHING[1:]],
+    "gate-and-up": ["gate_proj", "up_proj"],
+    "shared": r".*\.shared_experts\..*",
+    "dense": r".*layers\.[01]\.mlp\.(up|down)_proj|.*kv_b_proj",
+}
 Model = Callable[..., Path]
 
 
@@ -113,11 +119,21 @@ def merged_by_hand(base: Path, job: JobConfig, spec: ModelSpec) -> Any:
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
 @pytest.mark.parametrize("which", TARGETS)
 def test_peft_loads_checkpoint_and_export(tmp_path: Path, base: Path, which: str, rslora: bool) -> None:
+    assert_peft_loads(tmp_path, base, TARGETS[which], rslora)
+
+
+@pytest.mark.parametrize("which", TARGETS_OF_DEEPSEEK)
+def test_linears_that_share_the_names_of_experts_are_loaded_too(tmp_path: Path, tiny_model: Model, which: str) -> None:
+    """Dense layers and shared experts of DeepSeek, which PEFT would take for experts."""
+    assert_peft_loads(tmp_path, tiny_model("deepseek_v3"), TARGETS_OF_DEEPSEEK[which], rslora=which == "everything")
+
+
+def assert_peft_loads(tmp_path: Path, base: Path, targets: Any, rslora: bool) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     spec = read_model(read_hf_config(base))
-    job = job_of(base, TARGETS[which], rslora=rslora)
+    job = job_of(base, targets, rslora=rslora)
     checkpoint = save_checkpoint(tmp_path / "c", job, spec)
     export_adapter(checkpoint, tmp_path / "peft")
     expected = logits_of(merged_by_hand(base, job, spec))
@@ -133,7 +149,7 @@ def test_peft_loads_checkpoint_and_export(tmp_path: Path, base: Path, which: str
         assert torch.equal(back.read(name, "weight", Box.whole(tuple(value.shape))), value)
     for pair in lora_pairs(back, tmp_path / "peft").values():
         assert pair.scale == pytest.approx(ALPHA / (R**0.5 if rslora else R))
-    check_adapter(job_of(base, TARGETS[which], rslora=rslora, path=str(tmp_path / "peft")), spec)
+    check_adapter(job_of(base, targets, rslora=rslora, path=str(tmp_path / "peft")), spec)
 
 
 def test_experts_of_mixtral_have_its_names_apart_and_common_ones_joined(tmp_path: Path, tiny_model: Model) -> None:

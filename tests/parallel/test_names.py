@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel import names
+from parallel.families import read_model
 from parallel.specs import ModelSpec
+from tests.helpers import runs
 
 SPEC = ModelSpec(
     family="qwen2",
@@ -56,12 +58,25 @@ def logical(piece_shape: tuple[int, ...], name: str) -> np.ndarray:
 @given(cuts())
 @settings(max_examples=150, deadline=None)
 def test_cut_and_merge_is_the_identity(case: tuple[ModelSpec, int]) -> None:
-    spec, tp = case
-    for linear in names.linears(spec, 0):
+    assert_cut_and_merged(*case, layer=0)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_cut_and_merge_is_the_identity_in_layers_of_every_kind(family: str, tp: int) -> None:
+    spec = read_model(runs.config(family))
+    kinds = names.kinds_of_layers(spec)
+    assert kinds == [0, spec.dense_layers]
+    for layer in kinds:
+        assert_cut_and_merged(spec, tp, layer)
+
+
+def assert_cut_and_merged(spec: ModelSpec, tp: int, layer: int) -> None:
+    for linear in names.linears(spec, layer):
         merged: dict[str, np.ndarray] = {}
         for rank in range(tp):
             for pieces in (names.weight_pieces, names.bias_pieces):
-                if pieces is names.bias_pieces and linear.cut == "row":
+                if pieces is names.bias_pieces and linear.cut != "column":
                     continue
                 listed = list(pieces(linear, spec, 0, tp, rank))
                 axes = range(len(listed[0].shape))
@@ -73,7 +88,7 @@ def test_cut_and_merge_is_the_identity(case: tuple[ModelSpec, int]) -> None:
                 assert (local >= 0).all(), "the local tensor has a hole"
                 for piece in listed:
                     whole = merged.setdefault(piece.name, np.full(piece.shape, -1))
-                    assert (whole[piece.box.slices] == -1).all(), "ranks overlap"
+                    assert linear.cut == "whole" or (whole[piece.box.slices] == -1).all(), "ranks overlap"
                     whole[piece.box.slices] = local[piece.local.slices]
         for name, whole in merged.items():
             assert (whole == logical(whole.shape, name)).all()
