@@ -129,7 +129,7 @@ def test_a_share_of_the_rotary_gradient_is_not_enough(
     try:
         spoilt = runs.merge(found)
     except AssertionError as error:
-        assert "kv_a_proj_with_mqa" in str(error) and "differ" in str(error)
+        assert str(error).startswith("replicas of model.layers.0.") and str(error).endswith(" differ")
         return
     assert distance(spoilt, expected) > 1e-2
 
@@ -213,7 +213,9 @@ def test_layers_that_predict_further_tokens_are_left_out(
 
     folder = shutil.copytree(tiny_model("deepseek_v3"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    further = {name.replace("layers.3.", "layers.4."): value for name, value in tensors.items() if "layers.3." in name}
+    further = {
+        name.replace("layers.3.", "layers.4."): value.clone() for name, value in tensors.items() if "layers.3." in name
+    }
     save_file({**tensors, **further}, folder / "model.safetensors", {"format": "pt"})
     run = Run("deepseek_v3", full=True, steps=0, changes=(("num_nextn_predict_layers", 1),))
     state = runs.merge([pool.run(1, runs.train, run, str(folder))[0][2]])
