@@ -33,9 +33,9 @@ def choose_experts(
         Weights ``[tokens, experts]`` in fp32, zero where not chosen, and the choice as bools of the same shape.
     Example:
         >>> rule = Routing("sigmoid", groups=2, chosen_groups=1, best_of_group=2, scale=2.0)
-        >>> weights, chosen = choose_experts(torch.tensor([[5.0, -9.0, 0.0, 0.0]]), 1, rule, normalise=True)
+        >>> weights, chosen = choose_experts(torch.tensor([[5.0, -9.0, 0.0, 1.0]]), 1, rule, normalise=True)
         >>> chosen.tolist(), weights.tolist()  # the expert with the largest logit is in the worse group
-        ([[True, False, False, False]], [[2.0, 0.0, 0.0, 0.0]])
+        ([[False, False, False, True]], [[0.0, 0.0, 0.0, 2.0]])
     """
     wide = logits.float()
     scores = wide.sigmoid() if rule.score == "sigmoid" else wide.softmax(dim=-1)
