@@ -139,6 +139,11 @@ class ModelSpec:
         return self.is_moe and layer >= self.dense_layers
 
     @property
+    def attended_dim(self) -> int:
+        """Features of a head where attention compares and adds up; latent ones are padded to the widest."""
+        return max(self.latent.key_dim, self.latent.value_dim) if self.latent else self.head_dim
+
+    @property
     def dense_mlps(self) -> tuple[int, ...]:
         """Widths of the MLPs that are cut over tensor-parallel ranks; experts are not among them."""
         dense = () if self.is_moe and not self.dense_layers else (self.ffn,)

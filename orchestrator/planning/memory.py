@@ -119,14 +119,15 @@ def _layer_activation_bytes(work: Workload) -> int:
     k, v and the attention output; gate, up and their product.
     """
     model, topology = work.model, work.proposal.topology
-    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-    if model.latent is not None:  # queries and keys are made in two parts, and all are padded to the widest
-        heads = 6 * model.heads * max(model.latent.key_dim, model.latent.value_dim)
+    heads = (2 * model.heads + 2 * model.kv_heads) * model.attended_dim
+    if model.latent is not None:  # of queries and keys the two parts are kept too
+        heads += 2 * model.heads * model.attended_dim
     width = (3 if model.activation == "silu" else 4) * model.ffn / topology.tp
     if model.is_moe:  # every chosen expert sees its own copy of the token; the router stores its scores
         width = model.experts_per_token * (3 * model.expert_ffn / topology.etp + 2 * model.hidden) + model.experts
         # under sequence parallelism each tp rank routes its own tokens, and etp ranks gather theirs
         width *= topology.etp / (topology.tp if work.proposal.sp else 1)
+        width += 3 * model.shared_ffn / topology.tp
     cut = work.micro_tokens // topology.cp * work.value_bytes * (heads / topology.tp + width)
     return (6 if model.sandwich_norms else 4) * _residual_bytes(work) + int(cut)
 

@@ -12,15 +12,18 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import mappings
 
+from orchestrator.checkpoint.export import export_merged
 from orchestrator.checkpoint.hf_reader import HfReader
+from orchestrator.config.job import TunerConfig
 from parallel.shards import Box
 from parallel.topology import Topology
+from tests.distributed.test_adapter_exports import one
 from tests.distributed.test_balancing import rows
 from tests.distributed.test_experts import distance
 from tests.distributed.test_logits import assert_same_logits
 from tests.distributed.test_parity import assert_same
 from tests.distributed.test_peft_oracle import backward, weights
-from tests.helpers import runs
+from tests.helpers import exported, runs
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
@@ -69,6 +72,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "cp2-tp2-sp": {"topology": Topology(cp=2, tp=2), "sp": True},
     "cp2-ulysses": {"topology": Topology(cp=2), "cp_comm": "ulysses"},
     "pp2-selective": {"topology": Topology(pp=2), "recompute": "selective"},
+    "pp2-vpp2": {"topology": Topology(pp=2), "vpp": 2},
     "pp2-full": {"topology": Topology(pp=2), "recompute": "full"},
 }
 
@@ -88,7 +92,7 @@ CELLS: dict[str, dict[str, Any]] = {
             pytest.param(*cell, marks=FINER)
             for cell in (
                 *(("lora", name) for name in ("tp2-sp-ep2-dp2", "ep2-pp2-distributed", "cp2-tp2-sp", "pp2-full")),
-                *(("full", name) for name in ("tp2-sp-ep2-dp2", "cp2-ulysses", "pp2-full")),
+                *(("full", name) for name in ("tp2-sp-ep2-dp2", "cp2-ulysses", "pp2-full", "pp2-vpp2")),
                 *(("v2-lora", name) for name in ("tp2-sp-pp2", "cp2-ulysses")),
                 *(("v2-full", name) for name in ("tp2-sp-pp2", "ep2-pp2-distributed")),
                 *(("dense-full", name) for name in ("tp2-sp", "cp2-tp2-sp")),
@@ -201,6 +205,17 @@ def test_no_cut_and_no_padding_changes_biases(
     assert distance(merged, expected) <= 1e-4
 
 
+def test_a_run_with_biases_goes_on_elsewhere(pool: Pool, biased: tuple[Run, Path, Any]) -> None:
+    """Stopped on TP=2 (SP) after two of three steps, gone on with on PP=2 x DP=2: biases are part of the state."""
+    run, folder, (losses, _, state) = biased
+    there = run.on(steps=2, **CELLS["tp2-sp"])
+    saved = runs.merge([part for _, _, part in pool.run(2, runs.train, there, str(folder))])
+    arrays = {key: value.numpy() for key, value in saved.items()}
+    found = pool.run(4, runs.go_on, run.on(topology=Topology(pp=2, dp=2)), arrays, 2)
+    assert found[0][0] == pytest.approx(losses[2:], rel=1e-5)
+    assert distance(weights([part for _, part in found]), weights([state])) <= 1e-4
+
+
 def test_the_balancing_loss_takes_shares_of_sigmoids(pool: Pool, tiny_model: Callable[..., Path]) -> None:
     run = Run("deepseek_v3", full=True, learning_rate=1e-4, balancing_loss=0.5)
     assert_same(pool, run, run.on(**CELLS["tp2-sp-ep2-dp2"]), str(tiny_model("deepseek_v3")))
@@ -222,3 +237,41 @@ def test_layers_that_predict_further_tokens_are_left_out(
     state = runs.merge([pool.run(1, runs.train, run, str(folder))[0][2]])
     assert {name for name, kind in state if kind == "weight"} == tensors.keys()
     assert_same_logits(pool, folder, run, [[5, 9, 3, 77]])
+
+
+def test_a_full_run_is_what_transformers_loads_with_its_biases(
+    pool: Pool, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = RUNS["full"].on(learning_rate=1e-3, bias_rate=0.05, topology=Topology(tp=2, pp=2), sp=True)
+    base = tiny_model("deepseek_v3")
+    ours = one(pool.run(4, train_full_and_save, run, str(base), str(tmp_path / "checkpoints")))
+    export_merged(tmp_path / "checkpoints" / f"step-{run.steps:06d}", None, tmp_path / "merged")
+    theirs = exported.model_logits(tmp_path / "merged")
+    assert (theirs - ours).abs().max() <= 1e-4 and (theirs - exported.model_logits(base)).abs().max() > 0.01
+    box = Box((0,), (8,))
+    before, after = (HfReader(each).read(BIAS_NAME, "weight", box) for each in (base, tmp_path / "merged"))
+    assert (after - before).abs().max() > 0.04
+
+
+def train_full_and_save(run: Run, base: str, checkpoints: str) -> Any:
+    with patch.object(exported, "tuner_of", lambda run: TunerConfig(name="full")):
+        return exported.train_and_save(run, base, checkpoints)
+
+
+def test_biases_stay_fp32_in_16_bits(pool: Pool, tiny_model: Callable[..., Path]) -> None:
+    base = str(tiny_model("deepseek_v3"))
+    wide, narrow = (
+        pool.run(1, runs.train, RUNS["full"].on(precision=each, bias_rate=0.01), base)[0] for each in ("fp32", "bf16")
+    )
+    assert narrow[0] == pytest.approx(wide[0], rel=2e-2) and narrow[1] == pytest.approx(wide[1], rel=0.2)
+    started = HfReader(Path(base)).read(BIAS_NAME, "weight", Box((0,), (8,)))
+    moved = (weights([narrow[2]])[BIAS_NAME] - started) / 0.01
+    assert (moved - moved.round()).abs().max() < 1e-3 and moved.abs().max() >= 1
+
+
+@pytest.mark.parametrize("change", [{"dora": True, "dropout": 0.2}, {"init": "pissa"}], ids=["dora", "pissa"])
+def test_other_adapters_of_attention_equal_one_process(
+    pool: Pool, tiny_model: Callable[..., Path], change: dict[str, Any]
+) -> None:
+    run = Run("deepseek_v3", targets=LATENT, eps=1e-5, **change)
+    assert_same(pool, run, run.on(**CELLS["tp2-sp-pp2"]), str(tiny_model("deepseek_v3")))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from orchestrator.assemble import check_adapter, room
 from orchestrator.checkpoint.adapter import lora_pairs
@@ -25,6 +26,7 @@ from parallel.shards import Box, Shard
 from parallel.specs import ModelSpec, read_hf_config
 
 R, ALPHA = 4, 8.0
+KV_B_PROJ = "model.layers.3.self_attn.kv_b_proj.weight"
 EVERYTHING = ["q_proj", "gate", "gate_proj", "up_proj", "down_proj"]
 EVERYTHING_OF_MIXTRAL = ["q_proj", "gate", "w1", "w3", "w2"]
 TARGETS: dict[str, Any] = {
@@ -178,6 +180,21 @@ def test_experts_of_mixtral_have_its_names_apart_and_common_ones_joined(tmp_path
         box = Box.whole(apart.shape(name))
         assert torch.equal(joined.read(name, "weight", box), apart.read(name, "weight", box)), name
     check_adapter(job_of(base, EVERYTHING_OF_MIXTRAL, path=str(tmp_path / "peft")), spec)
+
+
+def test_a_merge_keeps_layers_that_predict_further_tokens(tmp_path: Path, tiny_model: Model) -> None:
+    """DeepSeek-V3's files hold one more layer, which is no part of the model: it stays as it is."""
+    base = shutil.copytree(tiny_model("deepseek_v3"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    further = {name: value for name, value in tensors.items() if ".layers.3." in name}
+    further = {name.replace(".layers.3.", ".layers.4."): 2 * value for name, value in further.items()}
+    save_file({**tensors, **further}, base / "model.safetensors", {"format": "pt"})
+    spec, job = read_model(read_hf_config(base)), job_of(base, ["kv_b_proj"])
+    export_merged(save_checkpoint(tmp_path / "c", job, spec), base, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == tensors.keys() | further.keys()
+    assert all(torch.equal(merged[name], value) for name, value in further.items())
+    assert not torch.equal(merged[KV_B_PROJ], tensors[KV_B_PROJ])
 
 
 def test_an_export_is_what_peft_itself_writes(tmp_path: Path, base: Path) -> None:
