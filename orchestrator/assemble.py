@@ -85,6 +85,7 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
         recompute=plan.recompute,
         seed=job.seed,
         balancing_loss=balancing_loss(job, model),
+        bias_rate=job.experts.bias_rate,
         sequence_tokens=-(-plan.sequence_tokens // plan.length_multiple) * plan.length_multiple,
         cp_comm=plan.cp_comm,
         quantise=job.tuner.quantise,

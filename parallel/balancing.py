@@ -1,9 +1,12 @@
-"""The load-balancing loss of a router, sequence by sequence, so that no cut of the batch changes it.
+"""Balancing experts so that no cut of the batch changes it: a loss for each sequence, and biases of the choice.
 
 Of a sequence with T positions, E experts and K chosen per token (DeepSeek-AI 2024, arXiv:2412.19437, eq. 17 to 20):
-``loss = E / (K T) * sum_e count_e * (sum_t p_te) / T``, where ``p`` is the softmax over all experts. It is 1 when all
-experts are used alike. Positions are those up to the last with a label: what comes after cannot change the model's
-loss, and padding comes after. A sequence weighs as much as its label tokens, as it does in the model's loss.
+``loss = E / (K T) * sum_e count_e * (sum_t p_te) / T``, where ``p`` are the router's scores, which sum to 1. It is 1
+when all experts are used alike. Positions are those up to the last with a label: what comes after cannot change the
+model's loss, and padding comes after. A sequence weighs as much as its label tokens, as it does in the model's loss.
+
+A bias of the choice goes up by a fixed step where fewer than the mean of the whole global batch's positions chose its
+expert, and down where more did (Wang et al. 2024, arXiv:2408.15664, algorithm 1).
 """
 
 from __future__ import annotations
@@ -58,42 +61,82 @@ class BalancingClock:
 
 
 @dataclass(frozen=True)
-class Balance:
-    """Adds ``coefficient`` times the loss of its router, summed over a micro-batch's label tokens, to the run's loss.
+class Positions:
+    """Which of this rank's tokens count.
 
     Args:
         cut: which tokens of a row context-parallel ranks hold; of those this rank has the ``part``-th of ``parts``.
-        groups: of ranks that hold different tokens of the same sequences.
     """
 
-    coefficient: float
     clock: BalancingClock
     cut: SequenceCut
     parts: int = 1
     part: int = 0
+
+    def counts(self, chosen: torch.Tensor, tokens: int) -> torch.Tensor:
+        """How many of them chose each expert, fp32 ``[b, E]``, of a choice ``[s * b, E]``."""
+        return (chosen.unflatten(0, (tokens, -1)) * self.seen(tokens, chosen.device)).sum(dim=0)
+
+    def seen(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """1 where a token counts, else 0, ``[s, b, 1]``."""
+        row = self.cut.take(torch.arange(tokens * self.parts * self.cut.size, device=device), 0)
+        places = row[self.part * tokens :][:tokens]
+        return (places[:, None] < self.clock.now().positions.to(device)).float()[..., None]
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Adds ``coefficient`` times the loss of its router, summed over a micro-batch's label tokens, to the run's loss.
+
+    Args:
+        groups: of ranks that hold different tokens of the same sequences.
+    """
+
+    coefficient: float
+    positions: Positions
     groups: tuple[Any, ...] = ()
 
-    def __call__(self, logits: torch.Tensor, chosen: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, chosen: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
         """Attach the loss.
 
         Args:
-            logits: ``[s, b, E]`` of this rank's tokens; chosen: bool ``[s * b, E]``.
+            scores: ``[s, b, E]`` of this rank's tokens, which sum to 1; chosen: bool ``[s * b, E]``.
             probabilities: any tensor on the way to the model's loss; returned as it is.
         """
-        tokens, batch, experts = logits.shape
-        sequences = self.clock.now()
-        row = self.cut.take(torch.arange(tokens * self.parts * self.cut.size, device=logits.device), 0)
-        places = row[self.part * tokens :][:tokens]
-        seen = (places[:, None] < sequences.positions.to(logits.device)).float()[..., None]
-        counts = (chosen.view(tokens, batch, experts) * seen).sum(dim=0)
+        tokens, _, experts = scores.shape
+        counts = self.positions.counts(chosen, tokens)
         for group in self.groups:
             dist.all_reduce(counts, group=group)
-        sums = (logits.float().softmax(dim=-1) * seen).sum(dim=0)
-        length = sequences.positions.to(logits.device).clamp(min=1).float()
+        sequences = self.positions.clock.now()
+        sums = (scores * self.positions.seen(tokens, scores.device)).sum(dim=0)
+        length = sequences.positions.to(scores.device).clamp(min=1).float()
         per_token = chosen[0].sum()
         losses = (counts * sums).sum(dim=-1) * experts / (per_token * length**2)
-        total = self.coefficient * (losses * sequences.labels.to(logits.device)).sum()
+        total = self.coefficient * (losses * sequences.labels.to(scores.device)).sum()
         return _Attach.apply(probabilities, total)
+
+
+class ChoiceCounts:
+    """How often each expert of a router was chosen since the last step.
+
+    Under activation recompute only the second forward pass counts, as only that has gradients.
+    """
+
+    def __init__(self, positions: Positions) -> None:
+        self.positions = positions
+        self._sum: torch.Tensor | None = None
+
+    def add(self, chosen: torch.Tensor, tokens: int) -> None:
+        """Count a micro-batch's choice ``[s * b, E]`` of ``s`` = ``tokens``."""
+        counts = self.positions.counts(chosen, tokens).sum(dim=0)
+        self._sum = counts if self._sum is None else self._sum + counts
+
+    def shift_(self, bias: torch.Tensor, rate: float, group: Any) -> None:
+        """Move a bias ``[E]`` by ``rate`` towards experts that too few chose; ``group`` holds the global batch."""
+        counts = torch.zeros_like(bias) if self._sum is None else self._sum
+        dist.all_reduce(counts, group=group)
+        bias.add_((counts.mean() - counts).sign(), alpha=rate)
+        self._sum = None
 
 
 class _Attach(torch.autograd.Function):

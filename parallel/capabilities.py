@@ -117,8 +117,7 @@ def divisors(number: int) -> list[int]:
 
 def legal_tensor_sizes(model: ModelSpec) -> list[int]:
     """Every ``topology.tp`` that divides the model, ascending."""
-    dense_ffn = 0 if model.is_moe else model.ffn
-    return divisors(math.gcd(model.heads, model.kv_heads, dense_ffn))
+    return divisors(math.gcd(model.heads, model.kv_heads, *model.dense_mlps))
 
 
 def _not_built(model: ModelSpec, proposal: Proposal, built: Capabilities) -> Iterator[Refusal]:
@@ -158,8 +157,9 @@ def _tensor_cuts(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Itera
     uncut = [f"{count} {name}" for name, count in heads.items() if count % tp]
     if uncut:
         yield Refusal(f"model has {' and '.join(uncut)}, which topology.tp={tp} does not divide", hint)
-    if not model.is_moe and model.ffn % tp:
-        yield Refusal(f"model has an MLP of {model.ffn} rows, which topology.tp={tp} does not divide", hint)
+    for rows in model.dense_mlps:
+        if rows % tp:
+            yield Refusal(f"model has an MLP of {rows} rows, which topology.tp={tp} does not divide", hint)
 
 
 def _expert_cuts(model: ModelSpec, proposal: Proposal, _: Capabilities) -> Iterator[Refusal]:
@@ -236,9 +236,10 @@ def _quantised_cuts(model: ModelSpec, proposal: Proposal, _: Capabilities) -> It
         return
     if proposal.tuner == "full":
         yield Refusal(f"tuner.quantise={proposal.quantise} freezes the base, but tuner=full trains it", "tuner=qlora")
-    if model.is_moe:
-        yield Refusal(f"tuner.quantise={proposal.quantise} is not built for experts", "tuner.quantise=null")
-        return
+    for feature, is_there in (("experts", model.is_moe), ("latent attention", model.latent is not None)):
+        if is_there:
+            yield Refusal(f"tuner.quantise={proposal.quantise} is not built for {feature}", "tuner.quantise=null")
+            return
     legal, tp = quantised_tensor_sizes(model), proposal.topology.tp
     heads = model.heads * model.head_dim
     if not legal:

@@ -56,6 +56,7 @@ class EngineSpec:
         cp_comm: how context-parallel ranks see each other's tokens (``parallel.context_attention.KINDS``).
         sequence_tokens: the longest row of the run.
         balancing_loss: coefficient of the routers' balancing loss (``parallel.balancing``); 0 for none.
+        bias_rate: by how much a step moves the biases of the choice of experts (``parallel.balancing``); 0: they stay.
         quantise: how the base's linears are stored, "nf4" or None.
         frozen: names of weights that full tuning leaves as they are.
         lr_ratios: names of weights with their learning rates in units of the run's, in full tuning; others have 1.
@@ -73,6 +74,7 @@ class EngineSpec:
     sequence_tokens: int = 512
     cp_comm: str = "ring"
     balancing_loss: float = 0.0
+    bias_rate: float = 0.0
     quantise: str | None = None
     frozen: frozenset[str] = frozenset()
     lr_ratios: Mapping[str, float] = field(default_factory=dict)

@@ -160,7 +160,8 @@ class LoraLinear(torch.nn.Module):
             if names.layer_prefix(layer) + path in context.lora.targets:
                 self.parts[role] = context.part(linear, (role, path), layer)
         ranks = context.experts.etp if linear.expert else context.tp
-        self.reduces = ranks > 1 and not linear.expert  # the token dispatcher does it for experts
+        # the token dispatcher does it for experts; what is not cut needs no sum on the way
+        self.reduces = ranks > 1 and not linear.expert and linear.cut != "whole"
         cut = ranks if linear.cut == "column" else 1
         self.widths = {role: names.shape(role, context.model)[0] // cut for role, _ in linear.parts}
         self.base_is_plain = any(name == "weight" for name, _ in base.named_parameters(recurse=False))
@@ -319,11 +320,11 @@ class LoraRouter(torch.nn.Module):
 def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext, kind: type[LoraLinear] = LoraLinear) -> None:
     """Put adapters of a kind on the targeted linears of one built layer (``index`` is global, from 0)."""
     prefix = names.layer_prefix(index)
-    for linear in names.linears(context.model, context.experts.ep, context.experts.ep_rank):
+    for linear in names.linears(context.model, index, context.experts.ep, context.experts.ep_rank):
         if not any(prefix + path in context.lora.targets for _, path in linear.parts):
             continue
-        assert not (context.lora.dropout and (linear.expert or linear.cut == "whole")), "the plan refuses dropout there"
-        if linear.cut == "whole":
+        assert not (context.lora.dropout and (linear.expert or linear.is_router)), "the plan refuses dropout there"
+        if linear.is_router:
             router: Any = layer.get_submodule(linear.path)
             router.adapter = LoraRouter(context.part(linear, linear.parts[0], index), context.lora.scale)
             continue

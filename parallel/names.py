@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from parallel.families import FAMILIES
-from parallel.families.family import Linear
+from parallel.families.family import LayerNames, Linear
 from parallel.shards import Box, Piece
 from parallel.specs import ModelSpec
 
@@ -42,10 +42,15 @@ def layer_prefix(layer: int | None) -> str:
     return "" if layer is None else f"model.layers.{layer}."
 
 
-def linears(spec: ModelSpec, ep: int = 1, ep_rank: int = 0) -> Iterator[Linear]:
+def layer_names(spec: ModelSpec, layer: int) -> LayerNames:
+    """The tensors of one layer, counted from 0; linears of experts stand for those of all its experts."""
+    return FAMILIES[spec.family].layer(spec, layer)
+
+
+def linears(spec: ModelSpec, layer: int, ep: int = 1, ep_rank: int = 0) -> Iterator[Linear]:
     """The local linears of one layer; of experts, those that expert-parallel rank ``ep_rank`` of ``ep`` holds."""
     local_experts = spec.experts // ep
-    for linear in FAMILIES[spec.family].linears:
+    for linear in layer_names(spec, layer).linears:
         if not linear.expert:
             yield linear
             continue
@@ -57,36 +62,61 @@ def linears(spec: ModelSpec, ep: int = 1, ep_rank: int = 0) -> Iterator[Linear]:
 
 def shape(role: str, spec: ModelSpec) -> tuple[int, int]:
     """``(out, in)`` of the whole logical linear with this role."""
-    ffn = spec.expert_ffn if spec.is_moe else spec.ffn
+    if role.startswith("latent_"):
+        return _latent_shape(role, spec)
     query, value = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     return {
         "q": (query, spec.hidden),
         "k": (value, spec.hidden),
         "v": (value, spec.hidden),
         "o": (spec.hidden, query),
-        "gate": (ffn, spec.hidden),
-        "up": (ffn, spec.hidden),
-        "down": (spec.hidden, ffn),
+        "gate": (spec.ffn, spec.hidden),
+        "up": (spec.ffn, spec.hidden),
+        "down": (spec.hidden, spec.ffn),
         "router": (spec.experts, spec.hidden),
+        "expert_gate": (spec.expert_ffn, spec.hidden),
+        "expert_up": (spec.expert_ffn, spec.hidden),
+        "expert_down": (spec.hidden, spec.expert_ffn),
+        "shared_gate": (spec.shared_ffn, spec.hidden),
+        "shared_up": (spec.shared_ffn, spec.hidden),
+        "shared_down": (spec.hidden, spec.shared_ffn),
         "head": (spec.vocab, spec.hidden),
     }[role]
 
 
-def whole_shape(name: str, spec: ModelSpec) -> tuple[int, ...]:
-    """The shape of a layer's tensor that is no linear: a norm over the hidden size, or over a head."""
-    return (spec.head_dim,) if name.endswith(("q_norm.weight", "k_norm.weight")) else (spec.hidden,)
+def _latent_shape(role: str, spec: ModelSpec) -> tuple[int, int]:
+    latent = spec.latent
+    assert latent is not None, f"{role} is a linear of latent attention"
+    query = spec.heads * latent.key_dim
+    return {
+        "latent_q": (query, spec.hidden),
+        "latent_q_down": (latent.query_rank, spec.hidden),
+        "latent_q_up": (query, latent.query_rank),
+        "latent_kv_down": (latent.latent_rank + latent.rotary_dim, spec.hidden),
+        "latent_kv_up": (spec.heads * (latent.plain_dim + latent.value_dim), latent.latent_rank),
+        "latent_o": (spec.hidden, spec.heads * latent.value_dim),
+    }[role]
+
+
+def norm_width(name: str, spec: ModelSpec) -> int:
+    """Over how many features a layer's norm goes: the hidden size, a head or a latent."""
+    module = name.split(".")[-2]
+    if module in ("q_norm", "k_norm"):
+        return spec.head_dim
+    if spec.latent is None:
+        return spec.hidden
+    return {"q_a_layernorm": spec.latent.query_rank, "kv_a_layernorm": spec.latent.latent_rank}.get(module, spec.hidden)
 
 
 def local_rows(role: str, spec: ModelSpec, tp: int, rank: int) -> Iterator[tuple[int, int, int]]:
     """Where the rows of a column-parallel part lie: ``(logical row, local row, count)``.
 
     megatron-core lays a fused qkv out group by group (the query heads of one key/value group, its key, its value), and
-    a fused gate|up as this rank's gate rows, then its up rows.
+    a fused gate|up as this rank's gate rows, then its up rows. What is not fused lies as it is.
     """
-    out = shape(role, spec)[0]
-    if role in ("gate", "up"):
-        count = out // tp
-        yield rank * count, (count if role == "up" else 0), count
+    if role not in ("q", "k", "v"):
+        count = shape(role, spec)[0] // tp
+        yield rank * count, (count if role in ("up", "expert_up", "shared_up") else 0), count
         return
     queries = spec.heads // spec.kv_heads
     groups = spec.kv_heads // tp
@@ -188,21 +218,41 @@ def magnitude_piece(linear: Linear, part: tuple[str, str], spec: ModelSpec, laye
     return Piece(name, (out,), Box((start,), (local,)), Box.whole((local,)))
 
 
+def kinds_of_layers(spec: ModelSpec) -> list[int]:
+    """The first layer of each kind: dense, with experts.
+
+    Example:
+        >>> kinds_of_layers(ModelSpec("llama", 4, 8, 2, 2, 4, 16, 32, 64, 1e-5, 1e4, True))
+        [0]
+    """
+    first = {spec.has_experts(layer): layer for layer in reversed(range(spec.layers))}
+    return sorted(first.values())
+
+
 def leaf_names(spec: ModelSpec, experts: bool = True) -> list[str]:
-    """The last parts of the paths of a layer's linears, in its order; without the router's and the experts' if asked.
+    """The last parts of the paths of layers' linears, in their order; if asked without those that mean experts too.
 
     Example:
         >>> leaf_names(ModelSpec("llama", 1, 8, 2, 2, 4, 16, 32, 64, 1e-5, 1e4, True))[:3]
         ['q_proj', 'k_proj', 'v_proj']
     """
-    chosen = [each for each in linears(spec) if experts or not (each.expert or each.cut == "whole")]
-    return list(dict.fromkeys(path.rpartition(".")[2] for linear in chosen for _, path in linear.parts))
+    found: dict[str, bool] = {}  # whether experts or the router go by this name too
+    for layer in kinds_of_layers(spec):
+        for linear in layer_names(spec, layer).linears:
+            for _, path in linear.parts:
+                leaf = path.rpartition(".")[2]
+                found[leaf] = found.get(leaf, False) or linear.expert or linear.is_router
+    return [leaf for leaf, is_experts in found.items() if experts or not is_experts]
 
 
 def target_modules(spec: ModelSpec) -> list[str]:
     """Every logical linear of the layers, as a full module path, in layer order."""
-    every = [path for linear in linears(spec) for _, path in linear.parts]
-    return [layer_prefix(layer) + path for layer in range(spec.layers) for path in every]
+    return [
+        layer_prefix(layer) + path
+        for layer in range(spec.layers)
+        for linear in linears(spec, layer)
+        for _, path in linear.parts
+    ]
 
 
 def adaptable_modules(spec: ModelSpec) -> list[str]:
@@ -254,11 +304,11 @@ def resolve_targets(targets: str | list[str], spec: ModelSpec) -> frozenset[str]
 
 def _whole_experts(chosen: frozenset[str], spec: ModelSpec) -> frozenset[str]:
     """Refuse targets that take some experts of a layer and leave others, or gate without up."""
-    experts = [linear for linear in linears(spec) if linear.expert]
-    for cut in ("column", "row"):  # gate with up, and down
-        paths = [path for linear in experts if linear.cut == cut for _, path in linear.parts]
-        leaves = sorted({path.rsplit(".", 1)[1] for path in paths})
-        for layer in range(spec.layers):
+    for layer in range(spec.layers):
+        experts = [linear for linear in linears(spec, layer) if linear.expert]
+        for cut in ("column", "row"):  # gate with up, and down
+            paths = [path for linear in experts if linear.cut == cut for _, path in linear.parts]
+            leaves = sorted({path.rsplit(".", 1)[1] for path in paths})
             found = [path for path in paths if layer_prefix(layer) + path in chosen]
             if found and len(found) < len(paths):
                 raise TargetError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,6 +25,7 @@ from parallel.attention import SdpaAttention
 from parallel.fused import geglu, rms_norm, swiglu
 from parallel.fused_attention import RotarySelfAttention
 from parallel.provider_experts import Router
+from parallel.provider_latent import LatentSelfAttention, LatentSubmodules
 from parallel.specs import ModelSpec
 
 
@@ -159,34 +161,47 @@ def block_spec(spec: ModelSpec, layers: Sequence[int], config: Any, device: str)
 
 
 def _layer_spec(spec: ModelSpec, layer: int, backend: IsotrainSpecProvider, config: Any) -> ModuleSpec:
-    window = spec.window(layer)
     add = get_bias_dropout_add
     if spec.sandwich_norms:
         add = ModuleSpec(module=NormedAdd, params={"norm": backend.layer_norm(), "config": config})
-    qk_norm = backend.layer_norm(for_qk=True) if spec.qk_norm else IdentityOp
-    attention = SelfAttentionSubmodules(
-        linear_qkv=backend.column_parallel_linear(),
-        core_attention=_core_attention(spec, window, backend),
-        linear_proj=backend.row_parallel_linear(),
-        q_layernorm=qk_norm,
-        k_layernorm=qk_norm,
-    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.layer_norm(),
-            self_attention=ModuleSpec(
-                module=RotarySelfAttention,
-                params={
-                    "attn_mask_type": AttnMaskType.causal,
-                    "rope_theta": spec.local_rope_theta if window else 0.0,
-                },
-                submodules=attention,
-            ),
+            self_attention=_latent_spec(spec, backend) if spec.latent else _attention_spec(spec, layer, backend),
             self_attn_bda=add,
             pre_mlp_layernorm=backend.layer_norm(),
-            mlp=_mlp_spec(spec, backend),
+            mlp=_mlp_spec(spec, layer, backend),
             mlp_bda=add,
+        ),
+    )
+
+
+def _attention_spec(spec: ModelSpec, layer: int, backend: IsotrainSpecProvider) -> ModuleSpec:
+    window = spec.window(layer)
+    qk_norm = backend.layer_norm(for_qk=True) if spec.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=RotarySelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "rope_theta": spec.local_rope_theta if window else 0.0},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=_core_attention(spec, window, backend),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def _latent_spec(spec: ModelSpec, backend: IsotrainSpecProvider) -> ModuleSpec:
+    return ModuleSpec(
+        module=LatentSelfAttention,
+        params={"spec": spec},
+        submodules=LatentSubmodules(
+            column=backend.column_parallel_linear(),
+            row=backend.row_parallel_linear(),
+            norm=backend.layer_norm(),
+            core_attention=SdpaAttention,
         ),
     )
 
@@ -197,12 +212,12 @@ def _core_attention(spec: ModelSpec, window: int, backend: IsotrainSpecProvider)
     return ModuleSpec(module=SdpaAttention, params={"cap": spec.score_cap, "window": window})
 
 
-def _mlp_spec(spec: ModelSpec, backend: IsotrainSpecProvider) -> ModuleSpec:
-    if spec.is_moe:
+def _mlp_spec(spec: ModelSpec, layer: int, backend: IsotrainSpecProvider) -> ModuleSpec:
+    if spec.has_experts(layer):
         experts = get_moe_module_spec_for_backend(
             backend=backend, num_experts=spec.experts, moe_grouped_gemm=False, moe_use_legacy_grouped_gemm=False
         )
-        experts.submodules.router = Router
+        experts.submodules.router = partial(Router, spec)
         return experts
     return ModuleSpec(
         module=MLP,

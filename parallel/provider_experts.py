@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
-from parallel.balancing import Balance
+from parallel.balancing import Balance, ChoiceCounts
+from parallel.routing import affinities, choose_experts
+from parallel.specs import ModelSpec
 
 
 class Router(TopKRouter):
@@ -15,12 +17,19 @@ class Router(TopKRouter):
 
     ``adapter``, where there is one, adds to the logits what it makes of the tokens. ``balance``, where there is one,
     adds its loss to the run's; megatron-core's own are off, because they depend on the micro-batch and on padding.
+    ``choice_bias`` shifts the choice where the model has one, in fp32 whatever the model's type. No gradient reaches
+    it; ``counts``, where there are any, say how it is moved.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, spec: ModelSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.adapter: torch.nn.Module | None = None
         self.balance: Balance | None = None
+        self.counts: ChoiceCounts | None = None
+        self.spec = spec
+        self.choice_bias: torch.nn.Parameter | None = None
+        if spec.routing is not None and spec.routing.bias:
+            self.choice_bias = torch.nn.Parameter(torch.zeros(spec.experts), requires_grad=False)
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., hidden] -> [..., experts]``, in the router's type."""
@@ -29,7 +38,17 @@ class Router(TopKRouter):
 
     def routing(self, logits: torch.Tensor, padding_mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities and choice ``[tokens, experts]`` of logits ``[s, b, experts]``."""
-        probabilities, chosen = super().routing(logits, padding_mask)
-        if self.balance is not None and self.training and torch.is_grad_enabled():
-            probabilities = self.balance(logits, chosen, probabilities)
+        spec = self.spec
+        if spec.routing is None:
+            probabilities, chosen = super().routing(logits, padding_mask)
+        else:
+            rows = logits.flatten(0, 1)
+            probabilities, chosen = choose_experts(
+                rows, spec.experts_per_token, spec.routing, spec.normalise_expert_weights, self.choice_bias
+            )
+        if self.training and torch.is_grad_enabled():
+            if self.counts is not None:
+                self.counts.add(chosen, logits.shape[0])
+            if self.balance is not None:
+                probabilities = self.balance(affinities(logits, spec.routing), chosen, probabilities)
         return probabilities, chosen

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from parallel import names
-from parallel.families import FAMILIES
 from parallel.specs import ModelSpec
 
 
@@ -25,9 +24,9 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {names.EMBEDDING: (spec.vocab, spec.hidden)}
     for layer in range(spec.layers):
         prefix = names.layer_prefix(layer)
-        for _, name in FAMILIES[spec.family].whole:
-            shapes[prefix + name] = names.whole_shape(name, spec)
-        for group in _fused(spec):
+        for _, name in names.layer_names(spec, layer).norms:
+            shapes[prefix + name] = (names.norm_width(name, spec),)
+        for group in _fused(spec, layer):
             for role, path in group:
                 shapes[f"{prefix}{path}.weight"] = names.shape(role, spec)
                 if spec.qkv_bias and role in ("q", "k", "v"):
@@ -135,7 +134,7 @@ def _chosen(pattern: str, spec: ModelSpec, key: str) -> list[str]:
 def _check_fused(chosen: Mapping[str, float], spec: ModelSpec, key: str) -> None:
     """Parts of one local tensor share what the optimizer does with it."""
     for layer in range(spec.layers):
-        for group in _fused(spec):
+        for group in _fused(spec, layer):
             for kind in ("weight", "bias"):
                 values = {path: chosen.get(f"{names.layer_prefix(layer)}{path}.{kind}") for _, path in group}
                 if len(set(values.values())) == 1:
@@ -148,7 +147,7 @@ def _check_fused(chosen: Mapping[str, float], spec: ModelSpec, key: str) -> None
                 )
 
 
-def _fused(spec: ModelSpec) -> Iterator[tuple[tuple[str, str], ...]]:
+def _fused(spec: ModelSpec, layer: int) -> Iterator[tuple[tuple[str, str], ...]]:
     """For each local linear of a layer its logical parts as ``(role, path)``."""
-    for linear in names.linears(spec):
+    for linear in names.linears(spec, layer):
         yield linear.parts

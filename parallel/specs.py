@@ -36,12 +36,56 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Attention whose keys and values are made of one small latent vector per token (arXiv:2405.04434, section 2.1).
+
+    ``query_rank`` and ``latent_rank``: widths of the latents of queries (0: queries have none) and of keys and values.
+    A head's queries and keys have ``plain_dim`` features that do not turn with the position and ``rotary_dim`` that do;
+    all heads share the rotary features of a key. A head's values have ``value_dim``. ``interleaved``: the two features
+    of a rotary pair lie side by side, not half a vector apart.
+    """
+
+    query_rank: int
+    latent_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    interleaved: bool = True
+
+    @property
+    def key_dim(self) -> int:
+        """Features of a head's queries and keys."""
+        return self.plain_dim + self.rotary_dim
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router chooses experts, where it is not the plain choice of the largest logits.
+
+    ``score``: ``softmax`` over all experts, or ``sigmoid`` of each. Experts are chosen among the ``chosen_groups`` of
+    ``groups`` equal groups whose ``best_of_group`` highest scores add up to most. ``bias``: each expert has one, which
+    counts for the choice only (arXiv:2408.15664). ``scale`` multiplies the weights of the chosen.
+    """
+
+    score: str
+    groups: int = 1
+    chosen_groups: int = 1
+    best_of_group: int = 1
+    bias: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The shape of a decoder, named as in a Hugging Face ``config.json``.
 
     Sizes are whole-model sizes (not per rank). ``ffn`` is the width of one dense MLP (gate and up have this many rows
     each); ``expert_ffn`` that of one expert. ``experts == 0`` means a dense model. ``router_aux_loss`` is the
-    coefficient of the balancing loss that a run has unless it says otherwise.
+    coefficient of the balancing loss that a run has unless it says otherwise. The first ``dense_layers`` layers have a
+    dense MLP instead of experts. ``shared_ffn`` is the width of the experts that see every token, all together.
+    ``routing`` None: experts with the largest logits, weighted by softmax.
+
+    ``latent``: attention is latent; then ``head_dim`` is the rotary part of a head only.
 
     ``windows``: for each layer how many of the last tokens a query sees, its own among them (0: all before it); empty
     where no layer has a window. ``local_rope_theta``: the rotary base of layers with a window, where they have their
@@ -70,6 +114,10 @@ class ModelSpec:
     expert_ffn: int = 0
     normalise_expert_weights: bool = True
     router_aux_loss: float = 0.0
+    dense_layers: int = 0
+    shared_ffn: int = 0
+    routing: Routing | None = None
+    latent: LatentAttention | None = None
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float = 0.0
     windows: tuple[int, ...] = ()
@@ -83,8 +131,23 @@ class ModelSpec:
 
     @property
     def is_moe(self) -> bool:
-        """Whether the MLPs are mixtures of experts."""
+        """Whether there are mixtures of experts."""
         return self.experts > 0
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of this layer (from 0) is a mixture of experts."""
+        return self.is_moe and layer >= self.dense_layers
+
+    @property
+    def attended_dim(self) -> int:
+        """Features of a head where attention compares and adds up; latent ones are padded to the widest."""
+        return max(self.latent.key_dim, self.latent.value_dim) if self.latent else self.head_dim
+
+    @property
+    def dense_mlps(self) -> tuple[int, ...]:
+        """Widths of the MLPs that are cut over tensor-parallel ranks; experts are not among them."""
+        dense = () if self.is_moe and not self.dense_layers else (self.ffn,)
+        return (*dense, *((self.shared_ffn,) if self.shared_ffn else ()))
 
     def window(self, layer: int) -> int:
         """How many tokens a query of this layer (from 0) sees; 0 where it sees all before it."""

@@ -24,6 +24,9 @@ def make_model(config: Mapping[str, Any], folder: Path, seed: int) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.mul_(SPREAD)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.float().save_pretrained(folder)
 
 

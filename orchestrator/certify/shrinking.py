@@ -13,6 +13,8 @@ from parallel.specs import ModelSpec
 HEAD_DIMS, BLOCK = (8, 16, 32, 64, 128), 64  # of NF4: elements with one scale
 VOCABULARY, POSITIONS, FEWEST_LAYERS = 101, 256, 5
 WINDOW = 7  # tokens that a query sees where layers have a window: fewer than a row has
+SMALL_LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
+EXPERT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts")
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # beyond the small vocabulary
 
 
@@ -51,11 +53,17 @@ def shrunken(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     if model.is_moe:
         experts = _several(model.experts, ranks)
         small |= {
-            "num_local_experts" if "num_local_experts" in config else "num_experts": experts,
+            next((key for key in EXPERT_KEYS if key in config), EXPERT_KEYS[-1]): experts,
             "num_experts_per_tok": min(model.experts_per_token, max(1, experts // 2)),
         }
+        if model.dense_layers:
+            small["first_k_dense_replace"] = 1
+        if model.routing is not None and model.routing.groups > 1:
+            small |= {"n_group": 2, "topk_group": 1}
         if "moe_intermediate_size" in config:
             small["moe_intermediate_size"] = _small_ffn(model.expert_ffn, ranks)
+    if model.latent is not None:
+        small |= SMALL_LATENT | {"q_lora_rank": SMALL_LATENT["kv_lora_rank"] if model.latent.query_rank else None}
     wide = model.hidden == model.heads * model.head_dim
     sizes = [{"head_dim": head, "hidden_size": heads * head if wide else math.lcm(BLOCK, heads)} for head in HEAD_DIMS]
     legal = _quantised_cuts(model, ranks)

@@ -7,6 +7,10 @@ under the other, their B on the diagonal.
 
 Not joined, an expert's linears have the names of the hub's files: ``mlp.experts.3.gate_proj``, of Mixtral
 ``block_sparse_moe.experts.3.w1``. Joined, all families are the same: ``mlp.experts``.
+
+In a model with experts PEFT takes ``gate_proj``, ``up_proj`` and ``down_proj`` in ``target_modules`` for the experts'
+alone. Dense layers and shared experts, which have linears of these names too (DeepSeek), are named by their weights in
+``target_parameters``, as routers are.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ LEAF_OF = {part: leaf for leaf, parts in PARTS.items() for part in parts}
 LEAF_OF |= {own: LEAF_OF[part] for own, part in MIXTRAL.items()}
 _ONE = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)\.lora_(?P<side>[AB])\.weight")
 _JOINED = re.compile(r"(?P<experts>.+\.experts)(?P<inner>\.base_layer)?\.lora_(?P<side>[AB])\.weight")
-_ROUTER = re.compile(rf"(?P<router>.+\.({MODULE}|{MIXTRAL_MODULE})\.{ROUTER})\.lora_[AB]\.weight")
+_ROUTER = re.compile(rf".+\.({MODULE}|{MIXTRAL_MODULE})\.{ROUTER}\.lora_[AB]\.weight")
+_WRAPPED = re.compile(rf"(?P<module>.+\.({'|'.join((ROUTER, *LEAF_OF))}))\.lora_[AB]\.weight")
 _OF_MIXTRAL = re.compile(
     rf"(?P<before>.+)\.{MIXTRAL_MODULE}\.(?P<path>experts\.\d+\.(?P<leaf>w[123])|{ROUTER})\.(?P<rest>.+)"
 )
@@ -131,16 +136,19 @@ def loadable_config(config: Mapping[str, Any], adapted: Collection[str]) -> dict
         adapted: full paths of the adapted modules.
     """
     leaves = {ROUTER, *LEAF_OF}
-    found = {path.rpartition(".")[2] for path in adapted}
-    if not found & leaves:
+    wrapped = {path: path.rpartition(".")[2] for path in adapted if path.rpartition(".")[2] in leaves}
+    if not wrapped:
         return dict(config)
+    found = {leaf for path, leaf in wrapped.items() if leaf == ROUTER or ".experts." in path}
+    beside = sorted(f"{path}.weight" for path, leaf in wrapped.items() if leaf != ROUTER and ".experts." not in path)
     listed = adapted if isinstance(config["target_modules"], str) else config["target_modules"]
-    targets = sorted(path for path in listed if path.rpartition(".")[2] not in leaves) + sorted(found & leaves)
+    targets = sorted(path for path in listed if path.rpartition(".")[2] not in leaves) + sorted(found)
     for gate, down in (("gate_proj", "down_proj"), ("w1", "w2")):
         if gate in found and down not in found:
             targets.append(down)
     pattern = {r"experts\.gate_up_proj": joined_alpha(config)} if config.get("use_rslora") else {}
-    return {**config, "target_modules": targets, "alpha_pattern": pattern}
+    parameters = {"target_parameters": beside} if beside else {}
+    return {**config, "target_modules": targets, "alpha_pattern": pattern, **parameters}
 
 
 def joined_config(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -148,10 +156,10 @@ def joined_config(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, 
 
     Doubling the rank of gate_up asks for twice alpha, or for sqrt(2) times alpha under rsLoRA, so that the scale stays.
     """
-    names = list(names)
-    parameters = {f"{half.experts}.{half.leaf}" for half in joined_halves(names)[0]}
-    routers = (_ROUTER.fullmatch(common_name(name)) for name in names)
-    parameters |= {f"{match['router']}.weight" for match in routers if match}
+    halves, rest = joined_halves(names)
+    parameters = {f"{half.experts}.{half.leaf}" for half in halves}
+    wrapped = (_WRAPPED.fullmatch(common_name(name)) for name in rest)
+    parameters |= {f"{match['module']}.weight" for match in wrapped if match}
     joined = {ROUTER, *LEAF_OF}
     result = {
         **config,
@@ -246,7 +254,7 @@ def logical_config(config: Mapping[str, Any]) -> dict[str, Any]:
     alpha = joined / (2**0.5 if config.get("use_rslora") else 2)
     parameters = config.get("target_parameters") or []
     parts = dict.fromkeys(PARTS["gate_up_proj"], alpha) if any(map(_is_gate_up, parameters)) else {}
-    unknown = [name for name in parameters if name.rpartition(".")[2] not in PARTS and not _is_router(name)]
+    unknown = [name for name in parameters if name.rpartition(".")[2] not in PARTS and not _is_wrapped(name)]
     return {**config, "target_parameters": unknown or None, "alpha_pattern": {**parts, **own}}
 
 
@@ -274,5 +282,7 @@ def _is_gate_up(parameter: str) -> bool:
     return parameter.rpartition(".")[2] == "gate_up_proj"
 
 
-def _is_router(parameter: str) -> bool:
-    return parameter == f"{ROUTER}.weight" or parameter.endswith(f".{ROUTER}.weight")
+def _is_wrapped(parameter: str) -> bool:
+    """Whether it is the weight of a router, or of a linear that has the name of an expert's."""
+    module, _, kind = parameter.rpartition(".")
+    return kind == "weight" and module.rpartition(".")[2] in (ROUTER, *LEAF_OF)

@@ -56,7 +56,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         key: ("at least 0", lambda value: value >= 0, "0")
         for key in (
             *("seed", "optimizer.lr", "optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_norm"),
-            *("optimizer.warmup_steps", "checkpoint.every_steps", "experts.balancing_loss"),
+            *("optimizer.warmup_steps", "checkpoint.every_steps", "experts.balancing_loss", "experts.bias_rate"),
             *(f"checkpoint.keep_{which}" for which in ("last", "every", "best")),
             *("cluster.slurm.signal_s", "cluster.slurm.restarts"),
         )

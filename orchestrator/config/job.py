@@ -156,9 +156,13 @@ class TunerConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """``balancing_loss``: coefficient of the routers' loss per sequence; None: as the model's config.json asks."""
+    """``balancing_loss``: coefficient of the routers' loss per sequence; None: as the model's config.json asks.
+
+    ``bias_rate``: by how much a step moves the biases that balance the choice of experts; 0: they stay as they are.
+    """
 
     balancing_loss: float | None = None
+    bias_rate: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from parallel import names
 from parallel.capabilities import Proposal
-from parallel.families import FAMILIES
 from parallel.selection import weight_shapes
 from parallel.specs import ModelSpec
 from parallel.stages import stage_layers
@@ -74,24 +73,24 @@ class StageCounts:
     linears: int = 0
 
 
-def layer_matmul_parameters(model: ModelSpec) -> int:
+def layer_matmul_parameters(model: ModelSpec, layer: int) -> int:
     """Weights of one whole layer that one token is multiplied with (of the experts, only the chosen ones)."""
     total = 0
-    for linear in FAMILIES[model.family].linears:
+    for linear in names.layer_names(model, layer).linears:
         copies = model.experts_per_token if linear.expert else 1
         total += sum(copies * _product(names.shape(role, model)) for role, _ in linear.parts)
     return total
 
 
 def head_cost_in_layers(model: ModelSpec) -> float:
-    """The work of the output head in units of one layer's, by multiplications per token.
+    """The work of the output head in units of the last layer's, by multiplications per token.
 
     Example:
         >>> smollm2 = ModelSpec("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, True)
         >>> round(head_cost_in_layers(smollm2), 1)
         8.0
     """
-    return model.vocab * model.hidden / layer_matmul_parameters(model)
+    return model.vocab * model.hidden / layer_matmul_parameters(model, model.layers - 1)
 
 
 def stage_counts(work: Workload, stage: int) -> StageCounts:
@@ -101,8 +100,9 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
     first, last = stage == 0, stage == topology.pp - 1
     vocabulary = names.padded_vocab(model.vocab, topology.tp) // topology.tp * model.hidden
     tables = int(first) + int(last and not (model.tied_embeddings and first))
-    experts = len(layers) * _expert_parameters(work)
-    base = len(layers) * _layer_parameters(work) + experts + tables * vocabulary + (model.hidden if last else 0)
+    experts = sum(_expert_parameters(work, layer) for layer in layers)
+    dense = sum(_layer_parameters(work, layer) for layer in layers)
+    base = dense + experts + tables * vocabulary + (model.hidden if last else 0)
     full = work.proposal.tuner == "full"
     adapters = [_adapter_parameters(work, layer) for layer in layers]
     for module, here in ((names.HEAD_MODULE, last), (names.EMBEDDING_MODULE, first)):
@@ -111,19 +111,20 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
     chosen = _chosen_parameters(work, stage)
     return StageCounts(
         base=base,
-        trainable=base - chosen if full else sum(dense + sparse for dense, sparse in adapters) + chosen,
+        trainable=base - chosen if full else sum(map(sum, adapters)) + chosen,
         expert_trainable=experts if full else sum(sparse for _, sparse in adapters),
-        matmul=len(layers) * layer_matmul_parameters(model) // topology.tp + (vocabulary if last else 0),
+        matmul=sum(layer_matmul_parameters(model, layer) for layer in layers) // topology.tp
+        + (vocabulary if last else 0),
         layers=len(layers),
-        linears=len(layers) * sum(map(_product, dense_linear_shapes(model))) // topology.tp,
+        linears=sum(_product(shape) for layer in layers for shape in dense_linear_shapes(model, layer)) // topology.tp,
     )
 
 
-def dense_linear_shapes(model: ModelSpec) -> list[tuple[int, int]]:
+def dense_linear_shapes(model: ModelSpec, layer: int) -> list[tuple[int, int]]:
     """``[out, in]`` of the logical linears of one layer that are no experts."""
     return [
         names.shape(role, model)
-        for linear in FAMILIES[model.family].linears
+        for linear in names.layer_names(model, layer).linears
         if not linear.expert
         for role, _ in linear.parts
     ]
@@ -133,23 +134,25 @@ def _product(shape: tuple[int, int]) -> int:
     return shape[0] * shape[1]
 
 
-def _layer_parameters(work: Workload) -> int:
-    """Base weights of one layer on one rank, without experts."""
+def _layer_parameters(work: Workload, layer: int) -> int:
+    """Base weights of one layer on one rank, without experts; what never learns is no weight, as in transformers."""
     model, tp = work.model, work.proposal.topology.tp
-    total = sum(names.whole_shape(name, model)[0] for _, name in FAMILIES[model.family].whole)
+    held = names.layer_names(model, layer)
+    total = sum(names.norm_width(name, model) for _, name in held.norms)
     if model.qkv_bias:
         total += (model.heads + 2 * model.kv_heads) * model.head_dim // tp
-    for linear in FAMILIES[model.family].linears:
+    for linear in held.linears:
         if not linear.expert:
             whole = sum(_product(names.shape(role, model)) for role, _ in linear.parts)
             total += whole if linear.cut == "whole" else whole // tp
     return total
 
 
-def _expert_parameters(work: Workload) -> int:
+def _expert_parameters(work: Workload, layer: int) -> int:
     """Weights of the experts of one layer on one rank."""
     model, topology = work.model, work.proposal.topology
-    parts = [part for linear in FAMILIES[model.family].linears if linear.expert for part in linear.parts]
+    linears = names.layer_names(model, layer).linears
+    parts = [part for linear in linears if linear.expert for part in linear.parts]
     return sum(_product(names.shape(role, model)) for role, _ in parts) * (model.experts // topology.ep) // topology.etp
 
 
@@ -158,7 +161,15 @@ def _chosen_parameters(work: Workload, stage: int) -> int:
     topology, total = work.proposal.topology, 0
     if not work.extras.chosen:
         return 0
-    here = {names.layer_prefix(layer) for layer in stage_layers(work.stages, topology.pp, stage)}
+    layers = stage_layers(work.stages, topology.pp, stage)
+    here = {names.layer_prefix(layer) for layer in layers}
+    uncut = {
+        f"{names.layer_prefix(layer)}{path}.weight"
+        for layer in layers
+        for linear in names.layer_names(work.model, layer).linears
+        if linear.cut == "whole"
+        for _, path in linear.parts
+    }
     first, last = stage == 0, stage == topology.pp - 1
     ends = {names.FINAL_NORM: last, names.HEAD: last, names.EMBEDDING: first or (last and work.model.tied_embeddings)}
     for name, shape in weight_shapes(work.model).items():
@@ -168,7 +179,7 @@ def _chosen_parameters(work: Workload, stage: int) -> int:
         size = _product((shape[0], shape[1] if len(shape) > 1 else 1))
         cut = len(shape) > 1 or name.endswith(".bias")
         cuts = topology.ep * topology.etp if ".experts." in name else topology.tp
-        total += size // cuts if cut and not name.endswith(".gate.weight") else size
+        total += size // cuts if cut and name not in uncut else size
     return total
 
 
@@ -180,7 +191,7 @@ def _adapter_parameters(work: Workload, layer: int) -> tuple[int, int]:
     """
     topology, r = work.proposal.topology, work.adapter_rank
     dense = sparse = 0
-    for linear in FAMILIES[work.model.family].linears:
+    for linear in names.layer_names(work.model, layer).linears:
         ranks = topology.etp if linear.expert else topology.tp
         rows, columns = (ranks if linear.cut == cut else 1 for cut in ("column", "row"))
         for role, path in linear.parts:

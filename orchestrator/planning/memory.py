@@ -65,7 +65,7 @@ def _weight_bytes(work: Workload, counts: StageCounts) -> int:
     if work.proposal.quantise is None:
         return counts.base * work.value_bytes
     packed = counts.linears // 2 + counts.linears // 64 + counts.linears // 4096
-    largest = max(rows * columns for rows, columns in dense_linear_shapes(work.model))
+    largest = max(rows * columns for rows, columns in dense_linear_shapes(work.model, 0))
     unpacked = 2 * largest // work.proposal.topology.tp * 4  # gate|up are one linear; in fp32 on the way
     return (counts.base - counts.linears) * work.value_bytes + packed + unpacked
 
@@ -119,12 +119,15 @@ def _layer_activation_bytes(work: Workload) -> int:
     k, v and the attention output; gate, up and their product.
     """
     model, topology = work.model, work.proposal.topology
-    heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+    heads = (2 * model.heads + 2 * model.kv_heads) * model.attended_dim
+    if model.latent is not None:  # of queries and keys the two parts are kept too
+        heads += 2 * model.heads * model.attended_dim
     width = (3 if model.activation == "silu" else 4) * model.ffn / topology.tp
     if model.is_moe:  # every chosen expert sees its own copy of the token; the router stores its scores
         width = model.experts_per_token * (3 * model.expert_ffn / topology.etp + 2 * model.hidden) + model.experts
         # under sequence parallelism each tp rank routes its own tokens, and etp ranks gather theirs
         width *= topology.etp / (topology.tp if work.proposal.sp else 1)
+        width += 3 * model.shared_ffn / topology.tp
     cut = work.micro_tokens // topology.cp * work.value_bytes * (heads / topology.tp + width)
     return (6 if model.sandwich_norms else 4) * _residual_bytes(work) + int(cut)
 

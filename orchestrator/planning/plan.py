@@ -240,6 +240,18 @@ def _check_experts(job: JobConfig, model: ModelSpec) -> None:
         raise ConfigError(
             f"experts.balancing_loss={asked:g} needs experts, but the model is dense", "experts.balancing_loss=null"
         )
+    if rate := job.experts.bias_rate:
+        if model.routing is None or not model.routing.bias:
+            raise ConfigError(
+                f"experts.bias_rate={rate:g} moves biases of the choice of experts, which a {model.family} model has "
+                "none of",
+                "experts.bias_rate=0",
+            )
+        if job.tuner.name != "full":
+            raise ConfigError(
+                f"experts.bias_rate={rate:g} needs tuner=full: an adapter's checkpoint holds no biases of routers",
+                "experts.bias_rate=0",
+            )
 
 
 def _check_length(job: JobConfig, model: ModelSpec) -> None:

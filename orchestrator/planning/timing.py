@@ -82,7 +82,7 @@ def _micro_batch_compute_s(work: Workload, machine: Machine, stage: int) -> floa
     counts, topology = stage_counts(work, stage), work.proposal.topology
     recompute = 2 if work.proposal.recompute == "full" else 0
     operations = (6 if work.proposal.tuner == "full" else 4) + recompute
-    query_features = work.model.heads * work.model.head_dim * counts.layers / topology.tp
+    query_features = work.model.heads * work.model.attended_dim * counts.layers / topology.tp
     per_token = operations * counts.matmul + (6 + recompute) * work.row_tokens * query_features
     rate = machine.flops_fp32 if work.proposal.precision == "fp32" else machine.flops_bf16
     return work.micro_tokens / topology.cp * per_token / rate
@@ -108,9 +108,9 @@ def _context_s(work: Workload, machine: Machine, link: float) -> float:
     tokens, groups = work.micro_tokens / cp, model.kv_heads // topology.tp
     if proposal.cp_comm == "ulysses":
         dealt = 2 * model.heads // topology.tp + 2 * math.lcm(groups, cp)
-        share = tokens * dealt * model.head_dim * work.value_bytes * (cp - 1) / cp
+        share = tokens * dealt * model.attended_dim * work.value_bytes * (cp - 1) / cp
         return (2 + recompute) * (share / link + 2 * (cp - 1) * machine.latency_s)
-    hop = tokens * 2 * groups * model.head_dim
+    hop = tokens * 2 * groups * model.attended_dim
     hops = (2 + recompute) * (cp - 1)
     return hops * (hop * work.value_bytes / link + machine.latency_s) + cp * (hop * 4 / link + machine.latency_s)
 

@@ -43,7 +43,9 @@ def chosen_weights(job: JobConfig, model: ModelSpec) -> frozenset[str]:
 def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) -> None:
     """Dropout, DoRA and PiSSA are built for the dense linears; PiSSA's rank is at most that of the weights."""
     tuner = job.tuner
-    sparse = sorted(path for path in adapted if ".experts." in path or path.endswith(".gate"))
+    # PEFT takes a dense layer's linear with an expert's name for a parameter, as it does experts
+    of_experts = set(leaf_names(model)) - set(leaf_names(model, experts=False))
+    sparse = sorted(path for path in adapted if path.rpartition(".")[2] in of_experts)
     if tuner.dropout and sparse:
         raise ConfigError(
             f"tuner.dropout={tuner.dropout:g} is not built for adapters of experts and routers "

@@ -26,7 +26,7 @@ from parallel.engines import megatron_model as models
 from parallel.engines import megatron_pissa as pissa
 from parallel.engines import megatron_rates as rates
 from parallel.engines import megatron_state as states
-from parallel.engines.megatron_experts import balance_routers, count_experts_once
+from parallel.engines.megatron_experts import balance_routers, count_experts_once, shift_biases
 from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
 from parallel.loss import VocabShard, bound_, head_logits, summed_loss
@@ -96,6 +96,7 @@ class MegatronEngine:
             group["lr"] = learning_rate * group["lr_mult"]
         with cuda_type_names():
             _, norm, _ = self._optimizer.step()
+        shift_biases(self._chunks, self._spec, self._groups)
         self._steps += 1
         loss, tokens = self._global_loss(losses)
         return StepResult(loss, tokens, float(norm))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
-from parallel.balancing import Balance, BalancingClock
+from parallel.balancing import Balance, BalancingClock, ChoiceCounts, Positions
 from parallel.engine import EngineSpec
 from parallel.groups import Groups
 from parallel.provider_experts import Router
@@ -44,17 +44,28 @@ def finalize_with_experts(groups: Groups) -> Callable[..., None]:
 
 
 def balance_routers(chunks: Sequence[torch.nn.Module], spec: EngineSpec, groups: Groups, clock: BalancingClock) -> None:
-    """Give every router its balancing loss, where the run has one."""
-    if not spec.balancing_loss:
-        return
+    """Give every router its balancing loss, and what counts its choices, where the run has them."""
     cut = SequenceCut(groups.topology.cp, groups.coordinate("cp"))
     parts, part = (groups.topology.tp, groups.coordinate("tp")) if spec.sp else (1, 0)
     over = tuple(groups.by_name[axis] for axis, size in (("tp", parts), ("cp", cut.size)) if size > 1)
-    balance = Balance(spec.balancing_loss, clock, cut, parts, part, over)
-    for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, Router):
-                module.balance = balance
+    positions = Positions(clock, cut, parts, part)
+    for router in _routers(chunks):
+        if spec.balancing_loss:
+            router.balance = Balance(spec.balancing_loss, positions, over)
+        if spec.bias_rate:
+            router.counts = ChoiceCounts(positions)
+
+
+@torch.no_grad()
+def shift_biases(chunks: Sequence[torch.nn.Module], spec: EngineSpec, groups: Groups) -> None:
+    """Move the biases of all routers by the choices of the global batch of a step, where the run asks for it."""
+    for router in _routers(chunks):
+        if router.counts is not None and router.choice_bias is not None:
+            router.counts.shift_(router.choice_bias, spec.bias_rate, groups.by_name["tp_dp_cp"])
+
+
+def _routers(chunks: Sequence[torch.nn.Module]) -> Iterator[Router]:
+    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, Router))
 
 
 def count_experts_once(optimizer: MegatronOptimizer, groups: Groups) -> None:

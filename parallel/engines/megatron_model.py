@@ -22,7 +22,6 @@ from parallel.engines import megatron_quantised as quantised
 from parallel.engines import megatron_rates as rates
 from parallel.engines.megatron_experts import finalize_with_experts
 from parallel.engines.megatron_rotary import Rotary
-from parallel.families import FAMILIES
 from parallel.groups import Groups
 from parallel.lora import (
     ExpertPlace,
@@ -137,6 +136,8 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
 
 def _score_scale(model: ModelSpec) -> float | None:
     """What attention scores are multiplied with; None for ``1/sqrt(head_dim)``."""
+    if model.latent is not None:
+        return model.score_scale  # the temperature is of the rotary part alone, where the layer sees to it
     factor = model.rope_scaling.score_factor if model.rope_scaling else 1.0
     if not model.score_scale and factor == 1:
         return None
@@ -156,6 +157,7 @@ def _experts(model: ModelSpec) -> dict[str, Any]:
         "num_moe_experts": model.experts,
         "moe_router_topk": model.experts_per_token,
         "moe_ffn_hidden_size": model.expert_ffn,
+        "moe_shared_expert_intermediate_size": model.shared_ffn or None,
         "moe_router_pre_softmax": not model.normalise_expert_weights,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -296,10 +298,11 @@ def _base_tensors(
     if chunk.pre_process:
         yield chunk.embedding.word_embeddings.weight, names.vocab_piece(names.EMBEDDING, model, tp, rank)
     for layer, index in zip(chunk.decoder.layers, layers, strict=True):
-        for path, name in FAMILIES[model.family].whole:
+        held = names.layer_names(model, index)
+        for path, name in held.norms + held.fixed:
             parameter = layer.get_parameter(path)
             yield parameter, names.whole_piece(names.layer_prefix(index) + name, tuple(parameter.shape))
-        for linear in names.linears(model, groups.topology.ep, groups.index("ep")):
+        for linear in names.linears(model, index, groups.topology.ep, groups.index("ep")):
             module = layer.get_submodule(linear.path)
             base = module.base if isinstance(module, LoraLinear) else module
             cut = (groups.topology.etp, groups.index("expt_tp")) if linear.expert else (tp, rank)
@@ -353,6 +356,6 @@ def start_adapters(chunks: list[HiddenGPTModel]) -> None:
 def _random(spec: EngineSpec, piece: Piece) -> torch.Tensor:
     if piece.name.endswith("norm.weight"):
         return torch.full(piece.box.size, 0.0 if spec.model.norm_offset else 1.0)
-    if piece.name.endswith(".bias"):
+    if piece.name.endswith("bias"):
         return torch.zeros(piece.box.size)
     return normal(piece.shape, INITIAL_STD, spec.seed, "weight", piece.name)[piece.box.slices]

@@ -22,7 +22,7 @@ def replace_linears(spec: EngineSpec, groups: Groups, layers: Iterable[torch.nn.
     """
     where = regions if groups.topology.tp > 1 else None
     for layer in layers:
-        for linear in names.linears(spec.model):
+        for linear in names.linears(spec.model, 0):  # of a dense model, whose layers are alike
             parent_path, _, attribute = linear.path.rpartition(".")
             parent = layer.get_submodule(parent_path)
             setattr(parent, attribute, QuantisedLinear(getattr(parent, attribute), linear.cut, where, spec.sp))
@@ -43,7 +43,7 @@ def fill(
         return there.to(scales.device)
 
     for index, layer in layers:
-        for linear in names.linears(spec.model):
+        for linear in names.linears(spec.model, index):
             module = layer.get_submodule(linear.path)
             base = module.base if isinstance(module, LoraLinear) else module
             assert isinstance(base, QuantisedLinear)

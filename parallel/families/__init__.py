@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.families import gemma2, gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from parallel.families import deepseek, gemma2, gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from parallel.families.family import Family
 from parallel.specs import ModelSpec, SpecError
 
@@ -13,7 +13,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY),
-        *(mixtral.FAMILY, gemma2.FAMILY, gemma3.FAMILY),
+        *(mixtral.FAMILY, gemma2.FAMILY, gemma3.FAMILY, deepseek.FAMILY_V2, deepseek.FAMILY_V3),
     )
 }
 

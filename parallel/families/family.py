@@ -26,6 +26,26 @@ class Linear:
     parts: tuple[tuple[str, str], ...]
     expert: bool = False
 
+    @property
+    def is_router(self) -> bool:
+        """Whether it scores a layer's experts."""
+        return self.parts[0][0] == "router"
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """The tensors of one layer.
+
+    Args:
+        norms: ``(local parameter, logical name)`` of its norms, which every tensor-parallel rank holds whole.
+        linears: its linear layers.
+        fixed: ``(local parameter, logical name)`` of tensors that no gradient reaches; held whole too.
+    """
+
+    norms: tuple[tuple[str, str], ...]
+    linears: tuple[Linear, ...]
+    fixed: tuple[tuple[str, str], ...] = ()
+
 
 @dataclass(frozen=True)
 class Family:
@@ -34,14 +54,18 @@ class Family:
     Args:
         name: its ``model_type``.
         read: makes its shape from ``config.json``; raises KeyError (a missing key) or SpecError.
-        whole: ``(local parameter, logical name)`` of what every tensor-parallel rank of a layer holds whole.
-        linears: the linear layers of a layer.
+        layer: the names of one layer, counted from 0.
     """
 
     name: str
     read: Callable[[Mapping[str, Any]], ModelSpec]
-    whole: tuple[tuple[str, str], ...]
-    linears: tuple[Linear, ...]
+    layer: Callable[[ModelSpec, int], LayerNames]
+
+
+def every_layer(norms: tuple[tuple[str, str], ...], linears: tuple[Linear, ...]) -> Callable[..., LayerNames]:
+    """The names of a family whose layers are all alike."""
+    names = LayerNames(norms, linears)
+    return lambda spec, layer: names
 
 
 NORMS = (
@@ -77,8 +101,13 @@ def experts(module: str, gate: str, up: str, down: str) -> tuple[Linear, ...]:
     path, local = f"{module}.experts.{{expert}}", "mlp.experts.local_experts.{expert}"
     return (
         Linear("mlp.router", "whole", (("router", f"{module}.gate"),)),
-        Linear(f"{local}.linear_fc1", "column", (("gate", f"{path}.{gate}"), ("up", f"{path}.{up}")), expert=True),
-        Linear(f"{local}.linear_fc2", "row", (("down", f"{path}.{down}"),), expert=True),
+        Linear(
+            f"{local}.linear_fc1",
+            "column",
+            (("expert_gate", f"{path}.{gate}"), ("expert_up", f"{path}.{up}")),
+            expert=True,
+        ),
+        Linear(f"{local}.linear_fc2", "row", (("expert_down", f"{path}.{down}"),), expert=True),
     )
 
 
@@ -99,7 +128,7 @@ def decoder(
     refuse(config, "attention_dropout", hint="set attention_dropout to 0 in config.json")
     config = {**(defaults or {}), **config}
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    rope = _rope(config, rope_key)
+    rope = rope_parameters(config, rope_key)
     return {
         "family": config["model_type"],
         "layers": int(config["num_hidden_layers"]),
@@ -160,7 +189,7 @@ def windows(config: Mapping[str, Any], sliding: Callable[[int], bool]) -> tuple[
     return tuple(int(size) if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _rope(config: Mapping[str, Any], key: str | None) -> dict[str, Any]:
+def rope_parameters(config: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
     """Transformers 5 writes ``rope_parameters``, earlier versions ``rope_theta`` and ``rope_scaling``."""
     nested = config.get("rope_parameters") or {}
     nested = nested.get(key) or {} if key in nested else nested
@@ -192,12 +221,18 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling 
 
 def _yarn_temperature(rope: Mapping[str, Any], factor: float) -> float:
     """What cosine and sine are multiplied with (arXiv:2309.00071, equation 22, and transformers' keys for it)."""
-
-    def temperature(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return temperature(float(rope["mscale"])) / temperature(float(rope["mscale_all_dim"]))
-    return temperature(1.0)
+        return temperature(factor, float(rope["mscale"])) / temperature(factor, float(rope["mscale_all_dim"]))
+    return temperature(factor)
+
+
+def temperature(factor: float, scale: float = 1.0) -> float:
+    """Yarn's temperature for rows ``factor`` times as long as first trained on.
+
+    Example:
+        >>> temperature(1.0), round(temperature(40.0, 0.707), 4)
+        (1.0, 1.2608)
+    """
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -12,6 +12,7 @@ from parallel.families.family import (
     Family,
     check_activation,
     decoder,
+    every_layer,
     refuse,
     windows,
 )
@@ -45,4 +46,4 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-FAMILY = Family("gemma2", _read, SANDWICH_NORMS, ATTENTION + MLP)
+FAMILY = Family("gemma2", _read, every_layer(SANDWICH_NORMS, ATTENTION + MLP))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.families.family import ATTENTION, MLP, QK_NORMS, SANDWICH_NORMS, Family, refuse, windows
+from parallel.families.family import ATTENTION, MLP, QK_NORMS, SANDWICH_NORMS, Family, every_layer, refuse, windows
 from parallel.families.gemma2 import gemma_decoder
 from parallel.specs import ModelSpec, SpecError
 
@@ -39,4 +39,4 @@ def _local_theta(config: Mapping[str, Any]) -> float:
     return float(local.get("rope_theta") or config.get("rope_local_base_freq") or LOCAL_THETA)
 
 
-FAMILY = Family("gemma3_text", _read, SANDWICH_NORMS + QK_NORMS, ATTENTION + MLP)
+FAMILY = Family("gemma3_text", _read, every_layer(SANDWICH_NORMS + QK_NORMS, ATTENTION + MLP))

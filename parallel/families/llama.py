@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.families.family import ATTENTION, MLP, NORMS, Family, check_activation, decoder, refuse
+from parallel.families.family import ATTENTION, MLP, NORMS, Family, check_activation, decoder, every_layer, refuse
 from parallel.specs import ModelSpec
 
 
@@ -15,4 +15,4 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(**decoder(config))
 
 
-FAMILY = Family("llama", _read, NORMS, ATTENTION + MLP)
+FAMILY = Family("llama", _read, every_layer(NORMS, ATTENTION + MLP))

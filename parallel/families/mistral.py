@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.families.family import ATTENTION, MLP, NORMS, Family, check_activation, decoder
+from parallel.families.family import ATTENTION, MLP, NORMS, Family, check_activation, decoder, every_layer
 from parallel.specs import ModelSpec
 
 
@@ -16,4 +16,4 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(**fields, windows=fields["layers"] * (int(window),) if window else ())
 
 
-FAMILY = Family("mistral", _read, NORMS, ATTENTION + MLP)
+FAMILY = Family("mistral", _read, every_layer(NORMS, ATTENTION + MLP))

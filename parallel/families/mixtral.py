@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.families.family import ATTENTION, NORMS, Family, check_activation, decoder, experts, refuse, router_loss
+from parallel.families.family import (
+    ATTENTION,
+    NORMS,
+    Family,
+    check_activation,
+    decoder,
+    every_layer,
+    experts,
+    refuse,
+    router_loss,
+)
 from parallel.specs import ModelSpec
 
 DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
@@ -31,4 +41,4 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
 
 
 EXPERTS = experts("block_sparse_moe", gate="w1", up="w3", down="w2")
-FAMILY = Family("mixtral", _read, NORMS, ATTENTION + EXPERTS)
+FAMILY = Family("mixtral", _read, every_layer(NORMS, ATTENTION + EXPERTS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.families.family import ATTENTION, MLP, NORMS, Family, check_activation, decoder, windows
+from parallel.families.family import ATTENTION, MLP, NORMS, Family, check_activation, decoder, every_layer, windows
 from parallel.specs import ModelSpec
 
 
@@ -22,4 +22,4 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(**decoder(config, {"num_key_value_heads": 32}), qkv_bias=True, windows=qwen_windows(config))
 
 
-FAMILY = Family("qwen2", _read, NORMS, ATTENTION + MLP)
+FAMILY = Family("qwen2", _read, every_layer(NORMS, ATTENTION + MLP))

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.families.family import ATTENTION, MLP, NORMS, QK_NORMS, Family, check_activation, decoder, refuse
+from parallel.families.family import (
+    ATTENTION,
+    MLP,
+    NORMS,
+    QK_NORMS,
+    Family,
+    check_activation,
+    decoder,
+    every_layer,
+    refuse,
+)
 from parallel.families.qwen2 import qwen_windows
 from parallel.specs import ModelSpec
 
@@ -18,4 +28,4 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-FAMILY = Family("qwen3", _read, NORMS + QK_NORMS, ATTENTION + MLP)
+FAMILY = Family("qwen3", _read, every_layer(NORMS + QK_NORMS, ATTENTION + MLP))

@@ -12,6 +12,7 @@ from parallel.families.family import (
     Family,
     check_activation,
     decoder,
+    every_layer,
     experts,
     refuse,
     router_loss,
@@ -48,4 +49,4 @@ def _experts(config: Mapping[str, Any]) -> int:
 
 
 EXPERTS = experts("mlp", gate="gate_proj", up="up_proj", down="down_proj")
-FAMILY = Family("qwen3_moe", _read, NORMS + QK_NORMS, ATTENTION + EXPERTS)
+FAMILY = Family("qwen3_moe", _read, every_layer(NORMS + QK_NORMS, ATTENTION + EXPERTS))

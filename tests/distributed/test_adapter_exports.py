@@ -18,6 +18,7 @@ from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
 TOLERANCE = 1e-4
+EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj")
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"rslora": True},
@@ -27,6 +28,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "modules-to-save": {"family": "qwen2", "modules_to_save": ("embed_tokens", "lm_head", "norm")},
     "output-layer": {"family": "qwen2", "targets": ("lm_head", "q_proj")},
     "embedding": {"family": "qwen2", "targets": ("embed_tokens", "q_proj")},
+    "deepseek": {
+        "family": "deepseek_v3",
+        "targets": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *EXPERTS),
+    },
     "tied-embedding": {"modules_to_save": ("embed_tokens",)},
     "dora-rslora-bias": {"family": "qwen2", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
 }
@@ -62,7 +67,7 @@ def test_an_export_says_in_peft_what_it_says_here(
     assert (exported.model_logits(tmp_path / "merged") - ours).abs().max() <= TOLERANCE
     config = exported.config_of(tmp_path / "peft")
     assert (config["use_dora"], config["use_rslora"], config["init_lora_weights"]) == (run.dora, run.rslora, True)
-    there = run.on(topology=Topology(tp=3), sp=False)
+    there = run.on(topology=Topology(tp=3), sp=run.model.is_moe)
     back = one(pool.run(3, exported.logits_of_adapter, there, str(base), str(tmp_path / "peft")))
     assert (back - ours).abs().max() <= TOLERANCE
 

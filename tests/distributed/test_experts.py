@@ -167,7 +167,7 @@ def test_a_tensor_of_an_expert_that_takes_no_part_is_missed(pool: Pool, name: st
     for message in pool.run(run.topology.world_size, unused_expert_tensor, run):
         assert message == (
             "1 trainable tensors got no gradient in the first step, first "
-            "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.parts.up.unused"
+            "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.parts.expert_up.unused"
         )
 
 
@@ -176,7 +176,7 @@ def unused_expert_tensor(run: Run) -> str:
     from parallel.engines.megatron import NoGradientError
 
     engine, groups = runs.open_engine(run)
-    part = engine._chunks[0].get_submodule("decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.parts.up")
+    part = engine._chunks[0].get_submodule("decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.parts.expert_up")
     part.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
     try:
         engine.train_step(runs.microbatches(run, 0, groups.coordinate("dp")), 1e-3)

@@ -62,6 +62,10 @@ def assert_same_logits(pool: Pool, folder: Path, run: runs.Run, tokens: list[lis
         *((family, "cp2-tp2-sp") for family in ("mistral", "gemma2", "gemma3_text")),
         *(("mixtral", name) for name in ("one", "tp2-sp-ep2")),
         *(("qwen3_moe", name) for name in ("one", "pp2", "tp2-sp", "tp2-sp-etp2", "tp2-sp-ep2", "tp3-sp")),
+        *(("deepseek_v2", name) for name in ("one", "tp2-sp-ep2", "cp2-tp2-sp")),
+        *(("deepseek_v3", name) for name in ("one", "pp2", "tp2-sp-etp2")),
+        *(pytest.param("deepseek_v3", name, marks=pytest.mark.grid) for name in ("tp3-sp", "pp3", "tp2-sp-ep2")),
+        *(pytest.param("deepseek_v2", name, marks=pytest.mark.grid) for name in ("pp2", "pp3", "tp2-sp-etp2")),
     ],
 )
 def test_tiny_models(pool: Pool, tiny_model: Callable[..., Path], family: str, name: str) -> None:

@@ -71,6 +71,7 @@ def weights(states: list[list[tuple[Any, ...]]]) -> dict[str, torch.Tensor]:
         ("gemma3_text", {"targets": ("embed_tokens", "q_proj")}),
         ("qwen3", {}),
         ("qwen3_moe", {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}),
+        ("deepseek_v3", {"targets": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")}),
     ],
     ids=[
         "llama",
@@ -81,6 +82,7 @@ def weights(states: list[list[tuple[Any, ...]]]) -> dict[str, torch.Tensor]:
         "gemma3-embedding",
         "qwen3",
         "qwen3_moe",
+        "deepseek_v3",
     ],
 )
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=["one", "tp2-pp2"])
@@ -88,7 +90,8 @@ def test_training_equals_peft(
     pool: Pool, tiny_model: Callable[..., Path], family: str, changes: dict[str, Any], topology: Topology
 ) -> None:
     folder = tiny_model(family)
-    run = Run(family, topology, steps=STEPS, sp=family == "qwen3_moe" and topology.tp > 1, **changes)
+    run = Run(family, topology, steps=STEPS, **changes)
+    run = run.on(sp=run.model.is_moe and topology.tp > 1)
     found = pool.run(topology.world_size, runs.train, run, str(folder))
     losses, norms, adapter = train_with_peft(run, folder)
     assert found[0][0] == pytest.approx(losses, rel=LOSS_RTOL)

@@ -36,6 +36,8 @@ TINY = {
 GEMMA = {"head_dim": 12, "num_key_value_heads": 2, "num_attention_heads": 4, "query_pre_attn_scalar": 10}
 GEMMA |= {"pad_token_id": None}  # transformers lets no gradient into its row, and here it is a token like others
 GEMMA |= {"sliding_window": 5, "hidden_activation": "gelu_pytorch_tanh"}
+DEEPSEEK = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_shared_experts": 2}
+DEEPSEEK |= {"moe_intermediate_size": 24, "tie_word_embeddings": False}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
@@ -63,6 +65,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
+    },
+    "deepseek_v2": {
+        **DEEPSEEK,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek_v3": {
+        **DEEPSEEK,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 20,
+        "first_k_dense_replace": 2,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
     },
 }
 
@@ -122,6 +143,7 @@ class Run:
     recompute: str = "none"
     precision: str = "fp32"
     balancing_loss: float = 0.0
+    bias_rate: float = 0.0
     seed: int = 3
     changes: tuple[tuple[str, Any], ...] = ()
     rows: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()  # (tokens, labels) to take instead of random ones
@@ -155,7 +177,7 @@ def engine_spec(run: Run) -> EngineSpec:
     """The engine's view of a run."""
     targets = list(run.targets) if isinstance(run.targets, tuple) else run.targets
     attention_only = run.model.is_moe and targets == "all-linear"
-    resolved = resolve_targets(["q_proj", "k_proj", "v_proj", "o_proj"] if attention_only else targets, run.model)
+    resolved = resolve_targets(r".*\.self_attn\..*" if attention_only else targets, run.model)
     saved = saved_weights(run.modules_to_save, run.model)
     lora = LoraSpec(4, 8.0, run.dropout, run.rslora, resolved, run.dora, run.lr_ratio, run.init, saved)
     stages = run.stages or even_stages(run.model.layers, run.topology.pp * (run.vpp or 1))
@@ -172,6 +194,7 @@ def engine_spec(run: Run) -> EngineSpec:
         sequence_tokens=run.tokens,
         cp_comm=run.cp_comm,
         balancing_loss=run.balancing_loss,
+        bias_rate=run.bias_rate,
         quantise=run.quantise,
         frozen=frozen_weights(run.freeze, run.model),
         lr_ratios=rate_ratios(dict(run.lr_ratios), run.model),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from orchestrator.assemble import check_adapter, room
 from orchestrator.checkpoint.adapter import lora_pairs
@@ -25,6 +26,7 @@ from parallel.shards import Box, Shard
 from parallel.specs import ModelSpec, read_hf_config
 
 R, ALPHA = 4, 8.0
+KV_B_PROJ = "model.layers.3.self_attn.kv_b_proj.weight"
 EVERYTHING = ["q_proj", "gate", "gate_proj", "up_proj", "down_proj"]
 EVERYTHING_OF_MIXTRAL = ["q_proj", "gate", "w1", "w3", "w2"]
 TARGETS: dict[str, Any] = {
@@ -33,6 +35,12 @@ TARGETS: dict[str, Any] = {
     "down": ["down_proj"],
     "router": ["gate"],
     "some-layers": r"model\.layers\.(1|2)\.(self_attn\.k_proj|mlp\.experts\.\d+\.down_proj)|.*\.3\.mlp\.gate",
+}
+TARGETS_OF_DEEPSEEK: dict[str, Any] = {
+    "everything": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *EVERYTHING[1:]],
+    "gate-and-up": ["gate_proj", "up_proj"],
+    "shared": r".*\.shared_experts\..*",
+    "dense": r".*layers\.[01]\.mlp\.(up|down)_proj|.*kv_b_proj",
 }
 Model = Callable[..., Path]
 
@@ -64,7 +72,7 @@ def matrices(spec: ModelSpec, targets: Any) -> dict[str, torch.Tensor]:
     found = {}
     chosen = names.resolve_targets(targets, spec)
     for layer in range(spec.layers):
-        for linear in names.linears(spec):
+        for linear in names.linears(spec, layer):
             for part in linear.parts:
                 if names.layer_prefix(layer) + part[1] in chosen:
                     for piece in names.adapter_pieces(linear, part, spec, layer, R, 1, 0):
@@ -113,11 +121,21 @@ def merged_by_hand(base: Path, job: JobConfig, spec: ModelSpec) -> Any:
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
 @pytest.mark.parametrize("which", TARGETS)
 def test_peft_loads_checkpoint_and_export(tmp_path: Path, base: Path, which: str, rslora: bool) -> None:
+    assert_peft_loads(tmp_path, base, TARGETS[which], rslora)
+
+
+@pytest.mark.parametrize("which", TARGETS_OF_DEEPSEEK)
+def test_linears_that_share_the_names_of_experts_are_loaded_too(tmp_path: Path, tiny_model: Model, which: str) -> None:
+    """Dense layers and shared experts of DeepSeek, which PEFT would take for experts."""
+    assert_peft_loads(tmp_path, tiny_model("deepseek_v3"), TARGETS_OF_DEEPSEEK[which], rslora=which == "everything")
+
+
+def assert_peft_loads(tmp_path: Path, base: Path, targets: Any, rslora: bool) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     spec = read_model(read_hf_config(base))
-    job = job_of(base, TARGETS[which], rslora=rslora)
+    job = job_of(base, targets, rslora=rslora)
     checkpoint = save_checkpoint(tmp_path / "c", job, spec)
     export_adapter(checkpoint, tmp_path / "peft")
     expected = logits_of(merged_by_hand(base, job, spec))
@@ -133,7 +151,7 @@ def test_peft_loads_checkpoint_and_export(tmp_path: Path, base: Path, which: str
         assert torch.equal(back.read(name, "weight", Box.whole(tuple(value.shape))), value)
     for pair in lora_pairs(back, tmp_path / "peft").values():
         assert pair.scale == pytest.approx(ALPHA / (R**0.5 if rslora else R))
-    check_adapter(job_of(base, TARGETS[which], rslora=rslora, path=str(tmp_path / "peft")), spec)
+    check_adapter(job_of(base, targets, rslora=rslora, path=str(tmp_path / "peft")), spec)
 
 
 def test_experts_of_mixtral_have_its_names_apart_and_common_ones_joined(tmp_path: Path, tiny_model: Model) -> None:
@@ -162,6 +180,21 @@ def test_experts_of_mixtral_have_its_names_apart_and_common_ones_joined(tmp_path
         box = Box.whole(apart.shape(name))
         assert torch.equal(joined.read(name, "weight", box), apart.read(name, "weight", box)), name
     check_adapter(job_of(base, EVERYTHING_OF_MIXTRAL, path=str(tmp_path / "peft")), spec)
+
+
+def test_a_merge_keeps_layers_that_predict_further_tokens(tmp_path: Path, tiny_model: Model) -> None:
+    """DeepSeek-V3's files hold one more layer, which is no part of the model: it stays as it is."""
+    base = shutil.copytree(tiny_model("deepseek_v3"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    further = {name: value for name, value in tensors.items() if ".layers.3." in name}
+    further = {name.replace(".layers.3.", ".layers.4."): 2 * value for name, value in further.items()}
+    save_file({**tensors, **further}, base / "model.safetensors", {"format": "pt"})
+    spec, job = read_model(read_hf_config(base)), job_of(base, ["kv_b_proj"])
+    export_merged(save_checkpoint(tmp_path / "c", job, spec), base, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == tensors.keys() | further.keys()
+    assert all(torch.equal(merged[name], value) for name, value in further.items())
+    assert not torch.equal(merged[KV_B_PROJ], tensors[KV_B_PROJ])
 
 
 def test_an_export_is_what_peft_itself_writes(tmp_path: Path, base: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_whole_number_may_be_written_as_one_of_another_kind() -> None:
             "tuner.targets=3 should be text or a list of texts",
             "for example tuner.targets=all-linear",
         ),
-        ("model=llama", "no configs/model/llama.yaml; choices: gemma2_2b, ", "model=llama3_8b"),
+        ("model=llama", "no configs/model/llama.yaml; choices: deepseek_v2_lite, ", "model=llama3_8b"),
         ("model=null", "model=null: there is no", "model="),
         ("experiment=dem", "choices: demo", "experiment=demo"),
         ("data=/x.jsonl", "there is no configs/data", "data=jsonl  or  data.path=/x.jsonl"),

@@ -93,14 +93,13 @@ def test_targets_beside_full_tuning_are_refused() -> None:
     assert caught.value.hint == "tuner=lora tuner.targets=[q_proj]"
 
 
-def test_special_adapters_on_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.planning import tuning
-
-    monkeypatch.setattr(tuning, "resolve_targets", lambda *_: frozenset({"model.layers.0.mlp.experts.0.up_proj"}))
-    job = JobConfig(tuner=TunerConfig(dora=True))
-    words = r"tuner\.dora=true is not built for experts, routers, the embedding and the output layer.* chooses 1"
-    with pytest.raises(ConfigError, match=words):
-        tuning.adapted_linears(job, SMOLLM2)
+def test_special_adapters_on_experts_are_refused() -> None:
+    experts = replace(SMOLLM2, family="qwen3_moe", layers=2, experts=4, experts_per_token=2, expert_ffn=64)
+    job = JobConfig(tuner=TunerConfig(dora=True, targets=["q_proj", "down_proj"]))
+    words = r"tuner\.dora=true is not built for experts, routers, the embedding and the output layer.* chooses 8"
+    with pytest.raises(ConfigError, match=words) as caught:
+        adapted_linears(job, experts)
+    assert caught.value.hint == "tuner.targets=[q_proj,k_proj,v_proj,o_proj]"
 
 
 def test_the_output_layer_learns_by_an_adapter_or_whole() -> None:

@@ -32,6 +32,10 @@ MOE = {
 }
 
 
+V2 = {"model_type": "deepseek_v2", "num_key_value_heads": 6, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+V3 = {**V2, "model_type": "deepseek_v3", "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+
+
 def test_a_llama_config_is_read_with_transformers_defaults() -> None:
     spec = read_model({**LLAMA, "rope_theta": 100000, "tie_word_embeddings": True})
     assert (spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_dim) == (2, 24, 6, 3, 4)
@@ -103,6 +107,17 @@ def test_experts_are_counted_in_either_place() -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({**MOE, "mlp_only_layers": [0]}, "a mixture of experts with dense layers in between"),
         ({**MOE, "decoder_sparse_step": 2}, "a mixture of experts with dense layers in between"),
+        ({**V2, "norm_topk_prob": True}, "a deepseek_v2 model with norm_topk_prob=True is not supported yet"),
+        ({**V2, "topk_method": "noaux_tc"}, "topk_method=noaux_tc of a deepseek_v2 model is not supported"),
+        ({**V2, "scoring_func": "sigmoid"}, "scoring_func=sigmoid of a deepseek_v2 model is not supported"),
+        ({**V2, "moe_layer_freq": 2}, "moe_layer_freq=2 is not supported: dense layers come first"),
+        ({**V2, "n_shared_experts": None}, "a deepseek_v2 model without shared experts is not supported"),
+        ({**V2, "attention_bias": True}, "a deepseek_v2 model with attention_bias=True"),
+        ({**V2, "num_key_value_heads": 3}, "latent attention has keys for each head, but num_key_value_heads=3"),
+        ({**V3, "n_group": 3}, "n_routed_experts=8 cannot be routed in n_group=3 equal groups of which topk_group=2"),
+        ({**V3, "n_group": 8}, "n_routed_experts=8 cannot be routed in n_group=8 equal groups"),
+        ({**V3, "num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than the 4 experts of the chosen groups"),
+        ({**V3, "quantization_config": {"quant_method": "fp8"}}, "a deepseek_v3 model with quantization_config="),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -120,7 +135,7 @@ def test_a_missing_key_is_named(key: str) -> None:
 def test_supported_families_are_listed() -> None:
     with pytest.raises(SpecError) as caught:
         read_model({})
-    known = "gemma2, gemma3_text, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
+    known = "deepseek_v2, deepseek_v3, gemma2, gemma3_text, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
     assert caught.value.hint == f"supported families: {known}"
 
 
@@ -180,6 +195,9 @@ def test_original_positions_beside_the_rotary_embedding_count() -> None:
     assert found is not None and found.original_positions == 64
 
 
+DEEPSEEK_NEEDS = {"deepseek_v2": {"num_experts_per_tok": 6}, "deepseek_v3": {"num_key_value_heads": 6}}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
     from transformers import AutoConfig
@@ -187,6 +205,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> Non
     least = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
     experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     config = {**least, **(experts if family in ("mixtral", "qwen3_moe") else {}), "model_type": family}
+    config |= DEEPSEEK_NEEDS.get(family, {})
     theirs = AutoConfig.for_model(**config, output_router_logits=True)
     ours = read_model({**config, "output_router_logits": True})
     rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
@@ -221,3 +240,33 @@ def test_gemma_says_what_its_config_leaves_out() -> None:
     nested = {"full_attention": {"rope_theta": 2e6}, "sliding_attention": {"rope_theta": 3e4}}
     five = read_model({**LLAMA, **GEMMA3, "rope_parameters": nested})
     assert (five.rope_theta, five.local_rope_theta) == (2e6, 3e4)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_what_deepseek_leaves_out_is_what_transformers_takes(family: str) -> None:
+    from transformers import AutoConfig
+
+    config = {**LLAMA, "num_hidden_layers": 5, "model_type": family, "num_key_value_heads": 6}
+    config |= {"num_experts_per_tok": 6} if family == "deepseek_v2" else {}
+    ours, theirs = read_model(config), AutoConfig.for_model(**config)
+    latent, routing = ours.latent, ours.routing
+    assert latent is not None and routing is not None
+    assert (latent.query_rank, latent.latent_rank) == (theirs.q_lora_rank, theirs.kv_lora_rank)
+    assert (latent.plain_dim, latent.rotary_dim) == (theirs.qk_nope_head_dim, theirs.qk_rope_head_dim)
+    assert (latent.value_dim, latent.key_dim) == (theirs.v_head_dim, theirs.qk_head_dim)
+    assert latent.interleaved == getattr(theirs, "rope_interleave", True)
+    assert (ours.experts, ours.experts_per_token) == (theirs.n_routed_experts, theirs.num_experts_per_tok)
+    assert (ours.expert_ffn, ours.dense_layers) == (theirs.moe_intermediate_size, theirs.first_k_dense_replace)
+    assert ours.shared_ffn == theirs.moe_intermediate_size * theirs.n_shared_experts
+    assert (routing.scale, ours.normalise_expert_weights) == (theirs.routed_scaling_factor, theirs.norm_topk_prob)
+    if routing.bias:
+        assert (routing.groups, routing.chosen_groups) == (theirs.n_group, theirs.topk_group)
+    assert [ours.has_experts(layer) for layer in range(5)] == [
+        layer >= theirs.first_k_dense_replace for layer in range(5)
+    ]
+
+
+def test_deepseek_without_experts_is_dense() -> None:
+    dense = read_model({**LLAMA, **V3, "first_k_dense_replace": 2})
+    assert not dense.is_moe and dense.routing is None and dense.dense_mlps == (48,)
+    assert read_model({**LLAMA, **V3, "moe_intermediate_size": 16}).dense_mlps == (48, 16)

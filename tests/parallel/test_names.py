@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel import names
+from parallel.families import read_model
 from parallel.specs import ModelSpec
+from tests.helpers import runs
 
 SPEC = ModelSpec(
     family="qwen2",
@@ -56,12 +58,25 @@ def logical(piece_shape: tuple[int, ...], name: str) -> np.ndarray:
 @given(cuts())
 @settings(max_examples=150, deadline=None)
 def test_cut_and_merge_is_the_identity(case: tuple[ModelSpec, int]) -> None:
-    spec, tp = case
-    for linear in names.linears(spec):
+    assert_cut_and_merged(*case, layer=0)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_cut_and_merge_is_the_identity_in_layers_of_every_kind(family: str, tp: int) -> None:
+    spec = read_model(runs.config(family))
+    kinds = names.kinds_of_layers(spec)
+    assert kinds == [0, spec.dense_layers]
+    for layer in kinds:
+        assert_cut_and_merged(spec, tp, layer)
+
+
+def assert_cut_and_merged(spec: ModelSpec, tp: int, layer: int) -> None:
+    for linear in names.linears(spec, layer):
         merged: dict[str, np.ndarray] = {}
         for rank in range(tp):
             for pieces in (names.weight_pieces, names.bias_pieces):
-                if pieces is names.bias_pieces and linear.cut == "row":
+                if pieces is names.bias_pieces and linear.cut != "column":
                     continue
                 listed = list(pieces(linear, spec, 0, tp, rank))
                 axes = range(len(listed[0].shape))
@@ -73,7 +88,7 @@ def test_cut_and_merge_is_the_identity(case: tuple[ModelSpec, int]) -> None:
                 assert (local >= 0).all(), "the local tensor has a hole"
                 for piece in listed:
                     whole = merged.setdefault(piece.name, np.full(piece.shape, -1))
-                    assert (whole[piece.box.slices] == -1).all(), "ranks overlap"
+                    assert linear.cut == "whole" or (whole[piece.box.slices] == -1).all(), "ranks overlap"
                     whole[piece.box.slices] = local[piece.local.slices]
         for name, whole in merged.items():
             assert (whole == logical(whole.shape, name)).all()
@@ -83,7 +98,7 @@ def test_cut_and_merge_is_the_identity(case: tuple[ModelSpec, int]) -> None:
 @settings(max_examples=100, deadline=None)
 def test_adapter_halves_cover_their_wholes(case: tuple[ModelSpec, int], r: int) -> None:
     spec, tp = case
-    for linear in names.linears(spec):
+    for linear in names.linears(spec, 0):
         for part in linear.parts:
             out, width = names.shape(part[0], spec)
             if (width if linear.cut == "row" else out) % tp:
@@ -117,7 +132,7 @@ def test_vocabulary_rows_are_covered_once_and_padding_is_in_no_piece(case: tuple
 def test_a_fused_qkv_is_laid_out_group_by_group() -> None:
     """One key/value group of two query heads, by hand: q0 q1 k v."""
     spec = replace(SPEC, heads=4, kv_heads=2, head_dim=1, hidden=1)
-    linear = next(names.linears(spec))
+    linear = next(names.linears(spec, 0))
     pieces = names.weight_pieces(linear, spec, 0, 2, 1)
     assert {(p.name.split(".")[-2], p.box.offset[0], p.local.offset[0]) for p in pieces} == {
         ("q_proj", 2, 0),
@@ -128,7 +143,7 @@ def test_a_fused_qkv_is_laid_out_group_by_group() -> None:
 
 def test_gate_and_up_are_each_cut_not_their_concatenation() -> None:
     """Fault 1 of today's tools: rows of gate|up cut plainly on axis 0 land in the wrong place at another tp."""
-    linear = next(linear for linear in names.linears(SPEC) if linear.path == "mlp.linear_fc1")
+    linear = next(linear for linear in names.linears(SPEC, 0) if linear.path == "mlp.linear_fc1")
     pieces = names.weight_pieces(linear, SPEC, 0, 2, 1)
     assert [(p.name.split(".")[-2], p.box.offset[0], p.local.offset[0]) for p in pieces] == [
         ("gate_proj", 6, 0),
@@ -137,7 +152,7 @@ def test_gate_and_up_are_each_cut_not_their_concatenation() -> None:
 
 
 def test_experts_are_numbered_over_expert_parallel_ranks() -> None:
-    paths = [linear for linear in names.linears(MOE, ep=2, ep_rank=1) if linear.expert]
+    paths = [linear for linear in names.linears(MOE, 0, ep=2, ep_rank=1) if linear.expert]
     assert [linear.path for linear in paths][:2] == [f"mlp.experts.local_experts.{i}.linear_fc1" for i in (0, 1)]
     assert {path for linear in paths for _, path in linear.parts if path.endswith("down_proj")} == {
         "mlp.experts.2.down_proj",
