@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from parallel import names
-from parallel.families import FAMILIES
 from parallel.shards import Box, Piece
 from parallel.specs import ModelSpec, SpecError
 
@@ -92,14 +91,14 @@ def wholes(spec: ModelSpec) -> Iterator[Whole]:
 
 def _layer(spec: ModelSpec, layer: int) -> Iterator[Whole]:
     here = Axis(layer, spec.layers)
-    for path, name in FAMILIES[spec.family].whole:
-        shape = names.whole_shape(name, spec)
+    for path, name in names.layer_names(spec, layer).norms:
+        shape = (names.norm_width(name, spec),)
         fused = FUSED_NORMS.get(path)
         paths = (path,) if fused is None else (fused, path)
         if spec.is_moe and path.startswith("pre_mlp"):  # the norm before a router is fused into nothing
             paths = paths[::-1]
         yield Whole(paths, shape, (names.whole_piece(names.layer_prefix(layer) + name, shape),), here)
-    for linear in names.linears(spec):
+    for linear in names.linears(spec, layer):
         path, expert = linear.path, None
         if linear.expert:
             _, _, rest = linear.path.partition("local_experts.")

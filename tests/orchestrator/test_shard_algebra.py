@@ -63,12 +63,12 @@ def local_tensors(spec: ModelSpec, cut: Cut) -> Iterator[list[Piece]]:
     """The pieces of every local tensor of every rank (of dp: one)."""
     for rank in range(cut.tp):
         yield [names.vocab_piece(names.EMBEDDING, spec, cut.tp, rank)]
-        for linear in names.linears(spec):
+        for linear in names.linears(spec, 0):
             if not linear.expert:
                 yield list(names.weight_pieces(linear, spec, 0, cut.tp, rank))
     for ep_rank in range(cut.ep if spec.experts else 0):
         for rank in range(cut.etp):
-            for linear in names.linears(spec, cut.ep, ep_rank):
+            for linear in names.linears(spec, 0, cut.ep, ep_rank):
                 if linear.expert:
                     yield list(names.weight_pieces(linear, spec, 0, cut.etp, rank))
 
