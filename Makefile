@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(shell (pwd; cat constraints.txt pyproject.toml
 DEMO_DIR ?= runs/demo
 ARGS ?=
 
-.PHONY: help setup model demo test test-slurm grid lint format certify bench-train clean
+.PHONY: help setup model demo test test-slurm grid lint format certify bench-train bench-checkpoint bench-kills clean
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s '@'
 
@@ -63,6 +63,12 @@ certify: setup  ## every tuner on every topology of 4 processes against one (an 
 
 bench-train: setup model  ## tokens/s and memory against transformers + peft; fills the tables in README.md and docs/
 	@$(BIN)/python -m orchestrator.bench train --steps 4 --write README.md --write docs/benchmarks.md
+
+bench-checkpoint: setup  ## save, load and reshard beside two other libraries; fills docs/checkpoints.md (5 minutes)
+	@$(BIN)/python -m orchestrator.bench checkpoint --write docs/checkpoints.md
+
+bench-kills: setup  ## kill a save at every phase and see what is left; fills docs/checkpoints.md (a minute)
+	@$(BIN)/python -m orchestrator.bench kills --write docs/checkpoints.md
 
 clean:  ## forget what was made here, but not runs/
 	@rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -57,6 +57,7 @@ def measure(rounds: int, layers: int, width: int) -> tuple[list[Measured], Costs
                     folder = Path(place) / "state"
                     found[side].append(pool.run(RANKS, one_side, side, folder, shape, timeout_s=CALL_LIMIT_S)[0])
                     shutil.rmtree(folder)
+                    shutil.rmtree(folder.with_name("warm-up"))
                     said = " ".join(f"{what} {found[side][-1][what]:.2f} s" for what in WHAT)
                     print(f"round {number + 1}/{rounds} {side}: {said}", file=sys.stderr, flush=True)
             parts = pool.run(RANKS, our_costs, Path(place) / "costs", shape, rounds, timeout_s=CALL_LIMIT_S)[0]
@@ -70,9 +71,12 @@ def one_side(side: str, folder: Path, shape: Any) -> dict[str, float]:
     """A rank of one side: save, load into fresh memory, load cut along the other axis; values are checked."""
     import torch
 
-    from orchestrator.bench.checkpoint_sides import SIDES, Cut, forget, local_state, seconds
+    from orchestrator.bench.checkpoint_sides import SIDES, Cut, Shape, forget, local_state, seconds
 
-    this = SIDES[side]()
+    this, small = SIDES[side](), Shape(1, 8)
+    warm_up = local_state(small, Cut(0), fill=True)  # what a library imports and starts once is not what is measured
+    this.save(folder.with_name("warm-up"), warm_up, small, Cut(0))
+    this.load(folder.with_name("warm-up"), warm_up, small, Cut(0))
     state = local_state(shape, Cut(0), fill=True)
     times = {"save": seconds(lambda: this.save(folder, state, shape, Cut(0)))}
     for what, cut in (("load", Cut(0)), ("reshard", Cut(1))):

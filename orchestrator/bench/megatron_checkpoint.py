@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from parallel.device import stand_in_for_cuda
 
@@ -24,7 +25,8 @@ def save(values: dict[str, Any], folder: Path) -> None:
     """Save with the library's defaults: ``torch_dist``, one writer per rank, fsync."""
     process: Any = multiprocessing.current_process()
     process._config["daemon"] = False  # it writes from processes of its own, which a pool's worker may not have
-    dist_checkpointing.save(values, str(folder))
+    dist_checkpointing.save(values, str(folder), TorchDistSaveShardedStrategy("torch_dist", 1))
+    process._config["daemon"] = True
 
 
 def load(values: dict[str, Any], folder: Path) -> dict[str, Any]:
