@@ -27,7 +27,10 @@ RECORDS = {
 }
 PLAIN = {("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("collections", "OrderedDict"): dict}
 # What bytes that are no such pickle make an unpickler or torch's loader raise.
-BROKEN = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError)
+BROKEN = (
+    *(pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, MemoryError),  # of lengths that are no lengths
+)
 
 
 def load_tensors(file: Path | IO[bytes]) -> Any:

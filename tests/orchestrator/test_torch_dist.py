@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,6 +183,28 @@ def test_damage_is_named(folder: Path) -> None:
     put(folder, replace(value, storage_data=places))
     with pytest.raises(DataError, match=r"at a it does not hold the F32 \(4, 6\)"):
         TorchDistReader(folder).read("a", box)
+
+
+def test_whatever_the_bytes_are_the_error_is_one_of_ours(folder: Path) -> None:
+    """Bytes changed, lost and put in between at random, in the list and in a piece: read, or refused; nothing else."""
+    draw = random.Random(5)
+    whole = {name: (folder / name).read_bytes() for name in (".metadata", "__0_0.distcp")}
+    refused = 0
+    for turn in range(600):
+        name = ".metadata" if turn % 2 else "__0_0.distcp"
+        data = bytearray(whole[name])
+        for _ in range(draw.randint(1, 4)):
+            at, less = draw.randrange(len(data)), draw.choice((0, 1, 1, 1, 5))
+            data[at : at + less] = draw.randbytes(draw.choice((0, 1, 1, 1, 3)))
+        (folder / name).write_bytes(data)
+        try:
+            reader = TorchDistReader(folder)
+            for key in reader.keys:
+                reader.read(key, Box.whole(reader.stored(key).shape))
+        except DataError:
+            refused += 1
+        (folder / name).write_bytes(whole[name])
+    assert refused > 400
 
 
 def test_pieces_that_make_no_whole_are_named(folder: Path) -> None:
