@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,6 +130,19 @@ def test_a_payload_in_the_metadata_never_runs(
     with pytest.raises(DataError, match=r"no list of tensors, and nothing in it is run: it asks for \S+, which"):
         TorchDistReader(folder)
     assert not proof.exists()
+
+
+GREEDY = [b"\x80\x04Nr" + b"\xff" * 4 + b".", b"\x80\x05\x96" + (2**34).to_bytes(8, "little") + b"."]
+
+
+@pytest.mark.parametrize("text", GREEDY, ids=["remember", "array"])
+def test_a_few_bytes_take_no_memory(folder: Path, text: bytes) -> None:
+    """A pickle that says that it will remember 4 billion objects, and one with an array of 16 GiB."""
+    (folder / ".metadata").write_bytes(text)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="is no list of tensors"):
+        TorchDistReader(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 64 * 1024  # KiB
 
 
 def test_the_payloads_would_have_shown(folder: Path, tmp_path: Path) -> None:
