@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,11 @@ from orchestrator.errors import ConfigError, DataError, ResourceError
 
 BLOCK_BYTES = 8 * 2**20
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+# What clients of stores raise for a bad line, where they do not raise OSError as fsspec asks them to.
+FOREIGN = (
+    *(("gcsfs.retry", "HttpError"), ("botocore.exceptions", "BotoCoreError")),
+    *(("aiohttp", "ClientError"), ("azure.core.exceptions", "AzureError")),
+)
 Result = TypeVar("Result")
 
 
@@ -159,7 +165,7 @@ class Place:
                 raise DataError(f"{self.url} cannot {what}: {error}") from error
             except PERMANENT as error:
                 raise ConfigError(f"{self.url} cannot {what}: {error}", "name a place that you may use") from error
-            except OSError as error:
+            except _passing() as error:
                 if attempt == self._retry.attempts:
                     raise ResourceError(
                         f"{self.url} cannot {what} after {attempt} attempts: {error}",
@@ -167,6 +173,12 @@ class Place:
                     ) from error
             self._retry.sleep(wait_s)
             wait_s *= 2
+
+
+def _passing() -> tuple[type[Exception], ...]:
+    """Errors that may pass: of the system, and of the clients that are loaded."""
+    loaded = ((sys.modules.get(module), name) for module, name in FOREIGN)
+    return (OSError, *(getattr(module, name) for module, name in loaded if hasattr(module, name)))
 
 
 def copy_checkpoint(source: str, target: str, retry: Retry | None = None) -> Sent:

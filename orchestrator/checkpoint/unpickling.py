@@ -26,8 +26,19 @@ RECORDS = {
     *(("pathlib._local", name) for name in ("PosixPath", "WindowsPath")),
 }
 PLAIN = {("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("collections", "OrderedDict"): dict}
+# What no such list has: room made before it is filled, objects from elsewhere.
+REFUSED_CODES = {
+    code[0]
+    for code in (
+        *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.PERSID, pickle.BINPERSID),
+        *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
+    )
+}
 # What bytes that are no such pickle make an unpickler or torch's loader raise.
-BROKEN = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError)
+BROKEN = (
+    *(pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, MemoryError),  # of lengths that are no lengths
+)
 
 
 def load_tensors(file: Path | IO[bytes]) -> Any:
@@ -50,11 +61,16 @@ class _Record:
         self.state = state
 
 
-class ListUnpickler(pickle.Unpickler):
+class ListUnpickler(pickle._Unpickler):  # the one in Python
     """Opens the list of tensors of a torch_dist folder: knows the names in RECORDS and PLAIN, and torch's dtypes.
 
     None of the classes of RECORDS is made, or even touched: a pickle could set attributes of a class that it reaches.
+    The unpickler in C makes room for as many objects as a pickle says it will remember: 6 bytes can take all memory.
     """
+
+    dispatch = {  # noqa: RUF012  as its parent has it
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in REFUSED_CODES
+    }
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)

@@ -140,7 +140,7 @@ def test_no_globals_and_one_reader_of_the_environment(path: str) -> None:
 
 
 def test_pickles_are_opened_in_one_file() -> None:
-    opens = ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "numpy.load", "joblib.load")
+    opens = ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._Unpickler", "joblib.load")
     found = {
         path
         for path, tree in TREES.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.checkpoint.hf_reader import HfReader
+from orchestrator.checkpoint.pickles import load_pickle
 from orchestrator.cli import main
 from orchestrator.convert import convert
 from orchestrator.errors import ConfigError, DataError, IsotrainError
@@ -153,6 +155,23 @@ def test_only_named_plain_tensors_come_in(tmp_path: Path) -> None:
         file.write_bytes(broken)
         with pytest.raises(DataError, match="no file of tensors"):
             convert(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", allow_pickle=True)
+
+
+def test_whatever_the_bytes_are_the_error_is_one_of_ours(tmp_path: Path) -> None:
+    draw = random.Random(6)
+    torch.save({"a": torch.arange(24.0).reshape(4, 6), "b": torch.ones(3)}, tmp_path / "x.bin")
+    whole, refused = (tmp_path / "x.bin").read_bytes(), 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            at, less = draw.randrange(len(data)), draw.choice((0, 1, 1, 1, 5))
+            data[at : at + less] = draw.randbytes(draw.choice((0, 1, 1, 1, 3)))
+        (tmp_path / "x.bin").write_bytes(data)
+        try:
+            load_pickle(tmp_path / "x.bin")
+        except DataError:
+            refused += 1
+    assert refused > 200
 
 
 @pytest.mark.parametrize("file", ["../evil.bin", "/etc/passwd", "sub/x.bin", "x.safetensors", ".."])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,20 @@ def test_what_fails_in_passing_is_tried_again_after_a_while(checkpoint: Path) ->
     assert SLEPT == [1.0, 2.0, 4.0] and error.value.hint == "run it again: it goes on where it stopped"
 
 
+def test_errors_of_clients_are_tried_again_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class HttpError(Exception):
+        """As gcsfs has it: no OSError."""
+
+    client = types.ModuleType("gcsfs.retry")
+    client.HttpError = HttpError  # type: ignore[attr-defined]
+    Flaky.failures = itertools.cycle([HttpError("503"), None])
+    with pytest.raises(HttpError):
+        copy_checkpoint(str(checkpoint), "flaky://b/x", RETRY)  # of nobody that is known
+    monkeypatch.setitem(sys.modules, "gcsfs.retry", client)
+    copy_checkpoint(str(checkpoint), "flaky://b/x", RETRY)
+    assert set(SLEPT) == {1.0}
+
+
 def test_what_cannot_pass_is_not_tried_again(checkpoint: Path) -> None:
     Flaky.failures = itertools.repeat(PermissionError("denied"))
     with pytest.raises(ConfigError, match=r"flaky://b/x cannot take \S+: denied"):
@@ -173,7 +189,7 @@ def test_urls_that_cannot_be_opened_are_said(checkpoint: Path) -> None:
         copy_checkpoint(str(checkpoint), "ipfs9://b")
 
 
-def test_an_export_goes_to_a_url(checkpoint: Path, capsys: Any) -> None:
+def test_an_export_goes_to_a_url(checkpoint: Path, tiny_model: Any, capsys: Any) -> None:
     for _ in range(2):  # an export of the same kind replaces it
         assert main(["export", str(checkpoint), "--to", "peft", "memory://b/adapter", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["out"] == "memory://b/adapter"
@@ -181,6 +197,10 @@ def test_an_export_goes_to_a_url(checkpoint: Path, capsys: Any) -> None:
     assert set(found) == {"adapter_config.json", "adapter_model.safetensors", "isotrain.json"}
     written = checkpoint / "adapter/adapter_model.safetensors"
     assert Place("memory://b/adapter").read("adapter_model.safetensors") == written.read_bytes()
+    model = str(tiny_model("llama"))
+    assert main(["export", model, "--to", "torch_dist", "memory://b/megatron"]) == 0
+    far = Place("memory://b/megatron").files()
+    assert {"isotrain.json", "release/.metadata", "release/common.pt", "release/__0_0.distcp"} < set(far)
     fsspec.filesystem("memory").pipe_file("/b/adapter/other.safetensors", b"mine")
     assert main(["export", str(checkpoint), "--to", "peft", "memory://b/adapter"]) == 64
     assert "memory://b/adapter is not empty: other.safetensors" in capsys.readouterr().err

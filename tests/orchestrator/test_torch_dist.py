@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -130,6 +132,19 @@ def test_a_payload_in_the_metadata_never_runs(
     assert not proof.exists()
 
 
+GREEDY = [b"\x80\x04Nr" + b"\xff" * 4 + b".", b"\x80\x05\x96" + (2**34).to_bytes(8, "little") + b"."]
+
+
+@pytest.mark.parametrize("text", GREEDY, ids=["remember", "array"])
+def test_a_few_bytes_take_no_memory(folder: Path, text: bytes) -> None:
+    """A pickle that says that it will remember 4 billion objects, and one with an array of 16 GiB."""
+    (folder / ".metadata").write_bytes(text)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="is no list of tensors"):
+        TorchDistReader(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 64 * 1024  # KiB
+
+
 def test_the_payloads_would_have_shown(folder: Path, tmp_path: Path) -> None:
     for poison in (in_metadata, in_place_of_it, by_attribute):
         proof = tmp_path / poison.__name__
@@ -182,6 +197,28 @@ def test_damage_is_named(folder: Path) -> None:
     put(folder, replace(value, storage_data=places))
     with pytest.raises(DataError, match=r"at a it does not hold the F32 \(4, 6\)"):
         TorchDistReader(folder).read("a", box)
+
+
+def test_whatever_the_bytes_are_the_error_is_one_of_ours(folder: Path) -> None:
+    """Bytes changed, lost and put in between at random, in the list and in a piece: read, or refused; nothing else."""
+    draw = random.Random(5)
+    whole = {name: (folder / name).read_bytes() for name in (".metadata", "__0_0.distcp")}
+    refused = 0
+    for turn in range(600):
+        name = ".metadata" if turn % 2 else "__0_0.distcp"
+        data = bytearray(whole[name])
+        for _ in range(draw.randint(1, 4)):
+            at, less = draw.randrange(len(data)), draw.choice((0, 1, 1, 1, 5))
+            data[at : at + less] = draw.randbytes(draw.choice((0, 1, 1, 1, 3)))
+        (folder / name).write_bytes(data)
+        try:
+            reader = TorchDistReader(folder)
+            for key in reader.keys:
+                reader.read(key, Box.whole(reader.stored(key).shape))
+        except DataError:
+            refused += 1
+        (folder / name).write_bytes(whole[name])
+    assert refused > 400
 
 
 def test_pieces_that_make_no_whole_are_named(folder: Path) -> None:
