@@ -90,10 +90,20 @@ def srun_command(request: StepRequest) -> tuple[str, ...]:
     given, per_node = request.allocation, request.ranks_per_node
     cores = max(1, given.cpus_per_node // per_node)
     crowded = ("--overcommit",) if per_node > given.cpus_per_node else ()
+    # Of a whole node (--exclusive) a step gets the GPUs only where it asks for them.
+    gpus = (f"--gres=gpu:{given.gpus_per_node}",) if given.gpus_per_node else ()
     return (
         *("srun", f"--nodes={len(request.hosts)}", f"--nodelist={','.join(request.hosts)}"),
         *(f"--ntasks={request.world_size}", f"--ntasks-per-node={per_node}"),
-        *(f"--cpus-per-task={cores}", *crowded, "--distribution=block", "--export=ALL", "--input=none", "--mpi=none"),
+        *(
+            f"--cpus-per-task={cores}",
+            *crowded,
+            *gpus,
+            "--distribution=block",
+            "--export=ALL",
+            "--input=none",
+            "--mpi=none",
+        ),
         *("--kill-on-bad-exit=0", "--wait=0", "--job-name=ranks", *request.program),
     )
 
