@@ -67,7 +67,7 @@ def test_what_srun_says_of_tasks_is_understood() -> None:
         (0, -11, "n1"),
         (1, -11, "n1"),
     ]
-    assert tasks_ended("srun: error: n1: task 3: Out Of Memory") == [(3, 1, "n1")]
+    assert tasks_ended("srun: error: n1: task 3: Out Of Memory") == [(3, -9, "n1")]
     assert tasks_ended("srun: Job step aborted: Waiting up to 32 seconds") == []
 
 
