@@ -20,6 +20,7 @@ from launch.environment import child_environment
 from launch.exits import INTERRUPTED, PEER_LOST, RUN_AGAIN, RankExit, clear_exits, explain_end, read_exits
 from launch.parent import dying_with_parent
 from launch.slurm.allocation import Allocation
+from launch.slurm.commands import SlurmError, end_steps
 from launch.states import clear_states, rank_pids
 
 # "srun: error: node2: task 2: Killed", "srun: error: node1: tasks 0-1,3: Exited with exit code 70"
@@ -219,7 +220,17 @@ class _Watch:
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout=ENDING_S)
                     break
+        if self._process.wait() < 0:  # killed, so nobody has ended its tasks: two of each rank would train
+            self._end_tasks()
         self._reader.join(timeout=ENDING_S)
+
+    def _end_tasks(self) -> None:
+        deadline = time.monotonic() + ENDING_S
+        while time.monotonic() < deadline:
+            with suppress(SlurmError):
+                if not end_steps(self._request.allocation.job_id):
+                    return
+            time.sleep(POLL_S)
 
 
 def tasks_ended(line: str) -> list[tuple[int, int, str]]:

@@ -57,6 +57,15 @@ def rank_process(cluster: Cluster, run: Folder) -> tuple[str, int]:
     raise AssertionError("rank 1 does not run")
 
 
+def kill_srun(cluster: Cluster) -> None:
+    """The one that started the ranks dies, and its ranks live on."""
+    for pid in cluster.pids("node1"):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"srun\0"):
+            os.kill(pid, signal.SIGKILL)
+            return
+    raise AssertionError("srun does not run on node1")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(slurm: SlurmShell, tiny_run_model: TinyRun) -> Folder:
     """The same run, started by torchrun on this machine and left alone."""
@@ -108,6 +117,7 @@ def test_a_killed_rank_is_started_again_in_the_allocation(
     before = logged(run)
     wait_for(lambda: logged(run) > before or slurm.field(job, "JobState") != "RUNNING")
     recovered_s = time.monotonic() - killed
+    kill_srun(cluster)
     slurm.isotrain("wait", str(run.path))
     assert f"rank 1 was killed by SIGKILL and left no word ({node}); starting again from step" in log(run)
     assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
