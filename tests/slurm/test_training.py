@@ -19,7 +19,7 @@ from tests.slurm.rig import Cluster
 pytestmark = pytest.mark.slurm
 STEPS, EVERY = 60, 6
 TWO_NODES = {"cluster": "slurm_cpu", "cluster__nodes": 2, "topology__pp": 2, "steps": STEPS}
-TWO_NODES |= {"checkpoint__every_steps": EVERY, "checkpoint__keep": 0, "optimizer__schedule": "constant"}
+TWO_NODES |= {"checkpoint__every_steps": EVERY, "optimizer__schedule": "constant"}
 
 
 def words(tiny: TinyRun, run: Folder, **changes: object) -> list[str]:
