@@ -97,8 +97,8 @@ def test_by_hand_the_cluster_is_the_allocation(slurm: SlurmShell, tiny_run_model
     run = Folder(slurm.folder / "by-hand")
     script = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
     typed = words(tiny_run_model, run, cluster=None, cluster__nodes=None, steps=4)
-    argv = ["sbatch", "--wait", "-N2", f"--output={slurm.folder}/by-hand.log", str(script), *typed]
-    slurm.run(argv)
+    job = slurm.run(["sbatch", "--parsable", "-N2", f"--output={slurm.folder}/by-hand.log", str(script), *typed]).out
+    slurm.wait_for_state(job.strip(), "COMPLETED", "FAILED")
     assert run.losses == {step: undisturbed.losses[step] for step in range(1, 5)}
     (status,) = slurm.isotrain("status", str(run.path), "--json").json["jobs"]
     assert (status["state"], status["step"]) == ("COMPLETED", 4)
@@ -127,14 +127,17 @@ def test_a_killed_rank_is_started_again_in_the_allocation(
     print(f"training again {recovered_s:.1f} s after kill -9")
 
 
-def test_a_warned_job_saves_and_goes_on_in_another_allocation(
+def test_a_preempted_job_saves_makes_room_and_comes_back(
     slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
 ) -> None:
-    run = Folder(slurm.folder / "warned")
+    run = Folder(slurm.folder / "preempted")
     job = slurm.submit(*words(tiny_run_model, run))
     wait_for(lambda: logged(run) > 5)
-    slurm.cluster.ask("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 does
-    wait_for(lambda: slurm.field(job, "Restarts") == "1")
+    # Its batch script gets USR1, as by --signal=B:USR1@120 before the time limit.
+    urgent = ["sbatch", "--parsable", "-phigh", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
+    high = slurm.run(urgent).out.strip()
+    slurm.wait_for_state(high, "COMPLETED")
+    assert slurm.field(job, "Restarts") == "1"
     saved = run.steps[-1]
     assert saved % EVERY, "the step that was running is what was saved"
     wait_for(lambda: logged(run) > saved + 3)
@@ -142,21 +145,6 @@ def test_a_warned_job_saves_and_goes_on_in_another_allocation(
     slurm.isotrain("wait", str(run.path))
     assert f"resuming {run.path} after step {saved} of {STEPS}" in log(run)
     assert slurm.field(job, "Restarts") == "2"
-    assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
-
-
-def test_a_preempted_job_makes_room_and_comes_back(
-    slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
-) -> None:
-    run = Folder(slurm.folder / "preempted")
-    typed = words(tiny_run_model, run, cluster__slurm__exclusive="true", cluster__slurm__exclude="'node[3-4]'")
-    job = slurm.submit(*typed)
-    wait_for(lambda: logged(run) > 5)
-    urgent = ["sbatch", "--parsable", "-phigh", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
-    high = slurm.run(urgent).out.strip()
-    slurm.wait_for_state(high, "COMPLETED")
-    slurm.isotrain("wait", str(run.path))
-    assert slurm.field(job, "Restarts") == "1"
     assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
 
 
