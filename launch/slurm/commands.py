@@ -244,6 +244,19 @@ def cancel(job_id: str, number: str = "") -> None:
     ask(["scancel", "--batch", f"--signal={number}", job_id] if number else ["scancel", job_id])
 
 
+def end_steps(job_id: str) -> list[str]:
+    """Kill the steps of a job that lost their srun, but not its batch script; returns those that were there.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    listed = ask(["squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i"]).split()
+    steps = [step for step in listed if step.rpartition(".")[2].isdigit()]
+    if steps:
+        ask(["scancel", "--signal=KILL", *steps])
+    return steps
+
+
 def partitions() -> list[str]:
     """The names of the partitions, without the mark of the default one; none when Slurm does not answer."""
     try:

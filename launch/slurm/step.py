@@ -20,13 +20,16 @@ from launch.environment import child_environment
 from launch.exits import INTERRUPTED, PEER_LOST, RUN_AGAIN, RankExit, clear_exits, explain_end, read_exits
 from launch.parent import dying_with_parent
 from launch.slurm.allocation import Allocation
+from launch.slurm.commands import SlurmError, end_steps
 from launch.states import clear_states, rank_pids
 
 # "srun: error: node2: task 2: Killed", "srun: error: node1: tasks 0-1,3: Exited with exit code 70"
 TASK_ENDED = re.compile(r"^srun: error: (?P<node>[^\s:]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
 EXITED = re.compile(r"Exited with exit code (\d+)")
 SIGNALS = {signal.strsignal(number): -number for number in signal.valid_signals()}
+OUT_OF_MEMORY = ": Out Of Memory"
 POLL_S = 0.2
+LISTEN_EVERY_S = 2.0  # every rank's file is looked at
 ENDING_S = 20.0
 
 
@@ -89,13 +92,14 @@ def srun_command(request: StepRequest) -> tuple[str, ...]:
     """
     given, per_node = request.allocation, request.ranks_per_node
     cores = max(1, given.cpus_per_node // per_node)
-    crowded = ("--overcommit",) if per_node > given.cpus_per_node else ()
-    return (
-        *("srun", f"--nodes={len(request.hosts)}", f"--nodelist={','.join(request.hosts)}"),
-        *(f"--ntasks={request.world_size}", f"--ntasks-per-node={per_node}"),
-        *(f"--cpus-per-task={cores}", *crowded, "--distribution=block", "--export=ALL", "--input=none", "--mpi=none"),
-        *("--kill-on-bad-exit=0", "--wait=0", "--job-name=ranks", *request.program),
-    )
+    layout = [f"--ntasks={request.world_size}", f"--ntasks-per-node={per_node}", f"--cpus-per-task={cores}"]
+    if per_node > given.cpus_per_node:
+        layout.append("--overcommit")
+    if given.gpus_per_node:  # of a whole node (--exclusive) a step gets the GPUs only where it asks for them
+        layout.append(f"--gres=gpu:{given.gpus_per_node}")
+    nodes = (f"--nodes={len(request.hosts)}", f"--nodelist={','.join(request.hosts)}", "--distribution=block")
+    ends = ("--kill-on-bad-exit=0", "--wait=0", "--input=none", "--export=ALL", "--mpi=none", "--job-name=ranks")
+    return ("srun", *nodes, *layout, *ends, *request.program)
 
 
 def run_step(
@@ -151,7 +155,9 @@ class _Watch:
         self._process = process
         self._progress = progress
         self._listener = Listener(request.run_dir)
+        self.out_of_memory = False
         self._last = (progress(), time.monotonic())
+        self._listened = 0.0
         self._failed_at: float | None = None
         self._ending = False
         self._reader = threading.Thread(target=self._read, args=(process.stdout,), name="srun", daemon=True)
@@ -173,6 +179,7 @@ class _Watch:
 
     def _note(self, line: str) -> None:
         self.said.append(line)
+        self.out_of_memory |= line.endswith(OUT_OF_MEMORY)
         for task, code, node in tasks_ended(line):
             self.codes.setdefault(task, code)
             self.nodes.setdefault(task, node)
@@ -189,6 +196,9 @@ class _Watch:
     def hang(self) -> RankExit | None:
         """The rank that is silent too long, or the whole step that makes no progress."""
         patience, now = self._request.patience, time.monotonic()
+        if now - self._listened < LISTEN_EVERY_S:
+            return None
+        self._listened = now
         silent = self._listener.silent_s()
         if silent and max(silent.values()) > patience.silent_s:
             rank = max(silent, key=lambda one: silent[one])
@@ -210,7 +220,17 @@ class _Watch:
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout=ENDING_S)
                     break
+        if self._process.wait() < 0:  # killed, so nobody has ended its tasks: two of each rank would train
+            self._end_tasks()
         self._reader.join(timeout=ENDING_S)
+
+    def _end_tasks(self) -> None:
+        deadline = time.monotonic() + ENDING_S
+        while time.monotonic() < deadline:
+            with suppress(SlurmError):
+                if not end_steps(self._request.allocation.job_id):
+                    return
+            time.sleep(POLL_S)
 
 
 def tasks_ended(line: str) -> list[tuple[int, int, str]]:
@@ -226,7 +246,7 @@ def tasks_ended(line: str) -> list[tuple[int, int, str]]:
     if found is None:
         return []
     exited = EXITED.match(found["how"])
-    code = int(exited[1]) if exited else SIGNALS.get(found["how"].removesuffix(" (core dumped)"), 1)
+    code = int(exited[1]) if exited else SIGNALS.get(found["how"].removesuffix(" (core dumped)"), -signal.SIGKILL)
     tasks: list[int] = []
     for part in found["tasks"].split(","):
         first, _, last = part.partition("-")
@@ -242,6 +262,6 @@ def _result(request: StepRequest, watch: _Watch, hung: RankExit | None, stopped:
         words = re.sub(r"^srun: (error: )?", "", watch.said[0])
         hint = f"see {request.run_dir / 'logs' / 'launcher.log'}"
         return StepResult(RankExit(0, PEER_LOST, "Launcher", f"srun: {words}", hint, None, time.time()))
-    cause = explain_end(request.run_dir, request.world_size, codes, stopped=stopped, out_of_memory=False)
+    cause = explain_end(request.run_dir, request.world_size, codes, stopped=stopped, out_of_memory=watch.out_of_memory)
     node = watch.nodes.get(cause.rank, "") if cause else ""
     return StepResult(replace(cause, message=f"{cause.message} ({node})") if cause and node else cause, node)

@@ -37,8 +37,8 @@ def _is_range(text: str) -> bool:
 
 
 def _is_prologue(words: list[str]) -> bool:
-    """A kind and the one thing that it takes; of modules, one or more."""
-    return words[0] in PROLOGUES and (len(words) == 2 or (words[0] == "module" and len(words) > 2))
+    """A kind and the one thing that it takes; modules are one or more, and an image may have folders after it."""
+    return words[0] in PROLOGUES and (len(words) == 2 or (words[0] not in ("venv", "conda") and len(words) > 2))
 
 
 # key: (what is asked, whether a value is so, a value that is)

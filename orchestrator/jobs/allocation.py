@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -87,10 +88,8 @@ def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> 
         starts = note_start(run_dir, allocation.job_id, decision.step)
         verdict = _train(run_dir, job, allocation, signals, say, starts)
         say(verdict.message)
-        write_ended(
-            run_dir, Ended(allocation.job_id, verdict.code, verdict.cause, verdict.message, requeued=verdict.requeue)
-        )
-    return _leave(verdict, allocation, say)
+        _write_ended(run_dir, allocation, verdict)
+    return _leave(run_dir, verdict, allocation, say)
 
 
 def by_hand(overrides: Sequence[str], allocation: Allocation) -> JobConfig:
@@ -115,8 +114,8 @@ def cluster_of(allocation: Allocation, otherwise: ClusterConfig) -> ClusterConfi
     """What the nodes are: GPUs where Slurm has given some and torch sees them, else processes that share the memory."""
     changes: dict[str, object] = {"name": "allocation"}
     ranks = allocation.ranks_per_node or 1
-    if allocation.memory_mib:
-        changes["memory_gib"] = round(allocation.memory_mib / 1024 / ranks, 1)
+    memory_mib = allocation.memory_mib or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+    changes["memory_gib"] = round(memory_mib / 1024 / ranks, 1)
     if allocation.gpus_per_node:
         import torch
 
@@ -209,17 +208,20 @@ def rank_program(run_dir: Path, slurm: SlurmConfig, device: str) -> tuple[str, .
     """What each srun task runs: this Python's isotrain, or the one of a container.
 
     Example:
-        >>> rank_program(Path("/r"), SlurmConfig(prologue=["apptainer", "image.sif"]), "cuda")
-        ('apptainer', 'exec', '--nv', 'image.sif', 'isotrain', 'worker', '/r')
+        >>> rank_program(Path("/r"), SlurmConfig(prologue=["apptainer", "image.sif", "/data"]), "cuda")
+        ('apptainer', 'exec', '--bind=/r,/data', '--nv', 'image.sif', 'isotrain', 'worker', '/r')
         >>> rank_program(Path("/r"), SlurmConfig(prologue=["pyxis", "image.sqsh"]), "cuda")
         ('--container-image=image.sqsh', '--container-mounts=/r:/r', 'isotrain', 'worker', '/r')
     """
     kind, *names = slurm.prologue or [""]
+    folders = [str(run_dir), *names[1:]]
     inside = ("isotrain", "worker", str(run_dir))
     if kind == "apptainer":
-        return ("apptainer", "exec", *(("--nv",) if device == "cuda" else ()), *names, *inside)
+        graphics = ("--nv",) if device == "cuda" else ()
+        return ("apptainer", "exec", f"--bind={','.join(folders)}", *graphics, names[0], *inside)
     if kind == "pyxis":
-        return (f"--container-image={names[0]}", f"--container-mounts={run_dir}:{run_dir}", *inside)
+        mounts = ",".join(f"{folder}:{folder}" for folder in folders)
+        return (f"--container-image={names[0]}", f"--container-mounts={mounts}", *inside)
     return (sys.executable, "-m", "orchestrator", "worker", str(run_dir))
 
 
@@ -251,10 +253,17 @@ def _verdict(
     return dataclasses.replace(plain, requeue=True, message=f"{plain.message}; it goes on when Slurm gives nodes again")
 
 
-def _leave(verdict: Verdict, allocation: Allocation, say: Say) -> int:
+def _leave(run_dir: Path, verdict: Verdict, allocation: Allocation, say: Say) -> int:
     if verdict.requeue:
         try:
-            requeue(allocation.job_id)
+            requeue(allocation.job_id)  # it may end this process at once, so all is written by now
         except SlurmError as error:
             say(f"Slurm does not requeue job {allocation.job_id}: {error}")
+            _write_ended(run_dir, allocation, dataclasses.replace(verdict, requeue=False))
     return verdict.code
+
+
+def _write_ended(run_dir: Path, allocation: Allocation, verdict: Verdict) -> None:
+    write_ended(
+        run_dir, Ended(allocation.job_id, verdict.code, verdict.cause, verdict.message, requeued=verdict.requeue)
+    )

@@ -58,6 +58,7 @@ def test_srun_gets_one_task_per_rank_and_deals_out_the_cores(cpus: int, cores: s
     assert {"--nodes=2", "--nodelist=n1,n2", "--ntasks=8", "--ntasks-per-node=4", cores, "--kill-on-bad-exit=0"} <= set(
         argv
     )
+    assert not any(word.startswith("--gres") for word in argv)
     assert ("--overcommit" in argv) == crowded and argv[-2:] == ("python", "rank.py")
 
 
@@ -66,7 +67,7 @@ def test_what_srun_says_of_tasks_is_understood() -> None:
         (0, -11, "n1"),
         (1, -11, "n1"),
     ]
-    assert tasks_ended("srun: error: n1: task 3: Out Of Memory") == [(3, 1, "n1")]
+    assert tasks_ended("srun: error: n1: task 3: Out Of Memory") == [(3, -9, "n1")]
     assert tasks_ended("srun: Job step aborted: Waiting up to 32 seconds") == []
 
 

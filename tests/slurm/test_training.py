@@ -19,7 +19,7 @@ from tests.slurm.rig import Cluster
 pytestmark = pytest.mark.slurm
 STEPS, EVERY = 60, 6
 TWO_NODES = {"cluster": "slurm_cpu", "cluster__nodes": 2, "topology__pp": 2, "steps": STEPS}
-TWO_NODES |= {"checkpoint__every_steps": EVERY, "checkpoint__keep": 0, "optimizer__schedule": "constant"}
+TWO_NODES |= {"checkpoint__every_steps": EVERY, "optimizer__schedule": "constant"}
 
 
 def words(tiny: TinyRun, run: Folder, **changes: object) -> list[str]:
@@ -57,6 +57,15 @@ def rank_process(cluster: Cluster, run: Folder) -> tuple[str, int]:
     raise AssertionError("rank 1 does not run")
 
 
+def kill_srun(cluster: Cluster) -> None:
+    """The one that started the ranks dies, and its ranks live on."""
+    for pid in cluster.pids("node1"):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"srun\0"):
+            os.kill(pid, signal.SIGKILL)
+            return
+    raise AssertionError("srun does not run on node1")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(slurm: SlurmShell, tiny_run_model: TinyRun) -> Folder:
     """The same run, started by torchrun on this machine and left alone."""
@@ -88,8 +97,8 @@ def test_by_hand_the_cluster_is_the_allocation(slurm: SlurmShell, tiny_run_model
     run = Folder(slurm.folder / "by-hand")
     script = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
     typed = words(tiny_run_model, run, cluster=None, cluster__nodes=None, steps=4)
-    argv = ["sbatch", "--wait", "-N2", f"--output={slurm.folder}/by-hand.log", str(script), *typed]
-    slurm.run(argv)
+    job = slurm.run(["sbatch", "--parsable", "-N2", f"--output={slurm.folder}/by-hand.log", str(script), *typed]).out
+    slurm.wait_for_state(job.strip(), "COMPLETED", "FAILED")
     assert run.losses == {step: undisturbed.losses[step] for step in range(1, 5)}
     (status,) = slurm.isotrain("status", str(run.path), "--json").json["jobs"]
     assert (status["state"], status["step"]) == ("COMPLETED", 4)
@@ -108,6 +117,7 @@ def test_a_killed_rank_is_started_again_in_the_allocation(
     before = logged(run)
     wait_for(lambda: logged(run) > before or slurm.field(job, "JobState") != "RUNNING")
     recovered_s = time.monotonic() - killed
+    kill_srun(cluster)
     slurm.isotrain("wait", str(run.path))
     assert f"rank 1 was killed by SIGKILL and left no word ({node}); starting again from step" in log(run)
     assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
@@ -117,14 +127,17 @@ def test_a_killed_rank_is_started_again_in_the_allocation(
     print(f"training again {recovered_s:.1f} s after kill -9")
 
 
-def test_a_warned_job_saves_and_goes_on_in_another_allocation(
+def test_a_preempted_job_saves_makes_room_and_comes_back(
     slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
 ) -> None:
-    run = Folder(slurm.folder / "warned")
+    run = Folder(slurm.folder / "preempted")
     job = slurm.submit(*words(tiny_run_model, run))
     wait_for(lambda: logged(run) > 5)
-    slurm.cluster.ask("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 does
-    wait_for(lambda: slurm.field(job, "Restarts") == "1")
+    # Its batch script gets USR1, as by --signal=B:USR1@120 before the time limit.
+    urgent = ["sbatch", "--parsable", "-phigh", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
+    high = slurm.run(urgent).out.strip()
+    slurm.wait_for_state(high, "COMPLETED")
+    assert slurm.field(job, "Restarts") == "1"
     saved = run.steps[-1]
     assert saved % EVERY, "the step that was running is what was saved"
     wait_for(lambda: logged(run) > saved + 3)
@@ -132,21 +145,6 @@ def test_a_warned_job_saves_and_goes_on_in_another_allocation(
     slurm.isotrain("wait", str(run.path))
     assert f"resuming {run.path} after step {saved} of {STEPS}" in log(run)
     assert slurm.field(job, "Restarts") == "2"
-    assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
-
-
-def test_a_preempted_job_makes_room_and_comes_back(
-    slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
-) -> None:
-    run = Folder(slurm.folder / "preempted")
-    typed = words(tiny_run_model, run, cluster__slurm__exclusive="true", cluster__slurm__exclude="'node[3-4]'")
-    job = slurm.submit(*typed)
-    wait_for(lambda: logged(run) > 5)
-    urgent = ["sbatch", "--parsable", "-phigh", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
-    high = slurm.run(urgent).out.strip()
-    slurm.wait_for_state(high, "COMPLETED")
-    slurm.isotrain("wait", str(run.path))
-    assert slurm.field(job, "Restarts") == "1"
     assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
 
 

@@ -79,6 +79,7 @@ def sent(slurm: SlurmShell, environment: dict[str, str], folder: Path, script: P
     wait_for(lambda: len(list(into.glob("rank-*.json"))) == 4 or "error" in (into / "log").read_text(), 20)
     values = [json.loads((into / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert [value["host"] for value in values] == ["node1", "node1", "node2", "node2"]
+    assert {value["gpus"] for value in values} == {"0,1,2,3,4,5,6,7"}  # a whole node's, though none was asked for
     return values
 
 

@@ -1,0 +1,185 @@
+"""What the batch script decides: when ranks are started again, when the job is requeued, and when it is given up."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.exits import RankExit
+from launch.slurm.allocation import Allocation
+from launch.slurm.commands import SlurmError
+from launch.slurm.step import StepRequest, StepResult
+from orchestrator.config.building import read_job
+from orchestrator.jobs import allocation as module
+from orchestrator.jobs.allocation import by_hand, run_allocation
+from orchestrator.jobs.record import Ended, note_start, read_ended, write_cancelled
+from orchestrator.runs import write_whole
+
+KILLED = RankExit(1, 86, "Killed", "rank 1 was killed", "", None, 0.0)
+SAVED = RankExit(0, 85, "interrupted", "stopped", "", 3, 0.0)
+NO_MEMORY = RankExit(0, 71, "OutOfMemory", "no memory", "", 3, 0.0)
+VARIABLES = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "4"}
+
+
+class Stage:
+    """An allocation of two nodes in which steps end as they are told to."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.heard: list[signal.Signals] = []
+        self.script: list[tuple[RankExit | None, int, signal.Signals | None]] = []
+        self.requests: list[StepRequest] = []
+        self.requeued: list[str] = []
+        self.said: list[str] = []
+
+    def step(self, request: StepRequest, *rest: object) -> StepResult:
+        cause, saved, heard = self.script.pop(0)
+        self.requests.append(request)
+        if saved:
+            (self.run_dir / "checkpoints" / f"step-{saved:06d}").mkdir(parents=True, exist_ok=True)
+            write_whole(self.run_dir / "checkpoints" / f"step-{saved:06d}" / "manifest.json", "{}")
+            write_whole(self.run_dir / "checkpoints" / "latest", f"step-{saved:06d}\n")
+        if heard is not None:
+            self.heard.append(heard)
+        return StepResult(cause)
+
+    def run(self, words: list[str]) -> tuple[int, Ended]:
+        code = run_allocation(None, words, self.said.append)
+        ended = read_ended(self.run_dir)
+        assert ended is not None and not self.script
+        return code, ended
+
+
+@pytest.fixture
+def words(tmp_path: Path, tiny_model: Callable[..., Path]) -> list[str]:
+    data = tmp_path / "chat.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    job = [f"model.path={tiny_model('llama')}", f"data.path={data}", "batch.sequence_tokens=64", "steps=100"]
+    return [*job, f"run_dir={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stage = Stage(tmp_path / "run")
+    monkeypatch.setattr(module, "Signals", lambda: stage)
+    monkeypatch.setattr(module, "slurm_variables", lambda: VARIABLES)
+    monkeypatch.setattr(module, "run_step", stage.step)
+    monkeypatch.setattr(module, "host_names", lambda text: ["n1", "n2"])
+    monkeypatch.setattr(module, "node_address", lambda node: f"addr-{node}")
+    monkeypatch.setattr(module, "was_preempted", lambda job: False)
+    monkeypatch.setattr(module, "requeue", stage.requeued.append)
+    return stage
+
+
+def test_by_hand_the_plan_is_for_the_nodes_there_are(stage: Stage, words: list[str]) -> None:
+    stage.script = [(None, 0, None)]
+    code, ended = stage.run(words)
+    (request,) = stage.requests
+    assert (code, ended.code, request.hosts, request.ranks_per_node) == (0, 0, ("n1", "n2"), 1)
+    assert request.environment["ISOTRAIN_MEETING_HOST"] == "addr-n1"
+    assert Path(request.environment["ISOTRAIN_MEETING"]).parent == stage.run_dir / "slurm"
+    assert read_job(stage.run_dir).cluster.nodes == 2
+
+
+def test_ranks_are_started_again_while_that_brings_checkpoints(stage: Stage, words: list[str]) -> None:
+    stage.script = [(KILLED, step, None) for step in (5, 10, 15, 20, 25)] + [(None, 100, None)]
+    code, _ = stage.run(words)
+    assert code == 0
+    assert len({request.environment["ISOTRAIN_MEETING"] for request in stage.requests}) == 6  # never an old port
+
+
+def test_a_crash_loop_is_given_up(stage: Stage, words: list[str]) -> None:
+    stage.script = [(KILLED, 5, None), *[(KILLED, 0, None)] * 3]
+    code, ended = stage.run([*words, "cluster.slurm.restarts=2"])
+    assert code == ended.code == 93
+    assert "rank 1 was killed; 3 times without a new checkpoint after step 5: given up" in ended.message
+
+
+def test_an_end_that_would_come_again_is_not_tried_again(stage: Stage, words: list[str]) -> None:
+    stage.script = [(NO_MEMORY, 0, None)]
+    assert stage.run(words)[0] == 71
+
+
+@pytest.mark.parametrize(
+    ("heard", "preempted", "more", "requeued"),
+    [
+        (signal.SIGUSR1, False, [], True),
+        (signal.SIGTERM, False, [], False),  # may be scancel
+        (signal.SIGTERM, True, [], True),
+        (None, True, [], True),  # Slurm has told the ranks alone
+        (signal.SIGUSR1, False, ["cluster.slurm.requeue=false"], False),
+    ],
+)
+def test_what_was_warned_is_requeued(
+    stage: Stage,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    heard: signal.Signals | None,
+    preempted: bool,
+    more: list[str],
+    requeued: bool,
+) -> None:
+    monkeypatch.setattr(module, "was_preempted", lambda job: preempted)
+    stage.script = [(SAVED, 3, heard)]
+    code, ended = stage.run([*words, *more])
+    assert (code, ended.requeued, stage.requeued) == (85, requeued, ["7"] if requeued else [])
+
+
+def test_what_was_cancelled_is_not_requeued(stage: Stage, words: list[str]) -> None:
+    write_cancelled(stage.run_dir, "7")
+    stage.script = [(SAVED, 3, signal.SIGUSR1)]
+    code, ended = stage.run(words)
+    assert (code, stage.requeued) == (85, []) and "cancelled, so it is not requeued" in ended.message
+
+
+def test_a_refused_requeue_is_said(stage: Stage, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(job: str) -> None:
+        raise SlurmError("Requested operation is presently disabled")
+
+    monkeypatch.setattr(module, "requeue", refuse)
+    stage.script = [(SAVED, 3, signal.SIGUSR1)]
+    assert stage.run(words)[1].requeued is False
+    assert "Slurm does not requeue job 7: Requested operation is presently disabled" in stage.said
+
+
+def test_allocations_that_bring_no_checkpoint_are_given_up(stage: Stage, words: list[str]) -> None:
+    for _ in range(2):
+        note_start(stage.run_dir, "7", 0)
+    stage.script = [(KILLED, 0, signal.SIGUSR1)]
+    code, ended = stage.run(words)
+    assert (code, stage.requeued) == (93, [])
+    assert ended.message == "3 allocations brought no checkpoint after step 0: not requeued"
+
+
+def test_a_task_of_an_array_is_requeued_alone(stage: Stage, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    task = VARIABLES | {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    monkeypatch.setattr(module, "slurm_variables", lambda: task)
+    stage.script = [(SAVED, 3, signal.SIGUSR1)]
+    stage.run(words)
+    assert stage.requeued == ["5_2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "ranks_per_node"),
+    [
+        ({"ranks_per_node": 4}, [], 4),
+        ({}, [], 1),
+        ({}, ["cluster=laptop"], 4),
+        ({"gpus_per_node": 8}, ["cluster=slurm_4x8"], 8),
+    ],
+)
+def test_ranks_per_node_are_what_the_allocation_has(
+    words: list[str], given: dict[str, int], more: list[str], ranks_per_node: int
+) -> None:
+    job = by_hand([*words, *more], Allocation("7", nodes=2, node_list="n[1-2]", **given))
+    assert (job.cluster.nodes, job.cluster.gpus_per_node) == (2, ranks_per_node)
+
+
+def test_a_run_by_hand_without_a_folder_keeps_its_name_over_a_requeue(words: list[str]) -> None:
+    first, second = (
+        by_hand(words[:-1], Allocation("7", nodes=1, node_list="n1", restarts=restarts)).run_dir for restarts in (0, 1)
+    )
+    assert first == second and str(first).endswith("-job-7")
