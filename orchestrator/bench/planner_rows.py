@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.errors import ConfigError
-from orchestrator.planning.devices import Device, device
+from orchestrator.planning.devices import Device, device, nearest_variant
 from orchestrator.planning.setup import Setup, Software
 from orchestrator.planning.shape import Shape
 from parallel.specs import LatentAttention
@@ -15,6 +15,16 @@ from parallel.specs import LatentAttention
 DEEPSEEK = LatentAttention(query_rank=1536, latent_rank=512, plain_dim=128, rotary_dim=64, value_dim=128)
 """Latent attention of rows that say no more than that it is (DeepSeek-V3, arXiv:2412.19437, section 4.2; smaller ones
 make queries without a latent)."""
+PRECISIONS = {
+    "fp4": ("fp4",),
+    "fp8": ("fp8",),
+    "fp16": ("fp16", "float16"),
+    "fp32": ("fp32", "float32"),
+}
+"""Spellings of precisions in rows; all others are bf16."""
+MOST = {"pp": 4096, "vpp": 4096, "layers": 100_000, "seq": 1 << 40}
+MOST_RANKS = 1 << 24
+"""What is larger is a slip of whoever typed the row."""
 STAND_IN = "A100-80GB"
 """Where no kind of device was printed and only memory was measured, which does not depend on it."""
 
@@ -32,11 +42,26 @@ def setup_of_row(row: dict[str, Any]) -> Setup:
     shape = shape_of_row(row)
     if not row.get("gpu") and (row.get("scorable") or {}).get("time"):
         raise Unreadable("the kind of device was not printed")
+    printed = str(row.get("gpu") or STAND_IN)
     try:
-        kind = device(str(row.get("gpu") or STAND_IN))
+        kind = nearest_variant(printed) or device(printed)
     except ConfigError as error:
         raise Unreadable(str(error)) from error
     return _setup(row, shape, kind)
+
+
+def precision_of(row: dict[str, Any]) -> str:
+    """The precision of the matrix products, however it is spelled; bf16 where it was not printed.
+
+    Example:
+        >>> [precision_of({"precision": text}) for text in ("FP8-blockwise", "mxfp8", "bf16-mixed", "nvfp4", None)]
+        ['fp8', 'fp8', 'bf16', 'fp4', 'bf16']
+    """
+    text = str(row.get("precision") or "").lower()
+    for name, spellings in PRECISIONS.items():
+        if "bfloat16" not in text and any(spelling in text for spelling in spellings):
+            return name
+    return "bf16"
 
 
 def shape_of_row(row: dict[str, Any]) -> Shape:
@@ -98,8 +123,11 @@ def _setup(row: dict[str, Any], shape: Shape, kind: Device) -> Setup:
     split = sizes["tp"] * sizes["pp"] * sizes["cp"]
     dp = _whole(row.get("dp")) or (gpus // split if gpus >= split else 0)
     sequences, micro, tokens = (_whole(row.get(key)) for key in ("gbs", "mbs", "seq"))
-    if not dp:
-        dp = 1
+    dp = dp or 1
+    large = {**sizes, "dp": dp, "layers": shape.layers, "seq": tokens, "gbs": sequences, "mbs": micro}
+    for name, size in large.items():
+        if size > MOST.get(name, MOST_RANKS):
+            raise Unreadable(f"{name}={size:.6g} is no size of a run")
     if not tokens:
         raise Unreadable("the sequence length was not printed")
     if not micro and not sequences:
@@ -131,7 +159,7 @@ def _setup(row: dict[str, Any], shape: Shape, kind: Device) -> Setup:
         zero=zero,
         shard_ranks=_shard_ranks(row, dp),
         recompute=recompute.split(":")[0].split(" ")[0] or "none",
-        precision=str(row.get("precision") or "bf16").lower(),
+        precision=precision_of(row),
         frozen=str(row.get("peft") or "none") != "none",
         adapter_rank=(_whole(row.get("lora_rank")) or 8) if str(row.get("peft") or "none") != "none" else 0,
         adapts_all="all" in str(row.get("target_modules") or ""),
@@ -222,4 +250,6 @@ def _shard_ranks(row: dict[str, Any], dp: int) -> int:
 
 
 def _whole(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and value == value else 0
+    """A size; 0 where none was printed, or what is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return max(0, int(value)) if is_number else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -113,7 +114,9 @@ def _predicted(row: dict[str, Any], setup: Setup, constants: Constants) -> Predi
     fullest = max(memory, key=lambda stage: stage.total)
     shown = memory[-1] if "LAST" in kind else fullest
     keys = [model.get("name"), row.get("gpu"), setup.ranks, row.get("gbs"), row.get("seq")]
-    capacity = (row.get("hbm_gb") or setup.device.memory_bytes / 1e9) * GIBIBYTE
+    capacity = (_positive(row.get("hbm_gb")) or setup.device.memory_bytes / 1e9) * GIBIBYTE
+    if not math.isfinite(time.total_s) or time.total_s <= 0:
+        raise Unreadable("odd sizes: they lead to no finite time")
     return Prediction(
         row=str(row.get("id")),
         group=str(row.get("group") or ""),

@@ -94,6 +94,17 @@ def device(kind: str) -> Device:
     return found
 
 
+def nearest_variant(kind: str) -> Device | None:
+    """The device that a longer name begins with, such as a seller's; None where there is none.
+
+    Example:
+        >>> nearest_variant("H100-SXM5-80GB HBM3").kind, nearest_variant("MI300X")
+        ('H100-80GB', None)
+    """
+    fitting = [name for name in _names() if _plain(kind).startswith(name)]
+    return _names()[max(fitting, key=len)] if fitting else None
+
+
 @cache
 def _names() -> dict[str, Device]:
     import yaml

@@ -157,10 +157,13 @@ def test_broken_lines_and_files_are_said(tmp_path: Path, capsys: pytest.CaptureF
         ({"seq": None}, "the sequence length was not printed"),
         ({"mbs": None, "gbs": None}, "neither the micro-batch nor the global batch was printed"),
         ({"model": {"layers": 8}}, "model.hidden was not printed"),
+        ({"pp": 1e300}, "pp=1e+300 is no size of a run"),
+        ({"model": SMALL["model"] | {"kv_heads": 1e300}}, "odd sizes: they lead to no finite time"),
+        ({"gpu": "MI999"}, "cluster.gpu=MI999 is not in the catalogue of devices; there is "),
     ],
 )
 def test_what_nothing_can_stand_in_for_is_said(change: dict[str, Any], reason: str) -> None:
-    assert predict(SMALL | change).reason == reason
+    assert predict(SMALL | change).reason.startswith(reason)
 
 
 def test_what_was_not_printed_is_filled_in_by_rules(published: list[dict[str, Any]]) -> None:
