@@ -11,7 +11,8 @@ from typing import Any
 
 from orchestrator.cli_checkpoints import add_checkpoints, add_verify, run_checkpoints, run_explain, run_verify
 from orchestrator.cli_doors import add_convert, add_copy, add_export, run_convert, run_copy, run_export
-from orchestrator.command import CODES, WIDTH_ELSEWHERE, Command, add_overrides
+from orchestrator.cli_plan import add_bench, add_plan, run_bench, run_plan, show_plan
+from orchestrator.command import CODES, Command, add_overrides
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.cli import ALLOCATION
 from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
@@ -110,29 +111,6 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the command, and start nothing")
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands import plan_job
-    from orchestrator.config.loading import compose_job
-
-    planned = plan_job(compose_job(arguments.overrides))
-    _show_plan(planned, arguments.json, {"warning": planned.warning} if planned.warning else {})
-    return 0
-
-
-def _show_plan(planned: Any, as_json: bool, more: dict[str, Any]) -> None:
-    from orchestrator.planning.show import plan_summary, render
-
-    if as_json:
-        print(json.dumps(plan_summary(planned.plan, planned.job, planned.model) | more))
-        return
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE)
-    console.print(render(planned.plan, planned.job, planned.model))
-    for name, text in more.items():
-        console.print(f"\n{name}: {text}", markup=False)
-
-
 def _train(arguments: argparse.Namespace) -> int:
     from launch.environment import rank_environment
 
@@ -147,7 +125,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         job = compose_job(arguments.overrides)
         planned = commands.plan_job(job)
-        _show_plan(
+        show_plan(
             planned, arguments.json, {"command": commands.rendered_launch(planned, commands.run_folder(job)).text}
         )
         return 0
@@ -247,9 +225,9 @@ def _certify(arguments: argparse.Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "plan": Command(
         "Show what would run and why: topology, batch split, memory. Starts nothing.",
-        "isotrain plan model=smollm2_135m cluster=laptop",
-        add_overrides,
-        _plan,
+        "isotrain plan model=smollm2_135m cluster=laptop --why topology.tp=3",
+        add_plan,
+        run_plan,
     ),
     "train": Command(
         "Train; go on by itself when run_dir holds a checkpoint of the same run.",
@@ -268,6 +246,12 @@ COMMANDS: dict[str, Command] = {
         "isotrain certify model=smollm2_135m --up-to 2 --tuner lora",
         _add_certify,
         _certify,
+    ),
+    "bench": Command(
+        "Hold the planner's estimates against published, measured runs.",
+        "isotrain bench planner --rows measured.jsonl",
+        add_bench,
+        run_bench,
     ),
     "checkpoints": Command(
         "List a run's checkpoints: step, loss, size, topology, state.",

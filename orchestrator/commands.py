@@ -27,6 +27,7 @@ from parallel.specs import ClusterSpec, ModelSpec, SpecError
 
 if TYPE_CHECKING:
     from orchestrator.explaining import Explanation
+    from orchestrator.planning.advice import Advice
     from orchestrator.planning.plan import Plan
 
 Say = Callable[[str], None]
@@ -83,6 +84,28 @@ def plan_job(job: JobConfig) -> Planned:
 
     model = model_spec(job.model)
     return Planned(job, model, make_plan(job, model, cluster_spec(job.cluster)))
+
+
+def plan_advice(planned: Planned) -> Advice:
+    """What a plan achieves, and what fewer ranks or one change would do."""
+    from orchestrator.planning.advice import advise
+
+    return advise(planned.job, planned.model, cluster_spec(planned.job.cluster), planned.plan)
+
+
+def explain_choice(overrides: Sequence[str], asked: Sequence[str]) -> list[str]:
+    """One choice, or several together (``asked``: overrides), against the plan without it.
+
+    Raises:
+        ConfigError, SpecError: the job cannot work without the choice, or the choice is no setting.
+    """
+    from orchestrator.config.loading import compose_job
+    from orchestrator.planning.advice import why
+
+    planned = plan_job(compose_job(list(overrides)))
+    other = compose_job([*overrides, *asked])
+    model = model_spec(other.model)
+    return why(planned.job, model, cluster_spec(other.cluster), planned.plan, other)
 
 
 def cluster_spec(cluster: ClusterConfig) -> ClusterSpec:

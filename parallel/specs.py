@@ -176,7 +176,8 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 class ClusterSpec:
     """The machines of a run. ``gpus_per_node`` counts ranks per node (processes, on a CPU).
 
-    ``memory_gib`` is what one rank may use: a GPU's memory, or a rank's fair part of the host's.
+    ``memory_gib`` is what one rank may use: a GPU's memory, or a rank's fair part of the host's. ``gpu`` names the
+    kind.
     """
 
     name: str
@@ -184,6 +185,7 @@ class ClusterSpec:
     gpus_per_node: int
     device: str = "cpu"
     memory_gib: float = 4.0
+    gpu: str | None = None
 
     @property
     def ranks(self) -> int:

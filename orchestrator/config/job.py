@@ -58,13 +58,17 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """``gpus_per_node`` counts ranks per node, also on a CPU. ``memory_gib`` is per rank."""
+    """``gpus_per_node`` counts ranks per node, also on a CPU. ``memory_gib`` is per rank.
+
+    ``gpu``: the kind in the catalogue of devices (``orchestrator/planning/devices.yaml``); None: an H100 on cuda.
+    """
 
     name: str = "laptop"
     nodes: int = 1
     gpus_per_node: int = 4
     device: str = "cpu"
     memory_gib: float = 4.0
+    gpu: str | None = None
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 

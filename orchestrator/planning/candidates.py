@@ -10,8 +10,9 @@ from typing import Any
 
 from orchestrator.config.job import JobConfig, TopologyConfig
 from orchestrator.planning.counts import TunerExtras, Workload, head_cost_in_layers
-from orchestrator.planning.memory import GIB, StageMemory, estimate_memory
-from orchestrator.planning.timing import StepTime, estimate_time
+from orchestrator.planning.estimate import setup_of
+from orchestrator.planning.memory import GIB, StageMemory, stage_memory
+from orchestrator.planning.timing import StepTime, step_time
 from parallel.capabilities import Proposal, Refusal, batch_refusals, divisors, model_refusals
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import split_layers
@@ -134,7 +135,8 @@ def _weigh(question: Question, proposal: Proposal) -> Candidate | Rejected:
         device=question.cluster.device,
         extras=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.chosen),
     )
-    memory = estimate_memory(work)
+    setup = setup_of(work, question.cluster)
+    memory = stage_memory(setup)
     fullest = max(range(len(memory)), key=lambda stage: memory[stage].total)
     needs = memory[fullest]
     if needs.total > question.cluster.memory_gib * GIB:
@@ -144,7 +146,7 @@ def _weigh(question: Question, proposal: Proposal) -> Candidate | Rejected:
             f"({owner} {getattr(needs, owner) / GIB:.1f} GiB), but cluster.memory_gib={question.cluster.memory_gib:g}"
         )
         return Rejected(str(topology), reason, needs_bytes=needs.total)
-    return Candidate(proposal, stages, multiple, memory, estimate_time(work, question.cluster))
+    return Candidate(proposal, stages, multiple, memory, step_time(setup))
 
 
 def open_topologies(question: Question) -> Iterator[TopologyConfig]:

@@ -62,7 +62,8 @@ class StageCounts:
     """Parameters on one rank of a stage. ``matmul``: those that a token is multiplied with, embedding excluded.
 
     ``expert_trainable``: those of ``trainable`` that belong to experts, which are replicated over other ranks.
-    ``linears``: those of the layers' dense linears, which may be quantised.
+    ``expert``: those of ``base`` that belong to experts. ``linears``: those of the layers' dense linears, which may be
+    quantised.
     """
 
     base: int
@@ -71,6 +72,7 @@ class StageCounts:
     matmul: int
     layers: int
     linears: int = 0
+    expert: int = 0
 
 
 def layer_matmul_parameters(model: ModelSpec, layer: int) -> int:
@@ -116,6 +118,7 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
         matmul=sum(layer_matmul_parameters(model, layer) for layer in layers) // topology.tp
         + (vocabulary if last else 0),
         layers=len(layers),
+        expert=experts,
         linears=sum(_product(shape) for layer in layers for shape in dense_linear_shapes(model, layer)) // topology.tp,
     )
 

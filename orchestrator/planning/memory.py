@@ -1,20 +1,21 @@
-"""Memory: bytes on one rank of each pipeline stage, by owner. An estimate from shapes, meant to be a little high."""
+"""Memory: bytes on one rank of each pipeline stage, by owner, at the deepest point of a step."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from orchestrator.planning.counts import StageCounts, Workload, dense_linear_shapes, stage_counts
-from parallel import names
+from orchestrator.planning.constants import FITTED, Constants
+from orchestrator.planning.setup import Holding, Setup
 
 GIB = 2**30
-OVERHEAD_BYTES = {"cpu": int(0.6 * GIB), "cuda": int(1.5 * GIB)}
-"""Interpreter, torch and communication buffers of one process (on CUDA: context and NCCL too)."""
+CPU_OVERHEAD_BYTES = int(0.6 * GIB)
+"""Interpreter, torch and communication buffers of one process on a CPU."""
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on each rank of one stage, by owner.
+    """Bytes on each rank of one stage, by owner. ``slack``: what an allocator reserves and does not hand out;
+    ``overhead``: what a process and its driver hold beside it.
 
     Example:
         >>> StageMemory(weights=3, adapters=1, gradients=1, optimizer=2, activations=4, logits=0, overhead=1).total
@@ -28,11 +29,23 @@ class StageMemory:
     activations: int
     logits: int
     overhead: int
+    buffers: int = 0
+    slack: int = 0
 
     @property
     def total(self) -> int:
         """All owners together."""
         return sum(asdict(self).values())
+
+    @property
+    def allocated(self) -> int:
+        """What torch's allocator hands out at the peak."""
+        return self.total - self.overhead - self.slack
+
+    @property
+    def reserved(self) -> int:
+        """What torch's allocator takes from the device."""
+        return self.total - self.overhead
 
     @property
     def largest(self) -> str:
@@ -41,99 +54,133 @@ class StageMemory:
         return max(owners, key=lambda owner: owners[owner])
 
 
-def estimate_memory(work: Workload) -> tuple[StageMemory, ...]:
+def stage_memory(setup: Setup, constants: Constants = FITTED) -> tuple[StageMemory, ...]:
     """Estimate every stage's bytes per rank, first stage first."""
-    return tuple(_stage_memory(work, stage) for stage in range(work.proposal.topology.pp))
+    return tuple(_one_stage(setup, stage, constants) for stage in range(setup.pp))
 
 
-def _stage_memory(work: Workload, stage: int) -> StageMemory:
-    counts = stage_counts(work, stage)
-    adapters = 0 if work.proposal.tuner == "full" else counts.trainable * (2 if work.extras.fixed_halves else 1)
-    return StageMemory(
-        weights=_weight_bytes(work, counts),
-        adapters=adapters * work.value_bytes,
-        gradients=counts.trainable * 4,
-        optimizer=_optimizer_bytes(work, counts),
-        activations=_activation_bytes(work, stage, counts.layers),
-        logits=_logits_bytes(work) if stage == work.proposal.topology.pp - 1 else 0,
-        overhead=OVERHEAD_BYTES[work.device],
-    )
+def peak_bytes(setup: Setup, constants: Constants = FITTED) -> int:
+    """The fullest rank's bytes."""
+    return max(stage.total for stage in stage_memory(setup, constants))
 
 
-def _weight_bytes(work: Workload, counts: StageCounts) -> int:
+def _one_stage(setup: Setup, stage: int, constants: Constants) -> StageMemory:
+    held = setup.holdings[stage]
+    owners = {
+        "weights": _weight_bytes(setup, held),
+        "adapters": int(held.adapters * setup.value_bytes),
+        "gradients": _gradient_bytes(setup, held),
+        "optimizer": _optimizer_bytes(setup, held),
+        "activations": _activation_bytes(setup, stage),
+        "logits": _logits_bytes(setup) if stage == setup.pp - 1 else 0,
+        "buffers": _buffer_bytes(setup, held, stage),
+    }
+    if setup.device.is_measured:
+        return StageMemory(overhead=CPU_OVERHEAD_BYTES, **owners)
+    slack = int(sum(owners.values()) * (constants.slack - 1))
+    return StageMemory(overhead=int(constants.context_gb * 1e9), slack=slack, **owners)
+
+
+def _weight_bytes(setup: Setup, held: Holding) -> int:
     """Base weights; of a quantised base 4 bits and a 64th of 8 bits an element, and one linear at a time in full."""
-    if work.proposal.quantise is None:
-        return counts.base * work.value_bytes
-    packed = counts.linears // 2 + counts.linears // 64 + counts.linears // 4096
-    largest = max(rows * columns for rows, columns in dense_linear_shapes(work.model, 0))
-    unpacked = 2 * largest // work.proposal.topology.tp * 4  # gate|up are one linear; in fp32 on the way
-    return (counts.base - counts.linears) * work.value_bytes + packed + unpacked
+    cut = setup.replicas if setup.zero == 3 else 1
+    if not held.quantised:
+        return int(held.base * setup.value_bytes / cut)
+    packed = held.quantised / 2 + held.quantised / 64 + held.quantised / 4096
+    shape = setup.shape
+    largest = max(one.parameters for kind in shape.kinds() for one in shape.linears(kind))
+    return int((held.base - held.quantised) * setup.value_bytes + packed + largest / setup.tp * 4)
 
 
-def _optimizer_bytes(work: Workload, counts: StageCounts) -> int:
+def _gradient_bytes(setup: Setup, held: Holding) -> int:
+    """Gradients are summed in fp32, or in the weights' type where a program reduces them so."""
+    each = setup.software.summed_bytes + (2 if setup.software.low_gradients else 0)
+    return int(held.trainable * each / (setup.replicas if setup.zero >= 2 else 1))
+
+
+def _optimizer_bytes(setup: Setup, held: Holding) -> int:
     """Adam's two fp32 moments, and fp32 master weights below fp32; cut over the replicas by a distributed optimizer.
 
     Replicas are dp x cp ranks, of experts those that hold the same ones. Rajbhandari et al. 2020 (ZeRO), section 3.1:
     K = 12 bytes per parameter with master weights, 8 without.
     """
-    per_parameter = 8 if work.proposal.precision == "fp32" else 12
-    topology = work.proposal.topology
-    dense_replicas = topology.dp * topology.cp
-    replicas, expert_replicas = (dense_replicas, topology.edp) if work.distributed_optimizer else (1, 1)
-    dense = counts.trainable - counts.expert_trainable
-    return -(-dense * per_parameter // replicas) - (-counts.expert_trainable * per_parameter // expert_replicas)
+    if setup.offload:
+        return 0
+    per_parameter = 8 if setup.precision == "fp32" else 12
+    replicas, expert_replicas = 1, 1
+    if setup.zero:
+        replicas, expert_replicas = setup.shard_ranks or setup.replicas, setup.expert_replicas
+    dense = held.trainable - held.expert_trainable
+    return int(-(-dense * per_parameter // replicas) - (-held.expert_trainable * per_parameter // expert_replicas))
 
 
-def _activation_bytes(work: Workload, stage: int, layers: int) -> int:
+def _buffer_bytes(setup: Setup, held: Holding, stage: int) -> int:
+    """The gradients of one layer's activations while it goes backward, and two layers' weights where those are cut."""
+    present = [kind for kind, count in setup.kinds_by_stage[stage].items() if count]
+    backward = max((layer_activation_bytes(setup, kind) for kind in present), default=0)
+    if setup.zero != 3:
+        return backward
+    return backward + int(2 * held.base / max(1, setup.stages[stage]) * setup.value_bytes)
+
+
+def _activation_bytes(setup: Setup, stage: int) -> int:
     """What the backward pass needs, at the schedule's deepest point.
 
     Under 1F1B stage ``s`` of ``p`` holds ``min(p - s, m)`` micro-batches, and virtual chunks multiply the first stage's
     by ``1 + (p - 1) / (p v)`` (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
     Models", sections 4.2.3 and 5). Full recomputation keeps each layer's input, and one layer's all while it reruns.
     """
-    proposal = work.proposal
-    pp, virtual = proposal.topology.pp, proposal.vpp or 1
-    in_flight = float(min(pp - stage, proposal.micro_batches))
+    pp, virtual = setup.pp, setup.vpp
+    in_flight = float(min(pp - stage, setup.micro_batches))
     if virtual > 1:
-        in_flight = min(pp * (1 + (pp - 1) / (pp * virtual)), proposal.micro_batches)
-    layer = _layer_activation_bytes(work)
-    if proposal.recompute == "full":
-        return int(in_flight * layers * _residual_bytes(work)) + layer
-    return int(in_flight * layers * layer)
+        in_flight = min(pp * (1 + (pp - 1) / (pp * virtual)) - 2 * stage / virtual, setup.micro_batches)
+    kinds = {kind: count for kind, count in setup.kinds_by_stage[stage].items() if count}
+    each = {kind: layer_activation_bytes(setup, kind) for kind in kinds}
+    if setup.recompute == "full":
+        kept = sum(kinds.values()) * residual_bytes(setup)
+        return int(in_flight * kept) + max(each.values(), default=0)
+    return int(in_flight * sum(count * each[kind] for kind, count in kinds.items()))
 
 
-def _residual_bytes(work: Workload) -> int:
+def residual_bytes(setup: Setup) -> int:
     """One activation ``[tokens, hidden]`` of a micro-batch on one rank: the input of a layer."""
-    topology = work.proposal.topology
-    cuts = topology.cp * (topology.tp if work.proposal.sp else 1)
-    return work.micro_tokens * work.model.hidden * work.value_bytes // cuts
+    return int(setup.rank_tokens * setup.shape.hidden * setup.value_bytes // (setup.tp if setup.sp else 1))
 
 
-def _layer_activation_bytes(work: Workload) -> int:
+def layer_activation_bytes(setup: Setup, kind: str) -> int:
     """One layer's stored activations for one micro-batch on one rank.
 
     The method of Korthikanti et al. 2022, section 4 (their equations 2 and 4: what lies between the cut linears is
-    divided by ``tp``, the rest only under sequence parallelism), with the terms of these models: no dropout masks, no
-    stored attention scores (fused attention; so selective recomputation saves nothing here), SwiGLU of three widths
-    (GeGLU of four). Per token: inputs and outputs of two norms, and the inputs of two more where a layer has them; q,
-    k, v and the attention output; gate, up and their product.
+    divided by ``tp``, the rest only under sequence parallelism), with the terms of the model at hand. Per token: inputs
+    and outputs of two norms; q, k, v and the attention output; gate, up and their product. Where attention is not
+    fused its scores are stored three times in 5 bytes, unless they are computed again.
     """
-    model, topology = work.model, work.proposal.topology
-    heads = (2 * model.heads + 2 * model.kv_heads) * model.attended_dim
-    if model.latent is not None:  # of queries and keys the two parts are kept too
-        heads += 2 * model.heads * model.attended_dim
-    width = (3 if model.activation == "silu" else 4) * model.ffn / topology.tp
-    if model.is_moe:  # every chosen expert sees its own copy of the token; the router stores its scores
-        width = model.experts_per_token * (3 * model.expert_ffn / topology.etp + 2 * model.hidden) + model.experts
-        # under sequence parallelism each tp rank routes its own tokens, and etp ranks gather theirs
-        width *= topology.etp / (topology.tp if work.proposal.sp else 1)
-        width += 3 * model.shared_ffn / topology.tp
-    cut = work.micro_tokens // topology.cp * work.value_bytes * (heads / topology.tp + width)
-    return (6 if model.sandwich_norms else 4) * _residual_bytes(work) + int(cut)
+    shape = setup.shape
+    attends, width = kind in ("dense", "moe", "attention"), 0.0
+    blocks, plain = 2 if kind in ("dense", "moe") else 1, not setup.software.fused
+    wide = shape.kept_widths + plain  # plain operators keep what each step of an activation makes
+    if attends:
+        width += shape.score_width + shape.value_width + shape.key_value_width
+        width += plain * (shape.score_width + shape.key_value_width / 2)  # before and after rotation
+    if kind in ("dense", "mlp"):
+        width += wide * shape.ffn
+    if kind == "state":
+        width += 10 * shape.hidden
+    cut = setup.rank_tokens * setup.value_bytes * width / setup.tp
+    if kind == "moe":  # every chosen expert sees its own copy of the token; the router stores its scores
+        copies = shape.experts_per_token * (wide * shape.expert_ffn / setup.etp + 2 * shape.hidden)
+        spread = setup.etp / (setup.tp if setup.sp else 1)  # under sp each tp rank routes its own tokens
+        shared = wide * shape.shared_ffn / setup.tp
+        cut += setup.rank_tokens * setup.value_bytes * ((copies + shape.experts) * spread + shared)
+    if attends and not setup.software.fused_attention and setup.recompute != "selective":
+        cut += 5 * setup.rank_tokens * setup.tokens * shape.heads / setup.tp
+    return ((2 + plain) * blocks + shape.more_residuals) * residual_bytes(setup) + int(cut)
 
 
-def _logits_bytes(work: Workload) -> int:
-    """Logits in the model's type, and in fp32 their exponentials and gradient, for one micro-batch."""
-    topology = work.proposal.topology
-    rows = names.padded_vocab(work.model.vocab, topology.tp) // topology.tp
-    return work.micro_tokens // topology.cp * rows * (work.value_bytes + 8)
+def _logits_bytes(setup: Setup) -> int:
+    """Logits of one micro-batch in the model's type and in fp32; or of a block of them, with their gradient."""
+    rows = -(-setup.shape.vocab // (128 * setup.tp)) * 128
+    elements, block = setup.rank_tokens * rows, setup.software.loss_elements
+    if block:
+        return int(min(elements, block) * (setup.value_bytes + 8))
+    return int(elements * (setup.value_bytes + 4))

@@ -97,17 +97,7 @@ def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
     Raises:
         ConfigError: nothing can run; the message says why, and the hint is a change that works.
     """
-    _check_values(job, cluster)
-    _check_length(job, model)
-    _check_experts(job, model)
-    question = Question(
-        job=job,
-        model=model,
-        cluster=cluster,
-        precision=job.precision or DEFAULT_PRECISION[cluster.device],
-        adapted=adapted_linears(job, model),
-        chosen=chosen_weights(job, model),
-    )
+    question = ask(job, model, cluster)
     judged = [judge(question, sizes) for sizes in open_topologies(question)]
     legal = [candidate for candidate in judged if isinstance(candidate, Candidate)]
     rejected = [refused for refused in judged if isinstance(refused, Rejected)]
@@ -124,6 +114,25 @@ def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
         for one in legal[1:]
     ]
     return _plan(question, best, legal, [*slower, *rejected])
+
+
+def ask(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Question:
+    """What all layouts of a job have in common.
+
+    Raises:
+        ConfigError: something that no layout can help.
+    """
+    _check_values(job, cluster)
+    _check_length(job, model)
+    _check_experts(job, model)
+    return Question(
+        job=job,
+        model=model,
+        cluster=cluster,
+        precision=job.precision or DEFAULT_PRECISION[cluster.device],
+        adapted=adapted_linears(job, model),
+        chosen=chosen_weights(job, model),
+    )
 
 
 def _plan(question: Question, best: Candidate, legal: list[Candidate], rejected: list[Rejected]) -> Plan:

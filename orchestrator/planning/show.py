@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.job import JobConfig
+from orchestrator.planning.advice import Advice
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan
 from parallel.specs import ModelSpec
@@ -43,9 +44,10 @@ def group_rejected(plan: Plan) -> list[tuple[str, list[str]]]:
     return sorted(groups.items(), key=lambda group: -len(group[1]))
 
 
-def plan_summary(plan: Plan, job: JobConfig, model: ModelSpec) -> dict[str, Any]:
+def plan_summary(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | None = None) -> dict[str, Any]:
     """The plan as one JSON object: all of plan.json, and what the terminal shows beside it."""
-    return {
+    told = {"advice": asdict(advice)} if advice else {}
+    return told | {
         **json.loads(plan.to_json()),
         "batch": batch_arithmetic(plan),
         "model": {"path": job.model.path, **asdict(model)},
@@ -54,7 +56,7 @@ def plan_summary(plan: Plan, job: JobConfig, model: ModelSpec) -> dict[str, Any]
     }
 
 
-def render(plan: Plan, job: JobConfig, model: ModelSpec) -> Group:
+def render(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | None = None) -> Group:
     """The plan for a terminal: topology, batch split, memory, reasons and what was rejected.
 
     Returns:
@@ -80,15 +82,52 @@ def render(plan: Plan, job: JobConfig, model: ModelSpec) -> Group:
     lines = [Text(f"{name:<10}{text}") for name, text in facts.items()]
     reasons = [Text(f"  {reason}") for reason in plan.reasons]
     rejected = [Text(f"  {_named(topologies)}: {reason}") for reason, topologies in group_rejected(plan)]
-    parts: list[Text | Table] = [*lines, Text(""), _memory_table(plan), Text(""), Text("why", style="bold"), *reasons]
+    parts: list[Text | Table] = [*lines, Text(""), _memory_table(plan), Text(""), _time_table(plan, advice)]
+    if advice:
+        parts += [Text(""), *(Text(line) for line in advice_lines(advice))]
+    parts += [Text(""), Text("why", style="bold"), *reasons]
     if rejected:
         parts += [Text(""), Text("rejected", style="bold"), *rejected]
     return Group(*parts)
 
 
+def advice_lines(advice: Advice) -> list[str]:
+    """What a plan achieves and what else there is, as lines of text."""
+    lines = [f"speed     {advice.tokens_per_s_per_rank:,.0f} tokens/s per rank"]
+    if advice.utilisation:
+        lines[0] += f", {advice.utilisation:.0%} of the device's peak (MFU), give or take {advice.error:.0%}"
+    lines.append(f"limit     {advice.limit}")
+    if advice.fewest:
+        step_s = advice.fewest.step_time.total_s
+        lines.append(f"fewest    {advice.fewest.ranks} ranks work: {advice.fewest.typed} ({step_s:.3g} s per step)")
+    if advice.faster:
+        lines.append(f"faster    {advice.faster.typed} (an estimated {advice.faster.step_time.total_s:.3g} s per step)")
+    if advice.next_best:
+        most = max(stage.total for stage in advice.next_best.memory) / GIB
+        lines.append(
+            f"next best {advice.next_best.topology}: {advice.next_best.step_time.total_s:.3g} s per step, "
+            f"{most:.1f} GiB on the fullest rank ({advice.next_best.typed})"
+        )
+    return [*lines, f"layouts   {advice.layouts} considered"]
+
+
 def _named(topologies: list[str]) -> str:
     more = len(topologies) - MOST_TOPOLOGIES
     return "; ".join(topologies[:MOST_TOPOLOGIES]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _time_table(plan: Plan, advice: Advice | None) -> Table:
+    """Estimated seconds per step: a row for the plan and the next best, a column per cause."""
+    from rich.table import Table
+
+    table = Table(title="estimated seconds per step", title_justify="left", box=None, pad_edge=False)
+    rows = {"plan": plan.step_time} | ({"next best": advice.next_best.step_time} if advice and advice.next_best else {})
+    causes = [cause for cause in asdict(plan.step_time) if any(getattr(time, cause) for time in rows.values())]
+    for name in ("", *(cause.removesuffix("_s") for cause in causes), "total"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, time in rows.items():
+        table.add_row(name, *(f"{getattr(time, cause):.3g}" for cause in causes), f"{time.total_s:.3g}")
+    return table
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -1,44 +1,46 @@
-"""Timing: a small model of one optimizer step, made to rank topologies and not to promise seconds."""
+"""Timing: one optimizer step by cause. Formulas cite their source; docs/planner.md says how well they hold."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
-from orchestrator.planning.counts import Workload, stage_counts
-from parallel.specs import ClusterSpec
+from orchestrator.planning.compute import Computing, Work
+from orchestrator.planning.constants import FITTED, Constants, constants_for
+from orchestrator.planning.links import Links
+from orchestrator.planning.setup import Setup
 
-
-@dataclass(frozen=True)
-class Machine:
-    """What one rank computes per second, and how fast ranks talk (bytes/s per rank; latency of one message in s)."""
-
-    flops_fp32: float
-    flops_bf16: float
-    inside_node: float
-    between_nodes: float
-    latency_s: float
-
-
-MACHINES = {
-    # one or two desktop cores; gloo over loopback, measured between ranks that are busy computing (a message then waits
-    # for its peer to be scheduled: 2 ranks all-reduce 1.2 MB in 6 ms, 4 ranks in 14 ms)
-    "cpu": Machine(flops_fp32=1e11, flops_bf16=3e11, inside_node=5e8, between_nodes=1e8, latency_s=1.5e-3),
-    # half of an H100's dense peak; NVLink; one 400 Gbit/s port per GPU
-    "cuda": Machine(flops_fp32=3e13, flops_bf16=4e14, inside_node=2e11, between_nodes=4e10, latency_s=1e-5),
-}
+UPDATE_BYTES = 34
+"""Moved for each updated parameter: fp32 master and two moments read and written, the gradient read twice (its norm
+first), and the 16-bit weight written."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step by cause, none of them hidden behind another."""
+    """Seconds of one optimizer step by cause; of collectives what does not hide behind computation.
 
-    compute_s: float
-    bubble_s: float
-    tensor_s: float
-    pipeline_s: float
-    data_s: float
+    ``matmul_s``, ``attention_s``, ``memory_s`` (norms, activations, casts), ``launch_s``: of the slowest stage.
+    ``recompute_s``: what it computes twice. ``head_s``: output layer and loss, where they are on it. ``tensor_s``,
+    ``context_s``, ``expert_s``: collectives inside of its layers. ``data_s``: gradients and sharded parameters.
+    """
+
+    matmul_s: float = 0.0
+    attention_s: float = 0.0
+    memory_s: float = 0.0
+    launch_s: float = 0.0
+    recompute_s: float = 0.0
+    head_s: float = 0.0
+    tensor_s: float = 0.0
     context_s: float = 0.0
+    expert_s: float = 0.0
+    bubble_s: float = 0.0
+    pipeline_s: float = 0.0
+    data_s: float = 0.0
+    optimizer_s: float = 0.0
+
+    @property
+    def compute_s(self) -> float:
+        """All that ranks compute, without the optimizer."""
+        return self.matmul_s + self.attention_s + self.memory_s + self.launch_s + self.recompute_s + self.head_s
 
     @property
     def total_s(self) -> float:
@@ -46,92 +48,190 @@ class StepTime:
         return sum(asdict(self).values())
 
 
-def estimate_time(work: Workload, cluster: ClusterSpec) -> StepTime:
+@dataclass(frozen=True)
+class _Stage:
+    """One micro-batch of one stage, forward and backward."""
+
+    work: Work
+    launch: float
+    again: float
+    ends: float
+    tensor: float
+    context: float
+    expert: float
+
+    @property
+    def total(self) -> float:
+        return self.work.total + self.launch + self.again + self.ends + self.tensor + self.context + self.expert
+
+
+def step_time(setup: Setup, constants: Constants = FITTED) -> StepTime:
     """Estimate one optimizer step.
 
-    The slowest stage sets the pace: ``m`` micro-batches of it, and a bubble of ``(pp - 1) / vpp`` more (Narayanan et
-    al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
+    The slowest stage sets the pace; the other stages' micro-batch is added once, divided by the virtual chunks
+    (Narayanan et al. 2021, arXiv:2104.04473, section 2.2: a bubble of ``(pp - 1) / vpp`` micro-batches).
     """
-    proposal, topology, machine = work.proposal, work.proposal.topology, MACHINES[work.device]
-    compute = max(_micro_batch_compute_s(work, machine, stage) for stage in range(topology.pp))
-    layers = max(stage_counts(work, stage).layers for stage in range(topology.pp))
-    tensor = layers * _tensor_s(work, machine, _link(machine, topology.tp, cluster))
-    context = layers * _context_s(work, machine, _link(machine, topology.tp * topology.cp, cluster))
-    passes = proposal.micro_batches
-    bubble = (topology.pp - 1) / (proposal.vpp or 1)
-    trainable = max(stage_counts(work, stage).trainable for stage in range(topology.pp))
+    constants = constants_for(setup.device.is_measured, constants)
+    stages = _stages(setup, constants)
+    slowest = max(stages, key=lambda stage: stage.total)
+    passes = setup.micro_batches
+    others = sum(stage.total for stage in stages) - slowest.total
+    computing = passes * (slowest.work.total + slowest.launch + slowest.again + slowest.ends)
     return StepTime(
-        compute_s=passes * compute,
-        bubble_s=bubble * (compute + tensor + context),
-        tensor_s=passes * tensor,
-        pipeline_s=(passes + bubble) * _pipeline_s(work, machine, cluster),
-        data_s=_all_reduce_s(
-            4 * trainable, topology.dp * topology.cp, _link(machine, topology.stage_ranks, cluster), machine
-        ),
-        context_s=passes * context,
+        matmul_s=passes * slowest.work.matmul,
+        attention_s=passes * slowest.work.attention,
+        memory_s=passes * slowest.work.memory,
+        launch_s=passes * slowest.launch,
+        recompute_s=passes * slowest.again,
+        head_s=passes * slowest.ends,
+        tensor_s=passes * slowest.tensor,
+        context_s=passes * slowest.context,
+        expert_s=passes * slowest.expert,
+        bubble_s=others / setup.vpp,
+        pipeline_s=_pipeline_s(setup, constants),
+        data_s=_data_s(setup, constants, computing),
+        optimizer_s=_optimizer_s(setup, constants),
     )
 
 
-def _micro_batch_compute_s(work: Workload, machine: Machine, stage: int) -> float:
-    """Forward and backward of one micro-batch on one rank of a stage.
+def _stages(setup: Setup, constants: Constants) -> list[_Stage]:
+    computing, links = Computing(setup, constants), Links(setup, constants)
+    layers = {kind: computing.layer(kind) for kind, count in setup.shape.kinds().items() if count}
+    talks = {kind: _layer_talk(setup, links, constants, kind, layers[kind].forward.attention) for kind in layers}
+    head, embedding = computing.ends()
+    found = []
+    for stage, kinds in enumerate(setup.kinds_by_stage):
+        present = [(kind, count) for kind, count in kinds.items() if count]
+        work, again, launch = Work(), 0.0, 0.0
+        tensor = context = expert = 0.0
+        for kind, count in present:
+            layer, talk = layers[kind], talks[kind]
+            work += (layer.forward + layer.backward) * count
+            again += layer.again.total * count
+            busy = layer.forward.total + layer.backward.total + layer.again.total + sum(talk)
+            launch += max(0.0, layer.host_s - busy) * count
+            tensor, context, expert = tensor + talk[0] * count, context + talk[1] * count, expert + talk[2] * count
+        ends = (embedding.total if stage == 0 else 0.0) + (head.total if stage == setup.pp - 1 else 0.0)
+        found.append(_Stage(work, launch, again, ends, tensor, context, expert))
+    return found
 
-    Two operations per weight and token forward and two for the gradient of the input; two more for the gradient of
-    the weights where those are trained, and two for full recomputation. Attention adds ``2 s`` per query feature
-    forward (scores and values, half of them masked), and twice that backward.
-    """
-    counts, topology = stage_counts(work, stage), work.proposal.topology
-    recompute = 2 if work.proposal.recompute == "full" else 0
-    operations = (6 if work.proposal.tuner == "full" else 4) + recompute
-    query_features = work.model.heads * work.model.attended_dim * counts.layers / topology.tp
-    per_token = operations * counts.matmul + (6 + recompute) * work.row_tokens * query_features
-    rate = machine.flops_fp32 if work.proposal.precision == "fp32" else machine.flops_bf16
-    return work.micro_tokens / topology.cp * per_token / rate
+
+def _layer_talk(
+    setup: Setup, links: Links, constants: Constants, kind: str, attention_s: float
+) -> tuple[float, float, float]:
+    """What ranks tell each other in one layer, forward and backward: over tp, cp and ep."""
+    attends = kind in ("dense", "moe", "attention")
+    blocks = (1 if kind != "dense" else 2) if attends or kind != "moe" else 0
+    full = setup.recompute == "full"
+    states = setup.rank_tokens * setup.shape.hidden * setup.value_bytes
+    # an all-reduce after each block forward and before it backward; with sequence parallelism a gather and a scatter
+    # as large, and the inputs gathered once more for the weights' gradient (Korthikanti et al. 2022, section 4.2.2)
+    passes = 2 + full + (0.5 if setup.sp and not setup.frozen else 0)
+    tensor = blocks * passes * links.reduce_s(states, setup.tp)
+    if setup.software.overlaps_tensor and setup.sp:
+        tensor *= 1 - constants.hidden
+    context = _context_s(setup, links, attention_s, constants) if attends else 0.0
+    expert = _expert_s(setup, links) * (4 + 2 * full) if kind == "moe" else 0.0
+    return tensor, context, expert
 
 
-def _tensor_s(work: Workload, machine: Machine, link: float) -> float:
-    """Two all-reduces of one micro-batch's hidden states forward and two backward, in one layer."""
-    size = work.micro_tokens // work.proposal.topology.cp * work.model.hidden * work.value_bytes
-    return 4 * _all_reduce_s(size, work.proposal.topology.tp, link, machine)
+def _expert_s(setup: Setup, links: Links) -> float:
+    """One all-to-all of the tokens' copies over ep, and their gathering over etp."""
+    tokens = setup.rank_tokens / (setup.tp if setup.tp > 1 else 1)
+    copies = tokens * setup.shape.experts_per_token * setup.shape.hidden * setup.value_bytes
+    return links.exchange_s(copies, setup.shape.experts_per_token, setup.ep, setup.etp) + links.gather_s(
+        copies * setup.etp, setup.etp
+    )
 
 
-def _context_s(work: Workload, machine: Machine, link: float) -> float:
+def _context_s(setup: Setup, links: Links, attention_s: float, constants: Constants) -> float:
     """What context-parallel ranks tell each other in one layer, for one micro-batch forward and backward.
 
-    Ring: keys and values make ``cp - 1`` hops forward and as many backward, their fp32 gradients ``cp``. Ulysses:
-    queries, keys, values and outputs are traded by an all-to-all each, forward and backward; of what a rank has,
-    ``(cp - 1) / cp`` leaves it, and key/value heads too few to deal out are sent more than once.
+    Ring: keys and values make ``cp - 1`` hops forward and as many backward, their fp32 gradients ``cp``; hops hide
+    behind the attention of the block before. Ulysses: queries, keys, values and outputs are traded by an all-to-all
+    each, forward and backward; key/value heads too few to deal out are sent more than once.
     """
-    model, proposal, topology = work.model, work.proposal, work.proposal.topology
-    cp, recompute = topology.cp, work.proposal.recompute != "none"
+    cp, shape = setup.cp, setup.shape
     if cp == 1:
         return 0.0
-    tokens, groups = work.micro_tokens / cp, model.kv_heads // topology.tp
-    if proposal.cp_comm == "ulysses":
-        dealt = 2 * model.heads // topology.tp + 2 * math.lcm(groups, cp)
-        share = tokens * dealt * model.attended_dim * work.value_bytes * (cp - 1) / cp
-        return (2 + recompute) * (share / link + 2 * (cp - 1) * machine.latency_s)
-    hop = tokens * 2 * groups * model.attended_dim
-    hops = (2 + recompute) * (cp - 1)
-    return hops * (hop * work.value_bytes / link + machine.latency_s) + cp * (hop * 4 / link + machine.latency_s)
+    again = setup.recompute != "none"
+    groups = max(1, shape.kv_heads // setup.tp)
+    if setup.cp_comm == "ulysses":
+        import math
+
+        dealt = 2 * shape.heads // setup.tp + 2 * math.lcm(groups, cp)
+        share = setup.rank_tokens * dealt * shape.value_width // shape.heads * setup.value_bytes
+        return (2 + again) * (links.exchange_s(share, 1, cp, setup.tp) + (cp - 1) * links.latency_s)
+    values = setup.rank_tokens * max(shape.key_value_width / setup.tp, 2 * groups * shape.head_dim)
+    rate = links.ring_rate(cp, setup.tp)
+    hops = (2 + again) * (cp - 1) * (values * setup.value_bytes / rate + links.latency_s)
+    hops += cp * (values * 4 / rate + links.latency_s)
+    return max(hops - constants.hidden * attention_s * (1 + FUSED_SHARE), hops * (1 - constants.hidden))
 
 
-def _pipeline_s(work: Workload, machine: Machine, cluster: ClusterSpec) -> float:
-    """One send forward and one backward of a micro-batch's hidden states between stages."""
-    topology = work.proposal.topology
-    if topology.pp == 1:
+FUSED_SHARE = 2.5
+
+
+def _pipeline_s(setup: Setup, constants: Constants) -> float:
+    """One send forward and one backward of every micro-batch's hidden states, for each virtual chunk."""
+    if setup.pp == 1:
         return 0.0
-    size = work.micro_tokens // topology.cp * work.model.hidden * work.value_bytes
-    # one hop per virtual chunk; stages are the slowest axis, so they are the first to be on different nodes
-    return 2 * (work.proposal.vpp or 1) * (size / _link(machine, topology.world_size, cluster) + machine.latency_s)
+    links = Links(setup, constants)
+    size = setup.rank_tokens * setup.shape.hidden * setup.value_bytes
+    if setup.sp or setup.software.scatters_sends:
+        size /= setup.tp
+    one = 2 * links.send_s(size, setup.tp * setup.cp * setup.dp)
+    passes = setup.micro_batches * setup.vpp + setup.pp - 1
+    shown = 1 - constants.hidden if setup.vpp > 1 else 1.0  # the interleaved schedule sends while it computes
+    return passes * one * shown
 
 
-def _all_reduce_s(size: int, ranks: int, link: float, machine: Machine) -> float:
-    """A ring all-reduce: ``2 (n - 1) / n`` of the bytes over every link, in ``2 (n - 1)`` messages."""
-    if ranks == 1:
-        return 0.0
-    return 2 * (ranks - 1) * (size / ranks / link + machine.latency_s)
+def _data_s(setup: Setup, constants: Constants, computing_s: float) -> float:
+    """Gradients reduced and sharded parameters gathered, once a step; with sharded weights in every micro-batch."""
+    links = Links(setup, constants)
+    most = max(setup.holdings, key=lambda one: one.trainable)
+    size = setup.software.gradient_bytes
+    dense, expert = most.trainable - most.expert_trainable, most.expert_trainable
+    if setup.zero == 3:
+        whole = max(one.base for one in setup.holdings)
+        gathered = links.gather_s(whole * setup.value_bytes, setup.replicas, setup.tp)
+        scattered = links.gather_s(most.trainable * size, setup.replicas, setup.tp)
+        each = setup.software.layer_messages + (3 * setup.shape.experts if setup.software.loops_experts else 0)
+        messages = 3 * (each * max(setup.stages) - 1)
+        talk = setup.micro_batches * (2 * gathered + scattered + messages * links.hops_s(setup.replicas, setup.tp))
+        return (
+            max(talk - constants.hidden * computing_s, talk * (1 - constants.hidden))
+            if setup.software.overlaps
+            else talk
+        )
+    scatter = links.gather_s(dense * size, setup.replicas, setup.tp)
+    scatter += links.gather_s(expert * size, setup.expert_replicas, setup.etp * setup.ep)
+    gather = links.gather_s(dense * (setup.value_bytes if setup.zero else size), setup.replicas, setup.tp)
+    gather += links.gather_s(
+        expert * (setup.value_bytes if setup.zero else size), setup.expert_replicas, setup.etp * setup.ep
+    )
+    if setup.zero and 0 < setup.shard_ranks < setup.replicas:
+        gather = links.gather_s(dense * setup.value_bytes, setup.shard_ranks, setup.tp)
+        scatter = links.reduce_s(dense * size, setup.replicas, setup.tp)
+    if setup.zero == 2:
+        scatter *= setup.micro_batches
+    talk = scatter + gather
+    if not setup.software.overlaps:
+        return talk
+    behind = computing_s / setup.micro_batches * constants.hidden * (setup.micro_batches if setup.zero == 2 else 1)
+    return max(talk - behind, talk * (1 - constants.hidden))
 
 
-def _link(machine: Machine, span: int, cluster: ClusterSpec) -> float:
-    """The slowest link among ``span`` neighbouring ranks."""
-    return machine.inside_node if span <= cluster.gpus_per_node else machine.between_nodes
+def _optimizer_s(setup: Setup, constants: Constants) -> float:
+    """Adam on the parameters that a rank updates, limited by memory."""
+    most = max(setup.holdings, key=lambda one: one.trainable)
+    dense, expert = most.trainable - most.expert_trainable, most.expert_trainable
+    if setup.zero:
+        dense /= setup.shard_ranks or setup.replicas
+        expert /= setup.expert_replicas
+    zeroed = most.trainable * GRADIENT_PASSES if setup.zero < 2 else 0.0
+    return ((dense + expert) * UPDATE_BYTES + zeroed) / (setup.device.memory_rate * constants.memory)
+
+
+GRADIENT_PASSES = 12
+"""Bytes per parameter of gradients that are zeroed, checked and measured whole on every rank."""

@@ -262,7 +262,7 @@ def test_targets_that_match_nothing_are_a_configuration_error() -> None:
     ("job", "model", "memory_gib", "hint"),
     [
         (BIG_MICRO_BATCHES, SMOLLM2, 4.0, "batch.micro_sequences=1"),
-        (JobConfig(tuner=TunerConfig(name="full")), ONE_LAYER, 1.3, "optimizer.distributed=true"),
+        (JobConfig(tuner=TunerConfig(name="full")), ONE_LAYER, 1.2, "optimizer.distributed=true"),
         (JobConfig(batch=BatchConfig(sequence_tokens=1024)), SMOLLM2, 1.3, "memory.recompute=full"),
         (asking(pp=1, tp=1), SMOLLM2, 1.4, "topology.pp=3"),
         (JobConfig(), SMOLLM2, 0.1, "cluster.memory_gib=2"),
@@ -338,7 +338,7 @@ def test_rows_that_fit_no_rank_are_hinted_to_be_cut() -> None:
         optimizer=OptimizerConfig(distributed=True),
     )
     long = replace(SMOLLM2, max_positions=65536)
-    two = ClusterSpec("two", 1, 2, memory_gib=14)
+    two = ClusterSpec("two", 1, 2, memory_gib=4)
     with pytest.raises(ConfigError, match="no topology fits the memory") as caught:
         make_plan(job, long, two)
     assert caught.value.hint == "topology.cp=2"

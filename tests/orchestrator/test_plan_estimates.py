@@ -15,10 +15,11 @@ from rich.console import Console
 from orchestrator.config.job import ClusterConfig, JobConfig, ModelConfig, TopologyConfig, TunerConfig
 from orchestrator.errors import ConfigError
 from orchestrator.planning.counts import Workload, stage_counts
-from orchestrator.planning.memory import estimate_memory
+from orchestrator.planning.estimate import estimate_memory as memory_on
+from orchestrator.planning.estimate import estimate_time
+from orchestrator.planning.memory import StageMemory
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.show import batch_arithmetic, group_rejected, plan_summary, render
-from orchestrator.planning.timing import estimate_time
 from parallel.capabilities import Proposal
 from parallel.families import read_model
 from parallel.names import resolve_targets
@@ -32,6 +33,10 @@ MOE = replace(QWEN3, family="qwen3_moe", experts=8, experts_per_token=2, expert_
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LAPTOP = ClusterSpec("laptop", 1, 4)
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def estimate_memory(work: Workload) -> tuple[StageMemory, ...]:
+    return memory_on(work, LAPTOP)
 
 
 def work_of(model: ModelSpec, topology: Topology, **changes: Any) -> Workload:
@@ -191,7 +196,8 @@ def test_ranks_that_share_rows_talk_and_more_so_across_nodes() -> None:
         work = work_of(QWEN3, Topology(cp=4), cp_comm=kind)
         here, there = estimate_time(work, near), estimate_time(work, far)
         assert 0 < here.context_s < there.context_s
-        assert here.compute_s == pytest.approx(estimate_time(work_of(QWEN3, Topology()), near).compute_s / 4)
+        # weights are read by every rank, so a quarter of the tokens take a little more than a quarter of the time
+        assert 1 / 4 < here.compute_s / estimate_time(work_of(QWEN3, Topology()), near).compute_s < 1 / 3
         # as many ranks share the gradients of what is trained as with dp=4
         assert here.data_s == alone.data_s
         again = estimate_time(work_of(QWEN3, Topology(cp=4), cp_comm=kind, recompute="full"), near)
@@ -214,8 +220,9 @@ def test_time_prefers_dp_to_pp_to_tp_on_one_cpu_host() -> None:
 
 
 def test_the_bubble_is_a_share_of_pp_minus_one_over_the_micro_batches() -> None:
-    time = estimate_time(work_of(QWEN3, Topology(pp=3), global_sequences=6), LAPTOP)
-    assert time.bubble_s == pytest.approx(time.compute_s * 2 / 6)
+    headless = replace(QWEN3, vocab=1)
+    time = estimate_time(work_of(headless, Topology(pp=3), global_sequences=6), LAPTOP)
+    assert time.bubble_s == pytest.approx(time.compute_s * 2 / 6, rel=0.02)
     assert estimate_time(work_of(QWEN3, Topology()), LAPTOP).bubble_s == 0
 
 
@@ -273,7 +280,8 @@ def test_shipped_configs_state_their_purpose_and_hold_the_fields_of_their_group(
     for path in files:
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# "), path
-        assert set(yaml.safe_load(text)) == {field.name for field in fields(value)}, path
+        # what Slurm is asked for is said by clusters that are Slurm's
+        assert set(yaml.safe_load(text)) | {"slurm"} == {field.name for field in fields(value)} | {"slurm"}, path
 
 
 @pytest.mark.parametrize("model", [path.stem for path in sorted((CONFIGS / "model").glob("*.yaml"))])
@@ -286,7 +294,8 @@ def test_every_shipped_model_and_cluster_has_a_plan_or_an_error_with_a_hint(
     if keys is None:
         return
     spec = read_model(keys)
-    machine = ClusterSpec(**yaml.safe_load((CONFIGS / "cluster" / f"{cluster}.yaml").read_text(encoding="utf-8")))
+    values = yaml.safe_load((CONFIGS / "cluster" / f"{cluster}.yaml").read_text(encoding="utf-8"))
+    machine = ClusterSpec(**{key: value for key, value in values.items() if key != "slurm"})
     try:
         plan = make_plan(JobConfig(tuner=TunerConfig(name=tuner)), spec, machine)
     except ConfigError as error:

@@ -1,0 +1,71 @@
+"""The commands around plans: plan, and bench planner."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from orchestrator.command import WIDTH_ELSEWHERE, add_overrides
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Overrides, and what is asked about a plan."""
+    add_overrides(parser)
+    parser.add_argument("--why", action="append", default=[], metavar="KEY=VALUE", help="explain this choice instead")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="PLAN", help="two plan.json files, side by side")
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Show a plan, explain a choice, or compare two plans."""
+    from orchestrator.commands import explain_choice, plan_job
+    from orchestrator.config.loading import compose_job
+
+    if arguments.compare:
+        from orchestrator.planning.compare import compared, comparison, read_plan
+
+        plans = [read_plan(path) for path in arguments.compare]
+        print(json.dumps(comparison(*plans)) if arguments.json else "\n".join(compared(*plans)))
+        return 0
+    if arguments.why:
+        lines = explain_choice(arguments.overrides, arguments.why)
+        print(json.dumps({"asked": arguments.why, "why": lines}) if arguments.json else "\n".join(lines))
+        return 0
+    planned = plan_job(compose_job(arguments.overrides))
+    show_plan(planned, arguments.json, {"warning": planned.warning} if planned.warning else {})
+    return 0
+
+
+def show_plan(planned: Any, as_json: bool, more: dict[str, Any]) -> None:
+    """Print a plan with its advice, and what else there is to say of it by name."""
+    from orchestrator.commands import plan_advice
+    from orchestrator.planning.show import plan_summary, render
+
+    advice = plan_advice(planned)
+    if as_json:
+        print(json.dumps(plan_summary(planned.plan, planned.job, planned.model, advice) | more))
+        return
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE)
+    console.print(render(planned.plan, planned.job, planned.model, advice))
+    for name, text in more.items():
+        console.print(f"\n{name}: {text}", markup=False)
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """What to measure, on which rows, and where to write it."""
+    parser.add_argument("what", choices=("planner",), help="planner: estimates against published, measured runs")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines (.jsonl, .gz, .xz); the repository's own")
+    parser.add_argument("--fit", action="store_true", help="find the constants anew and write them into constants.py")
+    parser.add_argument("--leave-out", action="store_true", help="and fit again without each group (a minute)")
+    parser.add_argument("--write", type=Path, action="append", default=[], metavar="PAGE", help="fill its marks there")
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Score the planner."""
+    from orchestrator.bench.planner import bench
+
+    return bench(arguments.rows, arguments.json, arguments.fit, arguments.write, arguments.leave_out)

@@ -1,0 +1,220 @@
+"""Advice: what a plan achieves and what limits it, the next best plan, and what fewer GPUs or one change would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from orchestrator.config.job import JobConfig
+from orchestrator.errors import ConfigError
+from orchestrator.planning.candidates import Candidate, Question, Rejected, judge, open_topologies
+from orchestrator.planning.estimate import cluster_device
+from orchestrator.planning.memory import GIB, StageMemory
+from orchestrator.planning.plan import Plan, ask
+from orchestrator.planning.shape import Shape, shape_of
+from orchestrator.planning.timing import StepTime
+from parallel.specs import ClusterSpec, ModelSpec
+
+CALIBRATED_ERROR, UNCALIBRATED_ERROR = 0.13, 0.25
+"""Mean error of step time on published runs whose group was left out of the fit (docs/planner.md); twice that for kinds
+of devices without a published run, which nothing has checked."""
+LIMITS = {
+    "matrix products and attention": ("matmul_s", "attention_s", "head_s", "recompute_s"),
+    "memory bandwidth": ("memory_s", "optimizer_s"),
+    "links between ranks": ("tensor_s", "context_s", "expert_s", "pipeline_s", "data_s"),
+    "the pipeline bubble": ("bubble_s",),
+    "the host's launches": ("launch_s",),
+}
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another plan in short. ``typed``: what to type for it."""
+
+    topology: str
+    typed: str
+    step_time: StepTime
+    memory: tuple[StageMemory, ...]
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a plan achieves: tokens per second and rank, and the share of the device's peak (0: a CPU has none).
+
+    ``error``: relative, of the estimated step (0: not known). ``limit``: where most of the step goes, and how much.
+    ``layouts``: how many were considered. ``next_best``, ``fewest`` (ranks that work) and ``faster`` (by one change of
+    what the job fixes): None where there is none.
+    """
+
+    tokens_per_s_per_rank: float
+    utilisation: float
+    error: float
+    limit: str
+    layouts: int
+    next_best: Alternative | None
+    fewest: Alternative | None
+    faster: Alternative | None
+
+
+def advise(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan) -> Advice:
+    """Advice about the plan that :func:`orchestrator.planning.plan.make_plan` made of the same three.
+
+    Example:
+        >>> from orchestrator.planning.plan import make_plan
+        >>> smollm2 = ModelSpec("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, True)
+        >>> laptop = ClusterSpec("laptop", 1, 4)
+        >>> advise(JobConfig(), smollm2, laptop, make_plan(JobConfig(), smollm2, laptop)).next_best.topology
+        'pp=2 dp=2 cp=1 tp=1'
+    """
+    question = ask(job, model, cluster)
+    others = [one for one in _candidates(question) if one.proposal.topology != plan.topology]
+    device = cluster_device(cluster)
+    step_s, tokens = plan.step_time.total_s, plan.global_sequences * plan.sequence_tokens
+    peak = device.peaks[device.precision(plan.precision)] * plan.ranks_used
+    operations = tokens * operations_per_token(shape_of(model), plan.sequence_tokens, job.tuner.name != "full")
+    return Advice(
+        tokens_per_s_per_rank=tokens / step_s / plan.ranks_used,
+        utilisation=0.0 if device.is_measured else operations / step_s / peak,
+        error=0.0 if device.is_measured else CALIBRATED_ERROR if device.calibrated else UNCALIBRATED_ERROR,
+        limit=limit_of(plan.step_time),
+        layouts=1 + len(plan.rejected),
+        next_best=_alternative(min(others, key=_step_s)) if others else None,
+        fewest=_fewest(question, plan),
+        faster=_faster(question, plan),
+    )
+
+
+def operations_per_token(shape: Shape, sequence: int, frozen: bool) -> float:
+    """Operations that the model needs for a token, without recompute: 2 per weight forward, 2 for the gradient of the
+    input and, where it learns, 2 for its own; attention over the tokens that are seen.
+
+    Source: Korthikanti et al. 2022 (arXiv:2205.05198), appendix A, with the masked half of attention not counted.
+
+    Example:
+        >>> round(operations_per_token(Shape(32, 4096, 32, 8, 128, 14336, 128256), 8192, frozen=False) / 1e9, 1)
+        48.3
+    """
+    weights = float(shape.vocab * shape.hidden)
+    for kind, count in shape.kinds().items():
+        weights += count * sum(linear.parameters for linear in shape.linears(kind))
+        if kind == "moe":
+            weights += count * shape.expert_parameters() * shape.experts_per_token / shape.experts
+    attending = sum(count for kind, count in shape.kinds().items() if kind in ("dense", "moe", "attention"))
+    scores = 2 * attending * shape.tokens_seen(sequence) * (shape.score_width + shape.value_width)
+    return (4 if frozen else 6) * weights + 3 * scores
+
+
+def limit_of(time: StepTime) -> str:
+    """Where most of a step goes.
+
+    Example:
+        >>> limit_of(StepTime(matmul_s=3.0, bubble_s=1.0))
+        'matrix products and attention (75 % of the step)'
+    """
+    shares = {name: sum(getattr(time, cause) for cause in causes) for name, causes in LIMITS.items()}
+    most = max(shares, key=lambda name: shares[name])
+    return f"{most} ({100 * shares[most] / time.total_s:.0f} % of the step)"
+
+
+def why(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan, asked: JobConfig) -> list[str]:
+    """Another choice (``asked``: the job with it) against the plan: what it would cost, or why it cannot run."""
+    judged = [judge(ask(asked, model, cluster), sizes) for sizes in open_topologies(ask(asked, model, cluster))]
+    runs = [one for one in judged if isinstance(one, Candidate)]
+    if not runs:
+        refused = [one for one in judged if isinstance(one, Rejected)]
+        return [f"cannot run: {reason}" for reason in sorted({one.reason for one in refused})]
+    other = min(runs, key=_step_s)
+    if other.proposal.topology == plan.topology and other.time == plan.step_time:
+        return [f"it is what the plan has: {plan.topology}"]
+    ratio = other.time.total_s / plan.step_time.total_s
+    lines = [
+        f"at best {other.proposal.topology}: an estimated {other.time.total_s:.3g} s per step against "
+        f"{plan.step_time.total_s:.3g} s ({ratio:.2f} times the plan's)"
+    ]
+    lines += [f"  {line}" for line in differences(plan.step_time, other.time)]
+    needs = [max(stage.total for stage in memory) / GIB for memory in (plan.memory, other.memory)]
+    return [*lines, f"fullest rank {needs[1]:.1f} GiB against {needs[0]:.1f} GiB"]
+
+
+def differences(one: StepTime, other: StepTime) -> list[str]:
+    """Causes whose seconds differ by more than a hundredth of the first step, the largest difference first."""
+    gaps = {cause: getattr(other, cause) - value for cause, value in vars(one).items()}
+    told = sorted((cause for cause in gaps if abs(gaps[cause]) > one.total_s / 100), key=lambda name: -abs(gaps[name]))
+    return [
+        f"{cause.removesuffix('_s'):<10} {getattr(one, cause):8.3g} s -> {getattr(other, cause):.3g} s"
+        for cause in told
+    ]
+
+
+def _candidates(question: Question) -> list[Candidate]:
+    judged = (judge(question, sizes) for sizes in open_topologies(question))
+    return [one for one in judged if isinstance(one, Candidate)]
+
+
+def _step_s(candidate: Candidate) -> float:
+    return candidate.time.total_s
+
+
+def _alternative(candidate: Candidate, typed: str = "") -> Alternative:
+    topology = candidate.proposal.topology
+    typed = typed or f"topology.tp={topology.tp} topology.pp={topology.pp} topology.dp={topology.dp}"
+    return Alternative(str(topology), typed, candidate.time, candidate.memory, topology.world_size)
+
+
+def _fewest(question: Question, plan: Plan) -> Alternative | None:
+    """The smallest cluster of the same nodes on which the job runs; the global batch stays."""
+    for smaller in _smaller_clusters(question.cluster, plan.ranks_used):
+        found = _candidates(replace(question, cluster=smaller))
+        if found:
+            return _alternative(min(found, key=_step_s), f"cluster.nodes={smaller.nodes} "
+                                f"cluster.gpus_per_node={smaller.gpus_per_node}")  # fmt: skip
+    return None
+
+
+def _smaller_clusters(cluster: ClusterSpec, ranks: int) -> Iterator[ClusterSpec]:
+    """A part of one node, then 1, 2, 4, ... nodes, with fewer ranks than are used now."""
+    for parts in range(1, cluster.gpus_per_node):
+        if parts < ranks:
+            yield replace(cluster, nodes=1, gpus_per_node=parts)
+    nodes = 1
+    while nodes * cluster.gpus_per_node < ranks:
+        yield replace(cluster, nodes=nodes)
+        nodes *= 2
+
+
+def _faster(question: Question, plan: Plan) -> Alternative | None:
+    """The one change of what the job fixes that shortens the step most, by at least a hundredth."""
+    found = []
+    for typed, changed in _changes(question.job, question.model):
+        try:
+            candidates = _candidates(ask(changed, question.model, question.cluster))
+        except ConfigError:  # a change that the job cannot have at all is no advice
+            continue
+        if candidates:
+            found.append(_alternative(min(candidates, key=_step_s), typed))
+    best = min(found, key=lambda one: one.step_time.total_s, default=None)
+    return best if best and best.step_time.total_s < 0.99 * plan.step_time.total_s else None
+
+
+def _changes(job: JobConfig, model: ModelSpec) -> Iterator[tuple[str, JobConfig]]:
+    """Settings that change no number of a run, each by itself, with what to type."""
+    for recompute in ("none", "selective"):
+        if job.memory.recompute not in (recompute, "none"):
+            yield f"memory.recompute={recompute}", replace(job, memory=replace(job.memory, recompute=recompute))
+    for micro in (job.batch.micro_sequences * 2, job.batch.micro_sequences * 4):
+        if job.batch.global_sequences % micro == 0:
+            yield f"batch.micro_sequences={micro}", replace(job, batch=replace(job.batch, micro_sequences=micro))
+    if not job.optimizer.distributed:
+        yield "optimizer.distributed=true", replace(job, optimizer=replace(job.optimizer, distributed=True))
+    topology = job.topology
+    for size in (2, 4) if topology.vpp is None else ():
+        yield f"topology.vpp={size}", replace(job, topology=replace(topology, vpp=size))
+    for size in (2, 4, 8) if topology.ep is None and model.is_moe else ():
+        yield f"topology.ep={size}", replace(job, topology=replace(topology, ep=size))
+    if topology.cp is None:
+        yield "topology.cp=2", replace(job, topology=replace(topology, cp=2))
+    if job.topology.sp is None:
+        yield "topology.sp=true", replace(job, topology=replace(job.topology, sp=True))
+    if job.topology != type(job.topology)():
+        yield "all of topology open", replace(job, topology=type(job.topology)())

@@ -1,0 +1,87 @@
+"""Estimate: a layout of a job as the setup that memory and time are estimated for; the same model as for any run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchestrator.planning.counts import Workload, stage_counts
+from orchestrator.planning.devices import Device, device
+from orchestrator.planning.memory import StageMemory, stage_memory
+from orchestrator.planning.setup import Holding, Setup, Software
+from orchestrator.planning.shape import shape_of
+from orchestrator.planning.timing import StepTime, step_time
+from parallel.specs import ClusterSpec
+from parallel.stages import stage_layers
+
+OURS = Software(overlaps=False, loss_elements=1 << 24)
+"""This project's own steps: fused attention, blocked logits (``parallel.loss``), reductions after the last
+micro-batch."""
+DEFAULT_KIND = {"cpu": "cpu", "cuda": "H100-80GB"}
+
+
+def cluster_device(cluster: ClusterSpec) -> Device:
+    """The catalogue's entry of a cluster's devices.
+
+    Raises:
+        ConfigError: the catalogue has no ``cluster.gpu``.
+    """
+    return device(cluster.gpu or DEFAULT_KIND[cluster.device])
+
+
+def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
+    """The setup of a workload on a cluster, with its exact parameters."""
+    proposal, topology, model = work.proposal, work.proposal.topology, work.model
+    shape = replace(
+        shape_of(model),
+        more_residuals=2 if model.sandwich_norms else 0,
+        more_kept=0 if model.activation == "silu" else 1,
+    )
+    full = proposal.tuner == "full"
+    return Setup(
+        shape=shape,
+        device=cluster_device(cluster),
+        gpus_per_node=cluster.gpus_per_node,
+        tokens=work.row_tokens,
+        micro=proposal.micro_sequences,
+        sequences=proposal.global_sequences,
+        tp=topology.tp,
+        pp=topology.pp,
+        vpp=proposal.vpp or 1,
+        cp=topology.cp,
+        ep=topology.ep,
+        etp=topology.etp,
+        dp=topology.dp,
+        sp=proposal.sp,
+        stages=tuple(len(stage_layers(work.stages, topology.pp, stage)) for stage in range(topology.pp)),
+        zero=int(work.distributed_optimizer),
+        recompute=proposal.recompute,
+        precision=proposal.precision,
+        frozen=not full,
+        adapter_rank=work.adapter_rank if work.adapted else 0,
+        quantised=proposal.quantise is not None,
+        cp_comm=proposal.cp_comm,
+        software=OURS,
+        stage_holdings=tuple(_holding(work, stage) for stage in range(topology.pp)),
+    )
+
+
+def _holding(work: Workload, stage: int) -> Holding:
+    counts, full = stage_counts(work, stage), work.proposal.tuner == "full"
+    return Holding(
+        base=counts.base,
+        expert=counts.expert,
+        trainable=counts.trainable,
+        expert_trainable=counts.expert_trainable,
+        adapters=0 if full else counts.trainable * (2 if work.extras.fixed_halves else 1),
+        quantised=counts.linears if work.proposal.quantise else 0,
+    )
+
+
+def estimate_memory(work: Workload, cluster: ClusterSpec) -> tuple[StageMemory, ...]:
+    """Every stage's bytes per rank, first stage first."""
+    return stage_memory(setup_of(work, cluster))
+
+
+def estimate_time(work: Workload, cluster: ClusterSpec) -> StepTime:
+    """One optimizer step."""
+    return step_time(setup_of(work, cluster))
