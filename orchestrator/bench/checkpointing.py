@@ -62,7 +62,7 @@ def measure(rounds: int, layers: int, width: int) -> tuple[list[Measured], Costs
                     print(f"round {number + 1}/{rounds} {side}: {said}", file=sys.stderr, flush=True)
             parts = pool.run(RANKS, our_costs, Path(place) / "costs", shape, rounds, timeout_s=CALL_LIMIT_S)[0]
     finally:
-        pool.close()
+        pool.leave()  # orderly: megatron-core has started a process of its own in each
     rows = [Measured(side, *(tuple(each[what] for each in found[side]) for what in WHAT)) for side in SIDES]
     return rows, Costs(**parts), shape.bytes
 
