@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -216,14 +217,26 @@ class FileWriter:
         self._file_hash = hashlib.sha256()
         self._file = path.open("xb")
         self._at = 0
-        self.bytes = 0
-        self._put(memoryview(header_bytes(placed)))
+        self._threads = ThreadPoolExecutor(2)
+        header = header_bytes(placed)
+        self._file.write(header)
+        self._file_hash.update(header)
+        self.bytes = len(header)
 
     def write(self, data: torch.Tensor) -> None:
         """Append bytes of the data section: a contiguous CPU tensor of any type, in file order; may span tensors."""
         array: Any = data.reshape(-1).view(torch.uint8).numpy()
         view = memoryview(array)
-        self._put(view)
+        # Hashing and writing let go of Python's lock: three cores share the work where there are three.
+        hashing = [self._threads.submit(self._hash_tensors, view), self._threads.submit(self._file_hash.update, view)]
+        try:
+            self._file.write(view)
+        finally:
+            for each in hashing:
+                each.result()
+        self.bytes += len(view)
+
+    def _hash_tensors(self, view: memoryview) -> None:
         while len(view):
             entry = self._entries[self._next]
             part = view[: entry.stop - self._at]
@@ -239,6 +252,7 @@ class FileWriter:
         """Make the file durable; returns its sha256. Raises OSError, also when the disk is full only now."""
         if self._next != len(self._entries):
             raise ValueError(f"{self.path}: {len(self._entries) - self._next} tensors were not written")
+        self._threads.shutdown()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -246,13 +260,9 @@ class FileWriter:
 
     def abort(self) -> None:
         """Close without making anything durable."""
+        self._threads.shutdown()
         with contextlib.suppress(OSError):  # what is still buffered cannot be written either
             self._file.close()
-
-    def _put(self, view: memoryview) -> None:
-        self._file.write(view)
-        self._file_hash.update(view)
-        self.bytes += len(view)
 
 
 def hash_from_disk(path: Path) -> str:
