@@ -71,7 +71,7 @@ class LatentSelfAttention(MegatronModule):
         super().__init__(config)
         assert spec.latent is not None
         self.latent, self.tp_group, self.layer_number = spec.latent, pg_collection.tp, layer_number
-        latent, self.heads = spec.latent, spec.heads // pg_collection.tp.size()
+        latent, self.heads, self.width = spec.latent, spec.heads // pg_collection.tp.size(), spec.attended_dim
         self.temperature = spec.rope_scaling.score_factor**0.5 if spec.rope_scaling else 1.0
         options = {"config": config, "bias": False, "skip_bias_add": False, "is_expert": False}
         options |= {"init_method": config.init_method, "tp_group": self.tp_group}
@@ -156,9 +156,8 @@ class LatentSelfAttention(MegatronModule):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """``[s, b, heads * value_dim]``."""
-        width = max(self.latent.key_dim, self.latent.value_dim)
-        query, key, value = (torch.nn.functional.pad(each, (0, width - each.shape[-1])) for each in (query, key, value))
-        mixed = self.core_attention(query, key, value).unflatten(-1, (self.heads, width))
+        qkv = (torch.nn.functional.pad(each, (0, self.width - each.shape[-1])) for each in (query, key, value))
+        mixed = self.core_attention(*qkv).unflatten(-1, (self.heads, self.width))
         return mixed[..., : self.latent.value_dim].flatten(2)
 
 

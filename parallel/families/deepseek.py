@@ -52,8 +52,16 @@ V3 = {
 LATENT = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
 
+NULL_HAS_A_MEANING = ("q_lora_rank", "num_key_value_heads")  # elsewhere null is what is left out
+
+
+def _stated(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in config.items() if value is not None or key in NULL_HAS_A_MEANING}
+    return {**defaults, **LATENT, **given}
+
+
 def _read_v2(config: Mapping[str, Any]) -> ModelSpec:
-    stated = {**V2, **LATENT, **config}
+    stated = _stated(config, V2)
     refuse(stated, "mlp_bias", "norm_topk_prob", hint="transformers leaves it out for this model_type")
     methods = {"greedy": False, "group_limited_greedy": True}
     _check_known(stated, "topk_method", *methods)
@@ -69,7 +77,7 @@ def _read_v2(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _read_v3(config: Mapping[str, Any]) -> ModelSpec:
-    stated = {**V3, **LATENT, **config}
+    stated = _stated(config, V3)
     _check_known(stated, "topk_method", "noaux_tc")
     _check_known(stated, "scoring_func", "sigmoid")
     routing = Routing(

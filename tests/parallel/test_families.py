@@ -111,7 +111,8 @@ def test_experts_are_counted_in_either_place() -> None:
         ({**V2, "topk_method": "noaux_tc"}, "topk_method=noaux_tc of a deepseek_v2 model is not supported"),
         ({**V2, "scoring_func": "sigmoid"}, "scoring_func=sigmoid of a deepseek_v2 model is not supported"),
         ({**V2, "moe_layer_freq": 2}, "moe_layer_freq=2 is not supported: dense layers come first"),
-        ({**V2, "n_shared_experts": None}, "a deepseek_v2 model without shared experts is not supported"),
+        ({**V2, "n_shared_experts": 0}, "a deepseek_v2 model without shared experts is not supported"),
+        ({**V2, "num_experts_per_tok": None}, "config.json has no 'num_experts_per_tok'"),
         ({**V2, "attention_bias": True}, "a deepseek_v2 model with attention_bias=True"),
         ({**V2, "num_key_value_heads": 3}, "latent attention has keys for each head, but num_key_value_heads=3"),
         ({**V3, "n_group": 3}, "n_routed_experts=8 cannot be routed in n_group=3 equal groups of which topk_group=2"),
@@ -264,6 +265,12 @@ def test_what_deepseek_leaves_out_is_what_transformers_takes(family: str) -> Non
     assert [ours.has_experts(layer) for layer in range(5)] == [
         layer >= theirs.first_k_dense_replace for layer in range(5)
     ]
+
+
+def test_null_is_what_deepseek_leaves_out_but_for_latent_queries() -> None:
+    spec = read_model({**LLAMA, **V3, "num_key_value_heads": None, "q_lora_rank": None, "moe_layer_freq": None})
+    assert spec.latent is not None and spec.routing is not None
+    assert (spec.kv_heads, spec.latent.query_rank) == (6, 0)
 
 
 def test_deepseek_without_experts_is_dense() -> None:
