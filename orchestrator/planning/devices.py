@@ -12,8 +12,8 @@ from orchestrator.errors import ConfigError
 
 CATALOGUE = Path(__file__).resolve().parent / "devices.yaml"
 UNMEASURED = {"bf16": 0.80, "fp16": 0.80, "fp8": 0.74, "fp4": 0.74, "fp32": 1.0}
-"""Best measured matrix product / peak where nobody measured: the middle of the measured ones (73 to 87 % in 16 bits, 71 to
-76 % in 8)."""
+"""Best measured matrix product / peak where nobody measured: the middle of what was (73 to 87 % in 16 bits, 71 to 76 %
+in 8)."""
 SUBSTITUTES = {"mxfp8": "fp8", "fp8-blockwise": "fp8", "nvfp4": "fp4", "mxfp4": "fp4"}
 FALLBACKS = {"fp4": "fp8", "fp8": "bf16", "bf16": "fp16", "fp16": "bf16"}
 
