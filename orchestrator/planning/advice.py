@@ -93,7 +93,7 @@ def operations_per_token(shape: Shape, sequence: int, frozen: bool) -> float:
 
     Example:
         >>> round(operations_per_token(Shape(32, 4096, 32, 8, 128, 14336, 128256), 8192, frozen=False) / 1e9, 1)
-        48.3
+        51.5
     """
     weights = float(shape.vocab * shape.hidden)
     for kind, count in shape.kinds().items():

@@ -21,7 +21,7 @@ class Constants:
         hidden: share of a collective that hides behind computation where the program overlaps them.
         expert: share of ``matmul`` that the products of experts reach, which are many and unequal.
         slack: what an allocator reserves, per byte that is used at the peak.
-        context_gb: driver, libraries and communication buffers of one process, 1e9 bytes.
+        context_gb: buffers of communication of a process among others, 1e9 bytes.
     """
 
     matmul: float = 0.85
@@ -35,7 +35,7 @@ class Constants:
     hidden: float = 0.882
     expert: float = 0.8725
     slack: float = 1.142
-    context_gb: float = 4.67
+    context_gb: float = 4.03
 
 
 FITTED = Constants()

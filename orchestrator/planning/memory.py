@@ -11,6 +11,9 @@ GIB = 2**30
 CPU_OVERHEAD_BYTES = int(0.6 * GIB)
 """Interpreter, torch and communication buffers of one process on a CPU."""
 
+DRIVER_BYTES = int(0.6 * GIB)
+"""CUDA's context with its kernels, of one process that talks to no other."""
+
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -78,7 +81,8 @@ def _one_stage(setup: Setup, stage: int, constants: Constants) -> StageMemory:
     if setup.device.is_measured:
         return StageMemory(overhead=CPU_OVERHEAD_BYTES, **owners)
     slack = int(sum(owners.values()) * (constants.slack - 1))
-    return StageMemory(overhead=int(constants.context_gb * 1e9), slack=slack, **owners)
+    talking = constants.context_gb * 1e9 if setup.ranks > 1 else 0
+    return StageMemory(overhead=DRIVER_BYTES + int(talking), slack=slack, **owners)
 
 
 def _weight_bytes(setup: Setup, held: Holding) -> int:

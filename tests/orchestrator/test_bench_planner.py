@@ -188,6 +188,11 @@ def test_a_frozen_base_costs_no_weight_gradients_and_no_states() -> None:
     assert stage_memory(setup_of_row(SMALL | {"peft": "qlora"}))[0].weights < 0.7 * lora.weights
 
 
+def test_a_rank_alone_holds_no_buffers_of_communication() -> None:
+    alone = setup_of_row(SMALL | {"tp": 1, "pp": 1, "dp": 1, "gpus": 1})
+    assert stage_memory(alone)[0].overhead < 1e9 < stage_memory(setup_of_row(SMALL))[0].overhead
+
+
 @pytest.mark.parametrize(
     ("less", "more", "cause"),
     [
