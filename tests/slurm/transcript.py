@@ -1,6 +1,7 @@
 """``python -m tests.slurm.transcript --write docs/launch.md``: what a user sees when a node is lost, from a real Slurm.
 
-A run of SmolLM2 on two of four nodes is submitted, one of its nodes loses power, and the run goes on elsewhere.
+A run of SmolLM2 on four nodes is submitted, one of them loses power, and the run goes on with the other three; its last
+loss is that of the same run in one process, left alone.
 """
 
 from __future__ import annotations
@@ -8,21 +9,21 @@ from __future__ import annotations
 import argparse
 import subprocess
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from launch.environment import isotrain_cache
 from orchestrator.pages import between_marks
 from orchestrator.smollm2 import make_model
+from tests.end_to_end.shell import wait_for
 from tests.slurm.conftest import SlurmShell, login
 from tests.slurm.rig import Cluster
 
 MARK = "<!-- transcript: written by `python -m tests.slurm.transcript` -->"
-SUBMIT = (
-    "isotrain submit model=smollm2_135m data=lighthouse cluster=slurm_cpu cluster.nodes=2 topology.pp=2 steps=12 \\"
-)
-SUBMIT += "\n    batch.global_sequences=2 batch.sequence_tokens=64 checkpoint.every_steps=2 run_dir=runs/first"
+JOB = "model=smollm2_135m data=lighthouse steps=8 batch.global_sequences=12 batch.sequence_tokens=64"
+SUBMIT = f"isotrain submit {JOB} \\\n    cluster=slurm_cpu cluster.slurm.nodes=2-4 checkpoint.every_steps=2"
+SUBMIT += " run_dir=runs/first"
+ALONE = f"isotrain train {JOB} \\\n    cluster=one run_dir=runs/undisturbed 2>&1 | tail -n 2"
 
 
 def typed(shell: SlurmShell, command: str) -> str:
@@ -38,13 +39,13 @@ def record(cluster: Cluster, shell: SlurmShell) -> str:
     """The transcript."""
     log = shell.folder / "runs" / "first" / "metrics.jsonl"
     parts = [typed(shell, SUBMIT)]
-    while not log.is_file() or len(log.read_text().splitlines()) < 5:
-        time.sleep(0.2)
+    wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) >= 3)
     parts.append(typed(shell, "isotrain status runs/first"))
-    cluster.power_cut("node2")
-    parts.append("(node2 loses power)")
+    cluster.power_cut("node4")
+    parts.append("(node4 loses power)")
     parts.append(typed(shell, "isotrain wait runs/first"))
     parts.append(typed(shell, "isotrain logs runs/first"))
+    parts.append(typed(shell, ALONE))
     return "\n\n".join(parts)
 
 
