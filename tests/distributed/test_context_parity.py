@@ -39,7 +39,13 @@ def test_lora_with_dropout_on_cut_rows_equals_one_process(pool: Pool, name: str)
     assert_same(pool, LORA, LORA.on(**TOPOLOGIES[name]))
 
 
-@pytest.mark.parametrize("name", ["cp2", "cp4-ulysses", "cp2-dp2-distributed", "cp2-tp2-sp", "cp2-pp2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cp2-dp2-distributed", "cp2-tp2-sp"),
+        *(pytest.param(name, marks=pytest.mark.grid) for name in ("cp2", "cp4-ulysses", "cp2-pp2")),
+    ],
+)
 def test_full_tuning_on_cut_rows_equals_one_process(pool: Pool, name: str) -> None:
     assert_same(pool, FULL, FULL.on(**TOPOLOGIES[name]))
 
@@ -51,7 +57,7 @@ def test_recompute_on_cut_rows_changes_nothing(pool: Pool, recompute: str, name:
     assert_same(pool, LORA, LORA.on(recompute=recompute, **TOPOLOGIES[name]))
 
 
-@pytest.mark.parametrize("name", ["cp2", "cp2-tp2-sp"])
+@pytest.mark.parametrize("name", [pytest.param("cp2", marks=pytest.mark.grid), "cp2-tp2-sp"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
 def test_families_on_cut_rows_equal_one_process(pool: Pool, family: str, name: str) -> None:
     assert_same(pool, Run(family=family), Run(family=family, **TOPOLOGIES[name]))

@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[FINER] * (at > 3)) for at, name in enumerate(VARIANTS)])
 def test_variants_say_what_transformers_says(pool: Pool, tiny_model: Callable[..., Path], name: str) -> None:
     family, changes = VARIANTS[name]
     run = Run(family, changes=tuple(changes.items()))

@@ -21,7 +21,9 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("place", ELSEWHERE)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=[pytest.mark.grid] * (place != "tp3")) for place in ELSEWHERE]
+)
 def test_resumed_elsewhere_a_run_goes_on_as_if_nothing_had_happened(
     shell: Shell, uninterrupted: Folder, tmp_path: Path, place: str
 ) -> None:

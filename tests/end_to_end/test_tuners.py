@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Folder, Shell, close, distance
 
 
+@pytest.mark.grid
 def test_dora_from_pissas_start_goes_on_elsewhere_and_is_what_peft_makes_of_it(
     shell: Shell, tiny_run_model: TinyRun, tmp_path: Path
 ) -> None:

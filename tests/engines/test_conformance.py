@@ -37,8 +37,11 @@ def state_of(pool: Pool, run: Run) -> dict[tuple[str, str], Any]:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        *[("one", "tp2"), ("pp2-dp2", "one"), ("tp2", "dp2-distributed"), ("tp2-dp2-distributed", "pp2-dp2")],
-        *[("cp2", "one"), ("cp2-dp2-distributed", "cp2-pp2-ulysses"), ("one", "cp2-dp2-distributed")],
+        *[("one", "tp2"), ("tp2-dp2-distributed", "pp2-dp2"), ("cp2-dp2-distributed", "cp2-pp2-ulysses")],
+        *(
+            pytest.param(*pair, marks=pytest.mark.grid)
+            for pair in [("pp2-dp2", "one"), ("tp2", "dp2-distributed"), ("cp2", "one"), ("one", "cp2-dp2-distributed")]
+        ),
     ],
 )
 def test_state_loads_on_any_topology_and_the_run_goes_on(pool: Pool, full: bool, before: str, after: str) -> None:
