@@ -187,12 +187,13 @@ def scheduler_job(variables: Mapping[str, str] | None = None) -> str:
     """The scheduler's name of the job that this process belongs to; empty outside of one.
 
     Example:
-        >>> scheduler_job({"SLURM_JOB_ID": "42"})
-        'Slurm job 42'
+        >>> scheduler_job({"SLURM_JOB_ID": "42"}), scheduler_job({"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "1"})
+        ('Slurm job 42', 'Slurm job 42, restart 1')
     """
     known = os.environ if variables is None else variables
-    job = known.get("SLURM_JOB_ID")
-    return f"Slurm job {job}" if job else ""
+    job, restart = known.get("SLURM_JOB_ID"), known.get("SLURM_RESTART_COUNT", "0")
+    again = f", restart {restart}" if restart != "0" else ""
+    return f"Slurm job {job}{again}" if job else ""
 
 
 def usable_cores() -> int:
@@ -204,6 +205,14 @@ def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child: ours without what an outer torchrun set, and the additions."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     return inherited | dict(additions)
+
+
+def submitting_environment(additions: Mapping[str, str]) -> dict[str, str]:
+    """:func:`child_environment` for a new job: without what the job says in which this process may run itself."""
+    inherited = child_environment(additions)
+    foreign = ("SLURM_", "SLURMD_", "ISOTRAIN_MEETING")
+    mine = {name: value for name, value in inherited.items() if not name.startswith(foreign) or name == "SLURM_CONF"}
+    return {name: value for name, value in mine.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
 def path_with(folder: Path, variables: Mapping[str, str] | None = None) -> str:

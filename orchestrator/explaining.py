@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint.listing import topology_words
-from orchestrator.config.building import FREE_KEYS, as_override, differences
+from orchestrator.checkpoint.load import hash_file
+from orchestrator.config.building import FREE_KEYS, as_override, differences, flatten
 from orchestrator.config.job import JobConfig
+from orchestrator.data.sources import resolve
 
 if TYPE_CHECKING:
     from orchestrator.checkpoint.load import CheckpointReader
@@ -61,6 +63,9 @@ class Explanation:
 def explain_resume(run_dir: Path, before: JobConfig, job: JobConfig, plan: Plan) -> Explanation:
     """Explain a resume of a run as ``job`` with ``plan``; every file of the checkpoint is hashed, nothing is written.
 
+    What the run means is compared with what the checkpoint says of its own job: ``before``, that of the last launch,
+    may have changed without a step.
+
     Raises:
         ConfigError: nothing was saved. DataError: no checkpoint is good.
     """
@@ -70,7 +75,7 @@ def explain_resume(run_dir: Path, before: JobConfig, job: JobConfig, plan: Plan)
     reader, notes = find_latest_good(run_dir)
     if reader is None:
         raise ConfigError(f"{run_dir} has no checkpoint to resume from", f"isotrain train ... run_dir={run_dir}")
-    changes = [*_topology(reader, plan), *_keys(before, job), *_versions(reader)]
+    changes = [*_topology(reader, plan), *_keys(reader, before, job), *_data(reader, job), *_versions(reader)]
     return Explanation(reader.folder, reader.step, job.steps, _restored(reader, job), tuple(changes), notes)
 
 
@@ -108,14 +113,30 @@ def _topology(reader: CheckpointReader, plan: Plan) -> list[Change]:
     return changes
 
 
-def _keys(before: JobConfig, job: JobConfig) -> list[Change]:
+def _keys(reader: CheckpointReader, before: JobConfig, job: JobConfig) -> list[Change]:
+    written = reader.manifest.about.get("job", {})
+    now = flatten(job)
+    found = {key: (old, new) for key, old, new in differences(before, job) if key not in written}
+    found |= {key: (old, now[key]) for key, old in written.items() if key in now and old != now[key]}
     changes = []
-    for key, old, new in differences(before, job):
+    for key, (old, new) in found.items():
         if key.startswith(("topology.", "run_dir", "precision")):
             continue  # told of by what is planned
         same, effect = _effect(key, job)
         changes.append(Change(key, as_override(old), as_override(new), same, effect))
     return changes
+
+
+def _data(reader: CheckpointReader, job: JobConfig) -> list[Change]:
+    """Whether the file behind ``data.path`` is still the same; a resume refuses another one under the old name."""
+    then = reader.state["data"]
+    if then["path"] != job.data.path:
+        return []
+    now = hash_file(resolve(job.data.path))
+    if now == then["sha256"]:
+        return []
+    effect = "refused: the file has changed under its name; restore it, or name another data.path"
+    return [Change("data", then["sha256"][:12], now[:12], False, effect)]
 
 
 def _effect(key: str, job: JobConfig) -> tuple[bool, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,8 @@ from orchestrator.errors import ConfigError
 BEAT_S = 5.0  # a holder touches its lock this often
 LEASE_S = 20.0  # a holder on another host that has not touched it for so long is gone
 OLD_S = 600.0  # so old is no clock's error
+CONFIRM_S = 1.0
+READ_AGAIN, READ_AGAIN_S = 3, 0.5
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,17 @@ def locked(run_dir: Path, lease_s: float = LEASE_S, beat_s: float = BEAT_S) -> I
     path = run_dir / ".lock"
     with path.open("a+", encoding="utf-8") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kernel_knows = _flock(stream)
         except BlockingIOError as error:
             raise _taken(run_dir, read_holder(run_dir)) from error
-        holder = read_holder(run_dir)
-        me = _me()
-        if holder is not None and not _is_gone(holder, me) and _beats(path, lease_s):
+        holder, me = read_holder(run_dir), _me()
+        if holder is not None and not _is_gone(holder, me, kernel_knows) and _beats(path, lease_s):
             raise _taken(run_dir, holder)
         _write(stream, json.dumps(asdict(me)))
+        if not kernel_knows or (holder is not None and holder.host != me.host):
+            _confirm(run_dir, me)
         done = threading.Event()
-        beating = threading.Thread(target=_beat, args=(path, beat_s, done), daemon=True)
+        beating = threading.Thread(target=_beat, args=(run_dir, me, beat_s, done), daemon=True)
         beating.start()
         try:
             yield
@@ -82,13 +86,18 @@ def still_mine(run_dir: Path) -> Callable[[], None]:
     """A check that nobody has taken the folder over since now: a launch that hung may have been taken for dead.
 
     Returns:
-        A function that raises ConfigError, naming the new holder.
+        A function that raises ConfigError, naming the new holder if it is still there. Nothing is checked where nobody
+        held the folder.
     """
     before = read_holder(run_dir)
 
     def check() -> None:
-        now = read_holder(run_dir)
-        if now is not None and now != before:
+        for _ in range(READ_AGAIN if before is not None else 0):  # a disk may be away for a moment
+            now = read_holder(run_dir)
+            if now == before:
+                return
+            time.sleep(READ_AGAIN_S)
+        if before is not None:
             raise _taken(run_dir, now)
 
     return check
@@ -104,9 +113,31 @@ def _taken(run_dir: Path, holder: Holder | None) -> ConfigError:
     return ConfigError(f"another isotrain is training in {run_dir}{who}", "wait for it, or run_dir=ANOTHER")
 
 
-def _is_gone(holder: Holder, me: Holder) -> bool:
+def _flock(stream: IO[str]) -> bool:
+    """Take the kernel's lock; False on a file system that has none. Raises BlockingIOError: another process has it."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
+
+
+def _is_gone(holder: Holder, me: Holder, kernel_knows: bool) -> bool:
     """Whether the holder cannot live: the kernel gave its lock to us, or its scheduler has started its job anew."""
-    return holder.host == me.host or (bool(scheduler_job()) and holder.job == me.job)
+    started_anew = bool(scheduler_job()) and holder.job.split(",")[0] == me.job.split(",")[0] and holder.job != me.job
+    return (kernel_knows and holder.host == me.host) or started_anew
+
+
+def _confirm(run_dir: Path, me: Holder) -> None:
+    """See that nobody has written beside us. Raises ConfigError."""
+    time.sleep(CONFIRM_S)
+    holder = read_holder(run_dir)
+    if holder != me:
+        raise _taken(run_dir, holder)
 
 
 def _beats(path: Path, lease_s: float) -> bool:
@@ -122,10 +153,11 @@ def _beats(path: Path, lease_s: float) -> bool:
     return False
 
 
-def _beat(path: Path, beat_s: float, done: threading.Event) -> None:
+def _beat(run_dir: Path, me: Holder, beat_s: float, done: threading.Event) -> None:
     while not done.wait(beat_s):
-        with contextlib.suppress(OSError):  # a disk that is away for a moment; it is tried again
-            os.utime(path)
+        if read_holder(run_dir) == me:  # else it was taken over, and the beat is another's
+            with contextlib.suppress(OSError):  # a disk that is away for a moment; it is tried again
+                os.utime(run_dir / ".lock")
 
 
 def _write(stream: IO[str], text: str) -> None:

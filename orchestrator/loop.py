@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,10 @@ from orchestrator.checkpoint.publish import Contents
 from orchestrator.checkpoint.retention import Retention
 from orchestrator.checkpoint.save import SavePolicy
 from orchestrator.checkpoint.saver import Saver
+from orchestrator.config.building import meaning
 from orchestrator.config.job import JobConfig
 from orchestrator.data import BatchShape, SampleOrder, TokenisedData, step_microbatches
 from orchestrator.errors import ExitCode, GaveUp, ResourceError
-from orchestrator.locking import still_mine
 from orchestrator.metrics import Metrics
 from orchestrator.planning.plan import Plan
 from orchestrator.schedule import learning_rate
@@ -37,7 +37,10 @@ TOLD_OF_PLAN = ("vpp", "sp", "stages", "micro_batches", "micro_sequences", "glob
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a rank trains with. ``cpu_group`` carries CPU tensors; ``metrics`` is there on the first rank."""
+    """Everything that a rank trains with. ``cpu_group`` carries CPU tensors; ``metrics`` is there on the first rank.
+
+    ``guard``: raises when the run folder has become another launch's.
+    """
 
     job: JobConfig
     plan: Plan
@@ -48,6 +51,7 @@ class Run:
     data: TokenisedData
     room: Room
     metrics: Metrics | None
+    guard: Callable[[], None] = lambda: None
 
 
 def train(run: Run, completed: int, stop: StopRequest) -> ExitCode:
@@ -101,7 +105,7 @@ def _saver(run: Run) -> Saver:
         SavePolicy(retention, config.readback),
         dist.new_group(backend="gloo") if config.asynchronous else run.cpu_group,
         asynchronous=config.asynchronous,
-        guard=still_mine(run.run_dir),
+        guard=run.guard,
     )
 
 
@@ -143,6 +147,7 @@ def _contents(run: Run, step: int, metrics: Mapping[str, float] | None = None) -
         "quantise": run.job.tuner.quantise,
         "plan": {name: getattr(run.plan, name) for name in TOLD_OF_PLAN},
         "metrics": dict(metrics or {}),
+        "job": meaning(run.job),
     }
     return Contents(run.room.name, state, run.room.files, about)
 

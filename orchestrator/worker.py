@@ -25,6 +25,7 @@ from orchestrator.config.building import read_job
 from orchestrator.config.job import JobConfig
 from orchestrator.data import TokenisedData, prepare
 from orchestrator.errors import ConfigError, DataError, ExitCode, IsotrainError
+from orchestrator.locking import still_mine
 from orchestrator.loop import Run, train
 from orchestrator.metrics import Metrics
 from orchestrator.models import model_spec, resolve_model
@@ -50,7 +51,7 @@ def main(run_dir: Path, store: dist.Store | None = None) -> int:
     Raises:
         IsotrainError: says what is wrong; its ``code`` is the exit code.
     """
-    me = _me()
+    me, guard = _me(), still_mine(run_dir)
     job, plan = read_job(run_dir), Plan.from_json((run_dir / "plan.json").read_text(encoding="utf-8"))
     if me.world_size < plan.ranks_used:
         raise ConfigError(
@@ -63,7 +64,7 @@ def main(run_dir: Path, store: dist.Store | None = None) -> int:
         return int(ExitCode.DONE)
     _open_world(me, plan.device, plan.ranks_used, dist.PrefixStore("train", store))
     try:
-        return _train_rank(me, job, plan, run_dir)
+        return _train_rank(me, job, plan, run_dir, guard)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -150,7 +151,7 @@ def _share(me: RankEnvironment, decide: Callable[[], Value], otherwise: Value) -
     return answer[0], answer[1]
 
 
-def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path) -> int:
+def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, guard: Callable[[], None]) -> int:
     """All of a rank's work between opening the world and closing it."""
     stop = StopRequest.installed()
     groups = open_groups(plan.topology, me.rank)
@@ -162,7 +163,7 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path) 
     if not completed:
         load_adapter(job, engine)
     metrics = Metrics(job.metrics, run_dir, job.steps, completed + 1) if me.rank == 0 else None
-    run = Run(job, plan, run_dir, groups, cpu_group, engine, data, room(job, model_spec(job.model)), metrics)
+    run = Run(job, plan, run_dir, groups, cpu_group, engine, data, room(job, model_spec(job.model)), metrics, guard)
     try:
         code = train(run, completed, stop)
     finally:

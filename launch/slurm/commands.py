@@ -14,7 +14,8 @@ from pathlib import Path
 PASSING = re.compile(
     r"socket timed out|unable to contact slurm controller|connection (refused|timed out|reset)|no route to host"
     r"|resource temporarily unavailable|temporarily unable to accept job|in standby mode|zero bytes were transmitted"
-    r"|unexpected message received|unable to establish control(ler)? (machine|address)|did not answer",
+    r"|unexpected message received|message receive failure|communication connection failure"
+    r"|unable to establish control(ler)? (machine|address)|did not answer",
     re.IGNORECASE,
 )
 UNKNOWN_JOB = re.compile(r"invalid job id", re.IGNORECASE)
@@ -88,6 +89,23 @@ def ask(argv: Sequence[str], *, cwd: Path | None = None, environment: Mapping[st
         said = done.stderr.strip() or done.stdout.strip() or f"{argv[0]} ended with code {done.returncode}"
         raise SlurmError(re.sub(r"^\w+: (error: )?", "", said))
     return done.stdout
+
+
+def ask_again(argv: Sequence[str], patience_s: float = 60.0) -> str:
+    """:func:`ask` from inside of a job: while Slurm is busy or restarting, once more, for about ``patience_s``.
+
+    Raises:
+        SlurmError: as :func:`ask`.
+    """
+    deadline, pause_s = time.monotonic() + patience_s, 1.0
+    while True:
+        try:
+            return ask(argv)
+        except SlurmError as error:
+            if not error.passing or time.monotonic() + pause_s > deadline:
+                raise
+        time.sleep(pause_s)
+        pause_s *= 2
 
 
 def submit_once(
@@ -201,7 +219,7 @@ def _accounted(job_id: str) -> list[JobState]:
 def was_preempted(job_id: str) -> bool:
     """Whether Slurm is taking a running job's nodes for another one."""
     try:
-        fields = _fields(ask(["scontrol", "--oneliner", "show", "job", job_id]))
+        fields = _fields(ask_again(["scontrol", "--oneliner", "show", "job", job_id]))
     except SlurmError:
         return False
     return fields.get("PreemptTime", "None") != "None" and fields.get("JobState") in ("RUNNING", "PREEMPTED")
@@ -213,7 +231,7 @@ def node_address(node: str) -> str:
     Raises:
         SlurmError: Slurm does not answer, or does not know the node.
     """
-    shown = ask(["scontrol", "--oneliner", "show", "node", node])
+    shown = ask_again(["scontrol", "--oneliner", "show", "node", node])
     return _fields(shown).get("NodeAddr", node)
 
 
@@ -232,7 +250,7 @@ def requeue(job_id: str) -> None:
     Raises:
         SlurmError: Slurm refuses (as for a job submitted with ``--no-requeue``), or does not answer.
     """
-    ask(["scontrol", "requeue", job_id])
+    ask_again(["scontrol", "requeue", job_id])
 
 
 def cancel(job_id: str, number: str = "") -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from launch.pool import Pool
 
 RANKS = 2
+PLACE = Path("runs")  # on the disk that runs are on
 CALL_LIMIT_S = 600
 WHAT = ("save", "load", "reshard")
 
@@ -51,7 +52,8 @@ def measure(rounds: int, layers: int, width: int) -> tuple[list[Measured], Costs
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     pool = Pool(RANKS)
     try:
-        with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=Path.cwd()) as place:
+        PLACE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=PLACE) as place:
             for number in range(rounds):
                 for side in SIDES:
                     folder = Path(place) / "state"

@@ -24,7 +24,7 @@ PEER_LIMIT_S = 20
 class Moment:
     """When a process is killed: before or after the ``nth`` call of ``target`` on ``rank``.
 
-    ``step``: the step that is saved then; 2 is there already and is replaced.
+    ``step``: the step that is saved then; 2 is there already and is replaced. ``leaves``: the step that must load then.
     """
 
     words: str
@@ -33,6 +33,7 @@ class Moment:
     after: bool
     nth: int = 1
     step: int = 3
+    leaves: int = 2
 
 
 SAVE, PUBLISH = "orchestrator.checkpoint.save", "orchestrator.checkpoint.publish"
@@ -54,9 +55,9 @@ MOMENTS = (
     Moment("the old checkpoint of this step is moved aside", 0, "pathlib:Path.rename", True, 1, step=2),
     Moment("the new one has its name, latest names the old one", 0, f"{PUBLISH}:write_latest", False),
     Moment("the new latest lies beside the old latest", 0, "orchestrator.checkpoint.folder:write_durably", True),
-    Moment("latest names the new one", 0, f"{PUBLISH}:write_latest", True),
-    Moment("an old checkpoint is about to be deleted", 0, "orchestrator.checkpoint.retention:remove", False),
-    Moment("an old checkpoint is deleted", 0, "orchestrator.checkpoint.retention:remove", True),
+    Moment("latest names the new one", 0, f"{PUBLISH}:write_latest", True, leaves=3),
+    Moment("an old checkpoint is about to be deleted", 0, "orchestrator.checkpoint.retention:remove", False, leaves=3),
+    Moment("an old checkpoint is deleted", 0, "orchestrator.checkpoint.retention:remove", True, leaves=3),
 )
 
 
@@ -65,7 +66,8 @@ class Outcome:
     """What was found after a kill.
 
     ``killed``: whether the process died of it; ``latest_step``: of the checkpoint that a run goes on from, all of its
-    files hashed; ``left``: what else lay in the folder; ``saves_again``: whether the next save works and clears it.
+    files hashed; ``expected_step``: what it should be; ``left``: what else lay in the folder; ``saves_again``: whether
+    the next save works and clears it.
     """
 
     words: str
@@ -73,13 +75,14 @@ class Outcome:
     asynchronous: bool
     killed: bool
     latest_step: int | None
+    expected_step: int
     left: int
     saves_again: bool
 
     @property
     def good(self) -> bool:
-        """Whether a checkpoint was there, and the run could go on."""
-        return self.killed and self.latest_step is not None and self.saves_again
+        """Whether the right checkpoint was there, and the run could go on."""
+        return self.killed and self.latest_step == self.expected_step and self.saves_again
 
 
 def kill_everywhere(asynchronous: bool) -> list[Outcome]:
@@ -119,7 +122,7 @@ def kill_once(place: Path, moment: Moment, asynchronous: bool) -> Outcome:
     clean = all(name == "latest" or "." not in name for name in names)
     saves_again = again == [0] * WORLD and whole is not None and whole.step == 4 and clean
     step = reader.step if reader is not None else None
-    return Outcome(moment.words, moment.rank, asynchronous, killed, step, left, saves_again)
+    return Outcome(moment.words, moment.rank, asynchronous, killed, step, moment.leaves, left, saves_again)
 
 
 def _in_processes(store: Path, work: Callable[[int], None]) -> list[int]:

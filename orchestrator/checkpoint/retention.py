@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.checkpoint.folder import MANIFEST, list_steps, read_latest, remove
+from orchestrator.checkpoint.folder import list_steps, read_latest, remove
+from orchestrator.checkpoint.load import CheckpointReader
+from orchestrator.checkpoint.manifest import Manifest
+from orchestrator.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -57,28 +59,29 @@ class Retention:
 def prune(checkpoints: Path, step: int, retention: Retention, token: str) -> None:
     """Delete what ``retention`` lets go up to ``step``; never ``latest``, never one of a later step.
 
-    A later step may be there because the user has gone back on purpose.
+    A later step may be there because the user has gone back on purpose. One that is damaged is not counted among those
+    that stay, and not deleted either. Nothing is raised.
     """
     if retention.keeps_all:
         return
-    latest = read_latest(checkpoints)
-    there = {other: path for other, path in list_steps(checkpoints) if other <= step}
-    values = {other: _metric(path, retention.metric) for other, path in there.items()} if retention.best else {}
-    known = {other: value for other, value in values.items() if value is not None}
-    for other in retention.doomed(sorted(there), known):
-        path = there[other]
-        if path.name == latest:
-            continue
-        doomed = path.with_name(f"{path.name}.tmp-{token}")  # a half-deleted folder must not look like a checkpoint
-        with contextlib.suppress(OSError):  # that an old one stays is no reason to end a run
+    with contextlib.suppress(OSError, DataError):  # that an old one stays is no reason to end a run
+        latest = read_latest(checkpoints)
+        there = {other: path for other, path in list_steps(checkpoints) if other <= step}
+        whole = {other: manifest for other, path in there.items() if (manifest := _manifest(path)) is not None}
+        values = {other: manifest.about.get("metrics", {}).get(retention.metric) for other, manifest in whole.items()}
+        known = {other: float(value) for other, value in values.items() if isinstance(value, (int, float))}
+        for other in retention.doomed(sorted(whole), known):
+            path = there[other]
+            if path.name == latest:
+                continue
+            doomed = path.with_name(f"{path.name}.tmp-{token}")  # half deleted it must not look like a checkpoint
             path.rename(doomed)
             remove(doomed)
 
 
-def _metric(checkpoint: Path, metric: str) -> float | None:
-    """The metric that a manifest says; None where it has none or cannot be read: whether it is whole is not asked."""
+def _manifest(checkpoint: Path) -> Manifest | None:
+    """A checkpoint's manifest; None where one of its files is missing or short: such a one does not count as kept."""
     try:
-        value = json.loads((checkpoint / MANIFEST).read_bytes())["about"]["metrics"][metric]
-    except (OSError, ValueError, KeyError, TypeError):
+        return CheckpointReader(checkpoint).manifest
+    except DataError:
         return None
-    return float(value) if isinstance(value, (int, float)) else None

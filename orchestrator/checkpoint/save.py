@@ -143,13 +143,18 @@ def write(
     """Write and publish what was agreed on; returns the folder. Raises as :func:`save`, and what ``guard`` raises.
 
     Args:
-        guard: called on the first rank before the new folder gets its name.
+        guard: called on the first rank before anything is touched, and before the new folder gets its name.
     """
     layout, policy, token = agreement.layout, agreement.policy, agreement.token
     temporary = checkpoints / f"{step_name(step)}.tmp-{token}"
     final = checkpoints / step_name(step)
     try:
-        on_first(peers, lambda: prepare(temporary, layout), checkpoints, layout.bytes)
+
+        def begun() -> None:
+            guard()
+            prepare(temporary, layout)
+
+        on_first(peers, begun, checkpoints, layout.bytes)
         files = RankFiles(temporary, layout, peers.rank)
         rounds = plan_rounds(layout, agreement.holdings, peers.size, policy.buffer_bytes)
         exchange(rounds, agreement.held, peers, files.receive)

@@ -91,8 +91,13 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None or issubclass(kind, IsotrainError):
+        if error is None:
             self.finish()
+        elif isinstance(error, IsotrainError):
+            try:
+                self.finish()
+            except IsotrainError as failure:  # the block's own error is what ends the run
+                error.add_note(f"and the save that ran could not be finished: {failure}")
 
     def _write(self, agreement: Agreement, step: int) -> None:
         try:

@@ -19,6 +19,8 @@ from typing import IO, Any
 
 import torch
 
+from orchestrator.checkpoint.coverage import CoverageError, prove
+from orchestrator.checkpoint.layout import LogicalTensor
 from orchestrator.checkpoint.tensor_file import DTYPE_CODES, TORCH_DTYPES
 from orchestrator.checkpoint.unpickling import BROKEN, ListUnpickler, load_tensors, reason
 from orchestrator.errors import DataError
@@ -180,9 +182,14 @@ def _check_whole(folder: Path, key: str, tensor: Stored) -> None:
             raise DataError(f"{folder / METADATA} names {item.file!r}: only {SUFFIX} files beside it are read")
         if len(item.box.size) != len(tensor.shape) or item.box.intersect(whole) != item.box:
             raise DataError(f"{folder / METADATA}: {key} has shape {tensor.shape}, a piece of it is {item.box}")
-    elements, places = sum(item.box.elements for item in tensor.items), {item.box.offset for item in tensor.items}
-    if elements != whole.elements or len(places) != len(tensor.items):
+    elements = sum(item.box.elements for item in tensor.items)
+    if elements != whole.elements:
         raise DataError(f"{folder / METADATA}: {key} has {whole.elements} elements, its pieces have {elements}")
+    logical = LogicalTensor(key, "weight", tensor.shape, tensor.dtype)
+    try:
+        prove([[(logical, item.box) for item in tensor.items]])
+    except CoverageError as error:
+        raise DataError(f"{folder / METADATA}: {error}") from error
 
 
 class _Window(io.RawIOBase):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +26,20 @@ RECORDS = {
     *(("pathlib", name) for name in ("PosixPath", "WindowsPath")),
     *(("pathlib._local", name) for name in ("PosixPath", "WindowsPath")),
 }
-PLAIN = {("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("collections", "OrderedDict"): dict}
+
+
+def _plain_text(value: object) -> str:
+    """The text itself: ``str`` would write out whatever it is given, however long that gets."""
+    if type(value) is not str:
+        raise pickle.UnpicklingError(f"it names a layout by a {type(value).__name__}")
+    return value
+
+
+PLAIN = {
+    ("torch", "Size"): tuple,
+    ("torch.serialization", "_get_layout"): _plain_text,
+    ("collections", "OrderedDict"): dict,
+}
 # What no such list has: room made before it is filled, objects from elsewhere.
 REFUSED_CODES = {
     code[0]
@@ -37,7 +51,7 @@ REFUSED_CODES = {
 # What bytes that are no such pickle make an unpickler or torch's loader raise.
 BROKEN = (
     *(pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
-    *(ArithmeticError, MemoryError),  # of lengths that are no lengths
+    *(ArithmeticError, MemoryError, struct.error),  # of lengths that are no lengths
 )
 
 

@@ -273,6 +273,16 @@ def blocking_differences(before: JobConfig, now: JobConfig) -> list[tuple[str, A
     ]
 
 
+def meaning(job: JobConfig) -> dict[str, Any]:
+    """The keys that make a job the run that it is, with their values: what :func:`blocking_differences` looks at.
+
+    Example:
+        >>> meaning(JobConfig(seed=3))["seed"], "topology.tp" in meaning(JobConfig())
+        (3, False)
+    """
+    return {key: value for key, value in flatten(job).items() if not key.startswith(FREE_KEYS)}
+
+
 def same_run(before: JobConfig, now: JobConfig) -> bool:
     """Whether ``now`` may go on where ``before`` stopped; see :func:`blocking_differences`."""
     return not blocking_differences(before, now)

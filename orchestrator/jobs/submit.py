@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.environment import child_environment, path_with
+from launch.environment import path_with, submitting_environment
 from launch.slurm.commands import SlurmError, find_by_comment, job_states, partitions, submit_once
 from launch.slurm.script import Header, render_script, words_file
 from orchestrator.commands import Planned, Say, check_files, make_folder, run_folder
@@ -133,20 +133,25 @@ def submit(overrides: Sequence[str], say: Say = lambda text: None) -> Submitted:
     if decision.kind == "finished":
         return Submitted(run_dir, None, decision.message)
     check_files(job, decision.kind)
-    taken = _earlier_job(run_dir)
-    if taken is not None:
-        return Submitted(
-            run_dir, taken, f"job {taken} was taken by Slurm at the first try: nothing was submitted again"
-        )
     make_folder(run_dir)
-    say(decision.message)
-    say(prepared.planned.words)
-    with locked(run_dir):
-        write_run(run_dir, dataclasses.replace(job, run_dir=str(run_dir)), prepared.planned.plan.to_json())
-        script = _write_script(prepared, job)
+    slurm_folder(run_dir).mkdir(exist_ok=True)
+    with locked(slurm_folder(run_dir)):  # two of these commands at once submit once; the job itself may start by now
+        taken = _earlier_job(run_dir)
+        if taken is not None:
+            words = f"job {taken} was taken by Slurm at the first try: nothing was submitted again"
+            return Submitted(run_dir, taken, words)
+        say(decision.message)
+        say(prepared.planned.words)
+        with locked(run_dir):
+            write_run(run_dir, dataclasses.replace(job, run_dir=str(run_dir)), prepared.planned.plan.to_json())
+            script = _write_script(prepared, job)
+        return _submit(run_dir, script, job.cluster, say)
+
+
+def _submit(run_dir: Path, script: Path, cluster: ClusterConfig, say: Say) -> Submitted:
     mark = f"isotrain:{secrets.token_hex(8)}"
     write_submission(run_dir, Submission(mark, None, time.time()))
-    environment = child_environment({"PATH": path_with(Path(sys.executable).parent)})
+    environment = submitting_environment({"PATH": path_with(Path(sys.executable).parent)})
     try:
         job_id = submit_once(script, mark, cwd=run_dir, environment=environment, say=say)
     except SlurmError as error:
@@ -154,7 +159,7 @@ def submit(overrides: Sequence[str], say: Say = lambda text: None) -> Submitted:
             words = f"Slurm does not answer ({error}); whether it has taken the job is not known"
             raise PeerLost(words, "the same command again: it looks for the job first") from error
         (slurm_folder(run_dir) / "job.json").unlink(missing_ok=True)
-        raise refused(str(error), job.cluster) from error
+        raise refused(str(error), cluster) from error
     write_submission(run_dir, Submission(mark, job_id, time.time()))
     return Submitted(run_dir, job_id, f"job {job_id} is submitted")
 

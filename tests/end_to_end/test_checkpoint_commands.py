@@ -93,6 +93,28 @@ def test_a_resume_explains_itself_and_does_nothing(
     assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
+def test_what_is_explained_is_the_checkpoint_not_the_last_launch(
+    command: Command, uninterrupted: Folder, tmp_path: Path
+) -> None:
+    """A launch with other values that died before its first save has left its job.yaml, and no step."""
+    run = uninterrupted.copied(tmp_path / "run", rewound_to=3)
+    job = (run.path / "job.yaml").read_text()
+    assert "lr: 0.01" in job
+    (run.path / "job.yaml").write_text(job.replace("lr: 0.01", "lr: 0.5"))
+    value = command("resume", str(run.path), "--explain", "--json", code=0).json
+    told = {change["what"]: (change["before"], change["now"]) for change in value["changes"]}
+    assert told == {"optimizer.lr": ("0.01", "0.5")} and not value["same"]
+
+
+def test_data_that_changed_under_their_name_are_told(
+    command: Command, uninterrupted: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = uninterrupted.copied(tmp_path / "run", rewound_to=3)
+    monkeypatch.setattr("orchestrator.explaining.hash_file", lambda path: "0" * 64)
+    value = command("resume", str(run.path), "--explain", "--json", code=0).json
+    assert [change["what"] for change in value["changes"]] == ["data"] and not value["same"]
+
+
 def test_a_resume_explains_that_it_goes_on_before_a_damaged_checkpoint_and_tells_versions(
     command: Command, uninterrupted: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -80,6 +81,7 @@ def test_a_job_that_its_scheduler_has_started_anew_does_not_wait(
 ) -> None:
     elsewhere(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     began = time.monotonic()
     with locked(tmp_path, lease_s=60):
         assert time.monotonic() - began < 5
@@ -104,6 +106,10 @@ def test_a_holder_beats_and_finds_out_that_it_was_taken_for_dead(tmp_path: Path)
         elsewhere(tmp_path)
         with pytest.raises(ConfigError, match=r"another isotrain is training in .*Slurm job 42 on node7"):
             check()
+        (tmp_path / ".lock").write_text("")  # and has ended since
+        with pytest.raises(ConfigError, match="another isotrain is training in"):
+            check()
+        elsewhere(tmp_path)
     assert read_holder(tmp_path) is not None  # it is the other's
 
 
@@ -112,3 +118,32 @@ def test_a_lock_that_says_nothing_holds_nothing(tmp_path: Path, text: str) -> No
     (tmp_path / ".lock").write_text(text)
     with locked(tmp_path, lease_s=60):
         assert read_holder(tmp_path) is not None
+
+
+def test_of_two_that_write_at_once_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel has no locks: the one that finds the other's words leaves."""
+    refuse = OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def flock(*arguments: object) -> None:
+        raise refuse
+
+    monkeypatch.setattr("orchestrator.locking.fcntl.flock", flock)
+    writing = threading.Timer(0.3, elsewhere, (tmp_path,))
+    writing.start()
+    with pytest.raises(ConfigError, match="Slurm job 42 on node7"), locked(tmp_path):
+        pass
+    writing.join()
+    (tmp_path / ".lock").unlink()
+    with locked(tmp_path):
+        assert read_holder(tmp_path) is not None
+
+
+def test_two_processes_of_one_scheduled_job_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same job on another of its nodes is no restart of it: it is watched."""
+    path = elsewhere(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    touching = threading.Timer(0.4, os.utime, (path,))
+    touching.start()
+    with pytest.raises(ConfigError, match="Slurm job 42 on node7"), locked(tmp_path, lease_s=5):
+        pass
+    touching.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator.checkpoint.folder import list_steps
 from orchestrator.checkpoint.publish import Contents
-from orchestrator.checkpoint.retention import Retention
+from orchestrator.checkpoint.retention import Retention, prune
 from orchestrator.checkpoint.save import SavePolicy, save
 from parallel.shards import Box, Shard
 
@@ -67,13 +66,17 @@ def test_a_run_leaves_what_its_rules_say(tmp_path: Path, retention: Retention, l
     assert save_all(tmp_path, retention) == left
 
 
-def test_a_checkpoint_that_does_not_say_its_loss_is_never_the_best(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_counts_for_nothing_and_one_without_a_loss_is_never_the_best(tmp_path: Path) -> None:
     save_all(tmp_path, Retention())
-    manifest = tmp_path / "step-000002" / "manifest.json"
-    table = json.loads(manifest.read_text())
-    del table["about"]["metrics"]
-    manifest.write_text(json.dumps(table))
     (tmp_path / "step-000003" / "manifest.json").write_text("{")
+    (tmp_path / "step-000006" / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
     shard = Shard("q.lora_A.weight", "weight", (2,), Box((0,), (2,)), torch.ones(2))
-    save(tmp_path, 7, [shard], Contents("adapter", {}), policy=SavePolicy(Retention(last=1, best=2)))
-    assert [step for step, _ in list_steps(tmp_path)] == [5, 6, 7]
+    save(tmp_path, 7, [shard], Contents("adapter", {}), policy=SavePolicy(Retention(last=2, best=2)))
+    assert [step for step, _ in list_steps(tmp_path)] == [2, 3, 5, 6, 7]
+
+
+def test_that_nothing_can_be_deleted_ends_no_run(tmp_path: Path) -> None:
+    save_all(tmp_path, Retention())
+    (tmp_path / "latest").write_text("rubbish")
+    prune(tmp_path, 6, Retention(last=1), "token")
+    assert len(list_steps(tmp_path)) == 6
