@@ -140,7 +140,9 @@ def expected(model: Any, hf: dict[str, torch.Tensor], spec: ModelSpec, topology:
 
 @contextmanager
 def opened(topology: Topology) -> Iterator[None]:
-    """megatron-core's own global groups."""
+    """megatron-core's own global groups; an engine of ours in this worker before has made its buffer already."""
+    if parallel_state._GLOBAL_MEMORY_BUFFER is not None:
+        parallel_state.destroy_global_memory_buffer()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tp,
         pipeline_model_parallel_size=topology.pp,
