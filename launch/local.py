@@ -22,6 +22,7 @@ from launch.states import clear_states, rank_pids, signal_ranks
 ABORTED = 130
 ORPHAN_GRACE_S = 5.0
 FAILED_RANK = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+ALSO_FAILED = re.compile(r"\(local_rank: (\d+)\)\s+exitcode\s*:\s*(-?\d+)")  # in torchrun's closing table
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,14 @@ def _result(
 
 
 def _codes_in(log: Path) -> dict[int, int]:
-    """What torchrun saw of the rank that failed first: its local rank, which is its rank on one node."""
+    """What torchrun saw of the ranks that failed by themselves, by their local rank, which is their rank on one node.
+
+    A peer of a killed rank may end before torchrun looks, and is then the first that failed: so the others count too,
+    but for those that torchrun has ended itself (SIGTERM).
+    """
     text = log.read_text(encoding="utf-8", errors="replace")
-    return {int(rank): int(code) for code, rank in FAILED_RANK.findall(text)}
+    others = {int(rank): int(code) for rank, code in ALSO_FAILED.findall(text) if int(code) != -signal.SIGTERM}
+    return others | {int(rank): int(code) for code, rank in FAILED_RANK.findall(text)}
 
 
 def _out_of_memory_kills() -> int:

@@ -22,7 +22,7 @@ from tests.slurm.rig import Cluster
 MARK = "<!-- transcript: written by `python -m tests.slurm.transcript` -->"
 JOB = "model=smollm2_135m data=lighthouse steps=8 batch.global_sequences=12 batch.sequence_tokens=64"
 SUBMIT = f"isotrain submit {JOB} \\\n    cluster=slurm_cpu cluster.slurm.nodes=2-4 checkpoint.every_steps=2"
-SUBMIT += " run_dir=runs/first"
+SUBMIT += " run_dir=runs/tide"
 ALONE = f"isotrain train {JOB} \\\n    cluster=one run_dir=runs/undisturbed 2>&1 | tail -n 2"
 
 
@@ -40,11 +40,11 @@ def record(cluster: Cluster, shell: SlurmShell) -> str:
     log = shell.folder / "runs" / "first" / "metrics.jsonl"
     parts = [typed(shell, SUBMIT)]
     wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) >= 3)
-    parts.append(typed(shell, "isotrain status runs/first"))
+    parts.append(typed(shell, "isotrain status runs/tide"))
     cluster.power_cut("node4")
     parts.append("(node4 loses power)")
-    parts.append(typed(shell, "isotrain wait runs/first"))
-    parts.append(typed(shell, "isotrain logs runs/first"))
+    parts.append(typed(shell, "isotrain wait runs/tide"))
+    parts.append(typed(shell, "isotrain logs runs/tide"))
     parts.append(typed(shell, ALONE))
     return "\n\n".join(parts)
 
