@@ -9,6 +9,7 @@ import os
 import queue
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import become_rank
-from launch.parent import dying_with_parent
 
 PEER_TIMEOUT = timedelta(seconds=120)
 CALLS_OF_A_WORKER = 50  # engines with experts still leave threads of gloo groups behind, which poll
+IMPORTED_ONCE = ["torch", "parallel.engines"]  # by the process that workers are forked from; megatron-core is the most
 
 
 class RankError(RuntimeError):
@@ -33,11 +34,14 @@ class Pool:
     Args:
         size: most workers that there will be; they start when they are first needed.
         log: a file for all that workers print; None: they print where this process does.
+        method: how multiprocessing starts workers; None: forked from one process that has imported what they need,
+            but spawned where torch may have CUDA, which does not survive a fork.
     """
 
-    def __init__(self, size: int, log: Path | None = None) -> None:
+    def __init__(self, size: int, log: Path | None = None, method: str | None = None) -> None:
         self._log = log
-        self._context = multiprocessing.get_context("spawn")
+        self._context: Any = multiprocessing.get_context(method or _start_method())
+        self._context.set_forkserver_preload(IMPORTED_ONCE)
         self._size = size
         self._folder = tempfile.TemporaryDirectory(prefix="pool")
         self._results: Any = None
@@ -105,14 +109,19 @@ class Pool:
         self._workers, self._tasks, self._results = [], [], None
 
 
+def _start_method() -> str:
+    import torch
+
+    return "spawn" if torch.version.cuda or torch.version.hip else "forkserver"
+
+
 def _serve(index: int, tasks: Any, results: Any, log: Path | None) -> None:
     """The life of one worker: one thread, one task after the other, until None comes."""
     if log is not None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-    if end := dying_with_parent(signal.SIGKILL):
-        end()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     become_rank(index, 1)
     import torch
 
@@ -124,6 +133,14 @@ def _serve(index: int, tasks: Any, results: Any, log: Path | None) -> None:
             results.put((index, True, _run(index, world, store, getattr(importlib.import_module(module), name), args)))
         except BaseException:  # noqa: BLE001  the traceback is the result; the parent raises it
             results.put((index, False, traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """The system's own signal for this would come from the process that forked us, which outlives our parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(rank: int, world: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""``python -m orchestrator.bench WHAT``: what the tables of docs/benchmarks.md and docs/checkpoints.md are made by."""
+"""``python -m orchestrator.bench WHAT``: what tables of docs/ are made by (benchmarks, checkpoints, planner)."""
 
 from __future__ import annotations
 
@@ -89,7 +89,14 @@ def _kills(options: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     return killing.table(outcomes), {"code": code, "outcomes": [asdict(one) for one in outcomes]}, code
 
 
-WHAT = {"train": _train, "first-step": _first_step, "checkpoint": _checkpoint, "kills": _kills}
+def _plan(options: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    from orchestrator.bench import planning
+
+    planned = planning.measure(options.rounds)
+    return planning.table(planned), asdict(planned), 0
+
+
+WHAT = {"train": _train, "first-step": _first_step, "checkpoint": _checkpoint, "kills": _kills, "plan": _plan}
 
 
 def compare(rounds: int, threads: int, steps: int) -> list[Row]:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -73,16 +72,14 @@ def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict
     return code, json.loads(captured.out), captured.err
 
 
-def test_help_is_fast_and_loads_nothing_heavy() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from orchestrator.cli import main; main(['--help']); main([]);"
         "heavy = {'torch', 'hydra', 'transformers', 'peft', 'megatron', 'rich', 'yaml', 'numpy'};"
         "sys.exit(len(heavy & set(sys.modules)))"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert time.monotonic() - started < 2
     assert all(command.example in done.stdout for command in COMMANDS.values())
 
 
