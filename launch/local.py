@@ -68,7 +68,7 @@ def launch(rendered: Rendered, run_dir: Path, world_size: int, say: Callable[[st
     if aborted:
         return LaunchResult(ABORTED, None)
     out_of_memory = _out_of_memory_kills() > kills_before
-    return _result(run_dir, world_size, process.returncode, log, (stops.count > 0, out_of_memory))
+    return _result(run_dir, world_size, process.returncode, log, stops.count > 0, out_of_memory)
 
 
 def _start(rendered: Rendered, log: int) -> subprocess.Popen[bytes]:
@@ -161,9 +161,8 @@ def _catching_stops() -> Iterator[Stops]:
 
 
 def _result(
-    run_dir: Path, world_size: int, return_code: int, log: Path, stopped_and_out_of_memory: tuple[bool, bool]
+    run_dir: Path, world_size: int, return_code: int, log: Path, stopped: bool, out_of_memory: bool
 ) -> LaunchResult:
-    stopped, out_of_memory = stopped_and_out_of_memory
     codes = {0: return_code} if world_size == 1 else _codes_in(log)
     heard = stopped or codes or read_exits(run_dir)
     if return_code > 0 and not heard:

@@ -154,8 +154,7 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), say: Say = lambda text:
         ConfigError: there is no run or no checkpoint, or the changes cannot work.
     """
     run_dir = run_dir.expanduser().absolute()
-    before = read_job(run_dir)
-    job = override_job((run_dir / "job.yaml").read_text(encoding="utf-8"), overrides) if overrides else before
+    _, job = _before_and_now(run_dir, overrides)
     return _run(job, run_dir, decide_resume(run_dir, job), say)
 
 
@@ -168,10 +167,15 @@ def explain(run_dir: Path, overrides: Sequence[str] = ()) -> Explanation:
     from orchestrator.explaining import explain_resume
 
     run_dir = run_dir.expanduser().absolute()
-    before = read_job(run_dir)
-    job = override_job((run_dir / "job.yaml").read_text(encoding="utf-8"), overrides) if overrides else before
+    before, job = _before_and_now(run_dir, overrides)
     decide_resume(run_dir, job)
     return explain_resume(run_dir, before, job, plan_job(job).plan)
+
+
+def _before_and_now(run_dir: Path, overrides: Sequence[str]) -> tuple[JobConfig, JobConfig]:
+    before = read_job(run_dir)
+    text = (run_dir / "job.yaml").read_text(encoding="utf-8")
+    return before, override_job(text, overrides) if overrides else before
 
 
 def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finished:

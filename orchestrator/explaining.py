@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint.listing import topology_words
 from orchestrator.checkpoint.load import hash_file
+from orchestrator.checkpoint.manifest import installed_versions
 from orchestrator.config.building import FREE_KEYS, as_override, differences, flatten
 from orchestrator.config.job import JobConfig
 from orchestrator.data.sources import resolve
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan
 
 SAME = "the same run: losses equal to 1e-5 (fp32)"
-VERSIONS = ("isotrain", "torch", "megatron-core")
 
 
 @dataclass(frozen=True)
@@ -152,14 +151,10 @@ def _effect(key: str, job: JobConfig) -> tuple[bool, str]:
 
 
 def _versions(reader: CheckpointReader) -> list[Change]:
-    changes = []
-    for name in VERSIONS:
-        then = reader.manifest.versions.get(name)
-        try:
-            now: str | None = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            now = None
-        if then != now:
-            effect = "the same run, as far as both versions compute alike"
-            changes.append(Change(name, str(then), str(now), True, effect))
-    return changes
+    then = reader.manifest.versions
+    effect = "the same run, as far as both versions compute alike"
+    return [
+        Change(name, str(then.get(name)), str(now), True, effect)
+        for name, now in installed_versions().items()
+        if now != then.get(name)
+    ]

@@ -97,9 +97,7 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
     return CheckpointReader(steps[step], verify=verify)
 
 
-def find_latest_good(
-    path: Path, *, verify: bool = True, peers: Peers | None = None
-) -> tuple[CheckpointReader | None, tuple[str, ...]]:
+def find_latest_good(path: Path, *, peers: Peers | None = None) -> tuple[CheckpointReader | None, tuple[str, ...]]:
     """Open what ``latest`` names or, where that is damaged, the newest good one before it (then after it).
 
     Args:
@@ -116,7 +114,7 @@ def find_latest_good(
     messages = list(notes)
     for folder in folders:
         try:
-            reader = _open_together(folder, peers, verify)
+            reader = _open_together(folder, peers)
         except DataError as error:
             messages.append(f"{folder.name.partition('.')[0]} is not usable: {error}")
             continue
@@ -147,10 +145,9 @@ def _in_order(checkpoints: Path) -> tuple[list[Path], list[str]]:
     return [steps[step] for step in order], notes
 
 
-def _open_together(folder: Path, peers: Peers, verify: bool) -> CheckpointReader:
+def _open_together(folder: Path, peers: Peers) -> CheckpointReader:
     """Open a checkpoint on every rank, its files hashed. Raises DataError on every rank where any finds a fault."""
-    if verify:
-        _agreed(peers, lambda: _hash_share(folder, peers))
+    _agreed(peers, lambda: _hash_share(folder, peers))
     return _agreed(peers, lambda: CheckpointReader(folder))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,3 +113,14 @@ def record_of(data: bytes) -> FileRecord:
 def _digest(table: Mapping[str, Any]) -> str:
     text = json.dumps(table, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def installed_versions() -> dict[str, str | None]:
+    """What a manifest says of its writer's libraries; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in ("isotrain", "torch", "megatron-core"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

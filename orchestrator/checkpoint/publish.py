@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ from orchestrator.checkpoint.folder import (
     write_latest,
 )
 from orchestrator.checkpoint.layout import Layout, weight_index
-from orchestrator.checkpoint.manifest import FileRecord, Manifest, TensorRecord, record_of
+from orchestrator.checkpoint.manifest import FileRecord, Manifest, TensorRecord, installed_versions, record_of
 from orchestrator.checkpoint.writing import Written
 
 
@@ -87,7 +86,7 @@ def complete(temporary: Path, step: int, layout: Layout, written: Iterable[Writt
         for file in layout.files
         for tensor in file.tensors
     }
-    manifest = Manifest(step, contents.room, _versions(), contents.about, files, tensors)
+    manifest = Manifest(step, contents.room, installed_versions(), contents.about, files, tensors)
     write_durably(temporary / MANIFEST, manifest.to_bytes())
     sync_tree(temporary)
     return temporary
@@ -110,13 +109,3 @@ def _data(source: bytes | Path) -> bytes:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in ("isotrain", "torch", "megatron-core"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found

@@ -11,6 +11,7 @@ import torch
 
 from parallel.topology import Topology
 from tests.helpers import peft_loop, runs
+from tests.helpers.cells import in_grid
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
@@ -60,7 +61,7 @@ def oracle(tiny_model: Callable[..., Path]) -> Callable[[str], Any]:
     return of
 
 
-@pytest.mark.parametrize(("case", "place"), RUNS, ids=["-".join(each) for each in RUNS])
+@pytest.mark.parametrize(("case", "place"), in_grid(RUNS))
 def test_training_equals_peft(
     pool: Pool, tiny_model: Callable[..., Path], oracle: Callable[[str], Any], case: str, place: str
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from parallel.seeding import DropoutClock
 from parallel.topology import Topology
 from tests.helpers import peft_loop, runs
+from tests.helpers.cells import in_grid
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
@@ -27,7 +28,7 @@ def weights(states: list[list[tuple[Any, ...]]]) -> dict[str, torch.Tensor]:
     return {name: value for (name, kind), value in runs.merge(states).items() if kind == "weight"}
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", in_grid(PLACES))
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_loraplus_is_pefts(pool: Pool, tiny_model: Callable[..., Path], dora: bool, place: str) -> None:
     """B, and magnitudes too, learn 8 times as fast as A, by PEFT's own create_loraplus_optimizer."""
@@ -47,7 +48,7 @@ FREEZE = ("embed_tokens", r"model\.layers\.[01]\..*", ".*layernorm")
 RATIOS = (("mlp.down_proj", 0.25), ("lm_head", 4.0), (r"model\.layers\.3\.self_attn\.[qkv]_proj", 0.5))
 
 
-@pytest.mark.parametrize("place", [*PLACES, "recompute"])
+@pytest.mark.parametrize("place", in_grid([*PLACES, "recompute"]))
 def test_frozen_weights_and_rates_by_pattern(pool: Pool, tiny_model: Callable[..., Path], place: str) -> None:
     """The first stage of PP=2 is frozen whole; the loop on transformers says which weight is in which group."""
     from transformers import AutoModelForCausalLM

@@ -10,6 +10,7 @@ import pytest
 
 from parallel.topology import Topology
 from tests.helpers import peft_loop, runs
+from tests.helpers.cells import in_grid
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
@@ -26,7 +27,7 @@ PLACES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("case", "place"), [*(("tied", place) for place in PLACES), ("head", "one"), ("head", "tp2-sp-pp2")]
+    ("case", "place"), in_grid([*(("tied", place) for place in PLACES), ("head", "one"), ("head", "tp2-sp-pp2")])
 )
 def test_training_equals_peft(pool: Pool, tiny_model: Callable[..., Path], case: str, place: str) -> None:
     run = Run(steps=4, **CASES[case], **PLACES[place])

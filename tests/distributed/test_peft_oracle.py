@@ -12,11 +12,13 @@ import torch
 from parallel.seeding import kaiming_uniform, normal
 from parallel.topology import Topology
 from tests.helpers import runs
+from tests.helpers.cells import in_grid
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
 LOSS_RTOL, TENSOR_RTOL = 1e-5, 1e-4
 STEPS = 4
+PLACES = {"one": Topology(), "tp3": Topology(tp=3), "tp2-pp2": Topology(tp=2, pp=2)}
 
 
 def backward(run: Run, step: int, model: torch.nn.Module) -> float:
@@ -85,11 +87,11 @@ def weights(states: list[list[tuple[Any, ...]]]) -> dict[str, torch.Tensor]:
         "deepseek_v3",
     ],
 )
-@pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=["one", "tp2-pp2"])
+@pytest.mark.parametrize("place", in_grid(["one", "tp2-pp2"]))
 def test_training_equals_peft(
-    pool: Pool, tiny_model: Callable[..., Path], family: str, changes: dict[str, Any], topology: Topology
+    pool: Pool, tiny_model: Callable[..., Path], family: str, changes: dict[str, Any], place: str
 ) -> None:
-    folder = tiny_model(family)
+    folder, topology = tiny_model(family), PLACES[place]
     run = Run(family, topology, steps=STEPS, **changes)
     run = run.on(sp=run.model.is_moe and topology.tp > 1)
     found = pool.run(topology.world_size, runs.train, run, str(folder))
@@ -102,11 +104,11 @@ def test_training_equals_peft(
         assert torch.linalg.vector_norm(ours[name] - value) <= TENSOR_RTOL * torch.linalg.vector_norm(value), name
 
 
-@pytest.mark.parametrize("topology", [Topology(), Topology(tp=3)], ids=["one", "tp3"])
-def test_full_training_equals_transformers(pool: Pool, tiny_model: Callable[..., Path], topology: Topology) -> None:
+@pytest.mark.parametrize("place", in_grid(["one", "tp3"], finer=["one"]))
+def test_full_training_equals_transformers(pool: Pool, tiny_model: Callable[..., Path], place: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = tiny_model("llama")
+    folder, topology = tiny_model("llama"), PLACES[place]
     run = Run("llama", topology, steps=3, full=True, learning_rate=1e-4)
     found = pool.run(topology.world_size, runs.train, run, str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

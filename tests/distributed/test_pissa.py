@@ -11,6 +11,7 @@ import torch
 
 from parallel.topology import Topology
 from tests.helpers import peft_loop, runs
+from tests.helpers.cells import in_grid
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
@@ -64,7 +65,8 @@ def oracle(tiny_model: Callable[..., Path]) -> Callable[[str], Any]:
 
 
 @pytest.mark.parametrize(
-    ("case", "place"), [*(("lora", place) for place in PLACES), ("dora-rslora", "one"), ("dora-rslora", "tp2-sp-pp2")]
+    ("case", "place"),
+    in_grid([*(("lora", place) for place in PLACES), ("dora-rslora", "one"), ("dora-rslora", "tp2-sp-pp2")]),
 )
 def test_training_equals_peft(
     pool: Pool, tiny_model: Callable[..., Path], oracle: Callable[[str], Any], case: str, place: str

@@ -14,6 +14,7 @@ from orchestrator.checkpoint.export import export_adapter, export_merged
 from parallel import nf4
 from parallel.topology import Topology
 from tests.helpers import exported, peft_loop, runs
+from tests.helpers.cells import in_grid
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
@@ -74,7 +75,7 @@ def oracle(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return of
 
 
-@pytest.mark.parametrize(("case", "place"), RUNS, ids=["-".join(each) for each in RUNS])
+@pytest.mark.parametrize(("case", "place"), in_grid(RUNS))
 def test_training_equals_peft_on_the_dequantised_base(
     pool: Pool, tiny_model: Callable[..., Path], oracle: Callable[[str], Any], case: str, place: str
 ) -> None:

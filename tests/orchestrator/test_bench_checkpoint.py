@@ -57,7 +57,7 @@ def test_a_save_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Pa
     assert [one["words"] for one in outcomes if not one["good"]] == []
 
 
-def test_a_moment_that_never_comes_is_no_good_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moment_that_never_comes_is_no_good_outcome() -> None:
     outcome = killing.Outcome("never", 0, False, killed=False, latest_step=3, expected_step=3, left=0, saves_again=True)
     assert not outcome.good and "**fails**" in killing.table([outcome]) and "0 of 1 leave" in killing.table([outcome])
 
