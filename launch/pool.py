@@ -126,6 +126,7 @@ def _serve(index: int, tasks: Any, results: Any, log: Path | None) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()
     while (task := tasks.get()) is not None:
         world, store, module, name, args = task
         become_rank(index, world)
@@ -151,4 +152,5 @@ def _run(rank: int, world: int, store: str, function: Callable[..., Any], args: 
         return function(*args)
     finally:
         gc.collect()  # a model is a cycle that holds its groups, and each of those has threads that poll
+        gc.freeze()  # what is left are modules: half a second to look at again after each call
         dist.destroy_process_group()
