@@ -40,6 +40,7 @@ ACTIVE = frozenset(
 UNKNOWN = "UNKNOWN"
 FORGOTTEN = "Slurm has forgotten it"
 ANSWER_S = 60.0
+LATE_S = 10.0  # slurm.conf's MessageTimeout: a controller that was too slow to answer may still take the job
 
 
 class SlurmError(RuntimeError):
@@ -117,7 +118,8 @@ def submit_once(
     say: Callable[[str], None],
     patience_s: float = 180.0,
 ) -> str:
-    """Submit a job, again where that helps, and never twice: before each retry the job is looked for by its comment.
+    """Submit a job, again where that helps, and never twice: the job is looked for by its comment before each retry,
+    and after it, since a slow controller may have taken the first one only then; the later one is cancelled.
 
     Args:
         script: the batch script.
@@ -135,16 +137,28 @@ def submit_once(
     must_look = False
     while True:
         try:
-            if must_look and (taken := find_by_comment(mark)):
+            if must_look and (taken := _only_one(mark, say)):
                 return taken
-            return ask(argv, cwd=cwd, environment=environment).strip().partition(";")[0]
+            job_id = ask(argv, cwd=cwd, environment=environment).strip().partition(";")[0]
+            return (must_look and _only_one(mark, say)) or job_id
         except SlurmError as error:
             if not error.passing or time.monotonic() + pause_s > deadline:
                 raise
+            if "timed out" in str(error).lower():
+                pause_s = max(LATE_S, pause_s)
             say(f"Slurm: {error}; asking again in {pause_s:.0f} s")
         must_look = True
         time.sleep(pause_s)
         pause_s = min(30.0, 2 * pause_s)
+
+
+def _only_one(mark: str, say: Callable[[str], None]) -> str | None:
+    """The first job with this comment; those after it are cancelled."""
+    jobs = _jobs_by_comment(mark)
+    for job_id in jobs[1:]:
+        cancel(job_id)
+        say(f"Slurm had taken job {jobs[0]} after all: job {job_id} is cancelled")
+    return jobs[0] if jobs else None
 
 
 def find_by_comment(mark: str) -> str | None:
@@ -153,12 +167,14 @@ def find_by_comment(mark: str) -> str | None:
     Raises:
         SlurmError: Slurm does not answer.
     """
+    return next(iter(_jobs_by_comment(mark)), None)
+
+
+def _jobs_by_comment(mark: str) -> list[str]:
+    """Ids, the first that was given first; the tasks of an array have one."""
     listed = ask(["squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%F %k"])
-    for line in listed.splitlines():
-        job_id, _, comment = line.strip().partition(" ")
-        if comment.strip() == mark:
-            return job_id
-    return None
+    rows = [line.strip().partition(" ") for line in listed.splitlines()]
+    return sorted({job_id for job_id, _, comment in rows if comment.strip() == mark}, key=int)
 
 
 def job_states(job_id: str) -> list[JobState]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.command import WIDTH_ELSEWHERE, Command, add_overrides
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, IsotrainError
 
 
 def _say(text: str) -> None:
@@ -88,12 +88,18 @@ def _add_cancel(parser: argparse.ArgumentParser) -> None:
 def _cancel(arguments: argparse.Namespace) -> int:
     from orchestrator.jobs.follow import cancel_run, chosen_runs
 
-    done = {str(run): cancel_run(run, arguments.now) for run in chosen_runs(arguments.runs)}
-    for words in done.values():
-        _say(words)
+    done, failed = {}, {}
+    for run in chosen_runs(arguments.runs):
+        try:
+            done[str(run)] = cancel_run(run, arguments.now)
+            _say(done[str(run)])
+        except IsotrainError as error:  # one odd run must not keep the others alive
+            failed[str(run)] = error
+            _say(f"{error}\nhint: {error.hint}")
+    code = max((int(error.code) for error in failed.values()), default=0)
     if arguments.json:
-        print(json.dumps({"code": 0, "cancelled": done}))
-    return 0
+        print(json.dumps({"code": code, "cancelled": done, "failed": {run: str(why) for run, why in failed.items()}}))
+    return code
 
 
 def _add_logs(parser: argparse.ArgumentParser) -> None:

@@ -53,9 +53,15 @@ def read_submission(run_dir: Path) -> Submission | None:
 def write_submission(run_dir: Path, submission: Submission) -> None:
     """Remember a submission, here and in the list of all."""
     _write(slurm_folder(run_dir) / "job.json", asdict(submission))
-    listed = _registry() / submission.mark.rpartition(":")[2]
+    listed = _listed(submission)
     listed.parent.mkdir(parents=True, exist_ok=True)
     listed.write_text(str(run_dir), encoding="utf-8")
+
+
+def forget_submission(run_dir: Path, submission: Submission) -> None:
+    """Forget one that Slurm has refused."""
+    (slurm_folder(run_dir) / "job.json").unlink(missing_ok=True)
+    _listed(submission).unlink(missing_ok=True)
 
 
 def submitted_runs() -> list[Path]:
@@ -63,6 +69,10 @@ def submitted_runs() -> list[Path]:
     files = sorted(_registry().glob("*"), key=lambda file: file.stat().st_mtime) if _registry().is_dir() else []
     folders = dict.fromkeys(Path(file.read_text(encoding="utf-8")) for file in files)
     return [folder for folder in folders if (folder / "job.yaml").is_file()]
+
+
+def _listed(submission: Submission) -> Path:
+    return _registry() / submission.mark.rpartition(":")[2]
 
 
 def _registry() -> Path:

@@ -21,7 +21,7 @@ from orchestrator.config.loading import compose_job
 from orchestrator.config.secrets import read_secrets
 from orchestrator.errors import ConfigError, PeerLost
 from orchestrator.jobs.nodes import node_range, plan_on
-from orchestrator.jobs.record import Submission, read_submission, slurm_folder, write_submission
+from orchestrator.jobs.record import Submission, forget_submission, read_submission, slurm_folder, write_submission
 from orchestrator.locking import locked
 from orchestrator.runs import Decision, decide_train, write_run, write_whole
 
@@ -149,18 +149,18 @@ def submit(overrides: Sequence[str], say: Say = lambda text: None) -> Submitted:
 
 
 def _submit(run_dir: Path, script: Path, cluster: ClusterConfig, say: Say) -> Submitted:
-    mark = f"isotrain:{secrets.token_hex(8)}"
-    write_submission(run_dir, Submission(mark, None, time.time()))
+    submission = Submission(f"isotrain:{secrets.token_hex(8)}", None, time.time())
+    write_submission(run_dir, submission)
     environment = submitting_environment({"PATH": path_with(Path(sys.executable).parent)})
     try:
-        job_id = submit_once(script, mark, cwd=run_dir, environment=environment, say=say)
+        job_id = submit_once(script, submission.mark, cwd=run_dir, environment=environment, say=say)
     except SlurmError as error:
         if error.passing:
             words = f"Slurm does not answer ({error}); whether it has taken the job is not known"
             raise PeerLost(words, "the same command again: it looks for the job first") from error
-        (slurm_folder(run_dir) / "job.json").unlink(missing_ok=True)
+        forget_submission(run_dir, submission)
         raise refused(str(error), cluster) from error
-    write_submission(run_dir, Submission(mark, job_id, time.time()))
+    write_submission(run_dir, dataclasses.replace(submission, job_id=job_id))
     return Submitted(run_dir, job_id, f"job {job_id} is submitted")
 
 

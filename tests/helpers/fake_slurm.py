@@ -1,7 +1,8 @@
 """A Slurm that says what it is told to, at the boundary of processes: for its refusals and for its silences.
 
 ``replies`` holds what the next calls of sbatch do, a line each: ``ok``, ``refuse MESSAGE``, ``lose MESSAGE`` (takes the
-job, and fails all the same) or ``drop MESSAGE`` (fails, and takes nothing). ``silent`` makes all other commands fail.
+job, and fails all the same), ``late MESSAGE`` (so, but nobody sees the job before the next call) or ``drop MESSAGE``
+(fails, and takes nothing). ``silent`` makes all other commands fail.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def main(folder: Path, name: str, words: list[str]) -> int:
         print(f"{name}: error: Unable to contact slurm controller (connect failure)", file=sys.stderr)
         return 1
     if name == "squeue":
-        print("\n".join(f"{job['id']} {job['comment']}" for job in read_lines(folder / "jobs")))
+        jobs = read_lines(folder / "jobs")
+        seen = jobs[:-1] if jobs and jobs[-1]["late"] else jobs
+        print("\n".join(f"{job['id']} {job['comment']}" for job in reversed(seen)))
     if name == "sinfo":
         print("batch*\nhigh")
     if name == "scontrol" and "show" in words:
@@ -84,11 +87,12 @@ def _sbatch(folder: Path, words: list[str]) -> int:
     waiting = file.read_text().splitlines() if file.exists() else []
     kind, _, message = (waiting.pop(0) if waiting else "ok").partition(" ")
     file.write_text("\n".join(waiting) + "\n" if waiting else "")
-    if kind in ("ok", "lose"):
+    if kind in ("ok", "lose", "late"):
         comment = next(word.partition("=")[2] for word in words if word.startswith("--comment="))
         with (folder / "jobs").open("a") as jobs:
             number = 1 + sum(1 for _ in (folder / "jobs").open())
             value = {"id": str(number), "comment": comment, "script": words[-1], "cwd": str(Path.cwd())}
+            value["late"] = kind == "late"
             jobs.write(json.dumps(value) + "\n")
         if kind == "ok":
             print(number)

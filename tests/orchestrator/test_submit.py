@@ -17,7 +17,7 @@ from launch.slurm.script import Header, render_script
 from orchestrator.config.secrets import read_secrets, refuse_secrets
 from orchestrator.errors import ConfigError, PeerLost
 from orchestrator.jobs.follow import cancel_run, statuses
-from orchestrator.jobs.record import is_cancelled, read_submission
+from orchestrator.jobs.record import Submission, is_cancelled, read_submission, submitted_runs, write_submission
 from orchestrator.jobs.submit import prepare, static_script, submit
 from tests.helpers.fake_slurm import TIMED_OUT, FakeSlurm
 
@@ -133,6 +133,15 @@ def test_a_passing_fault_is_tried_again_and_never_submits_twice(
     assert any(said.split(":")[-1].strip() in line for line in heard)
 
 
+def test_a_job_that_was_taken_late_is_kept_and_the_second_one_cancelled(slurm: FakeSlurm, words: list[str]) -> None:
+    slurm.replies(f"late {TIMED_OUT}", "ok")
+    heard: list[str] = []
+    assert submit(words, heard.append).job_id == "1"
+    assert [job["id"] for job in slurm.jobs] == ["1", "2"] and ["scancel", "2"] in slurm.calls
+    assert "Slurm had taken job 1 after all: job 2 is cancelled" in heard
+    assert any("asking again in 10 s" in line for line in heard)
+
+
 def test_silence_is_not_a_second_job(slurm: FakeSlurm, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 100_000, 20))
     monkeypatch.setattr(commands.time, "monotonic", lambda: float(next(clock)))
@@ -240,6 +249,24 @@ def test_cancel_says_when_slurm_is_silent_and_when_there_is_nothing_to_end(slurm
     slurm.silent(False)
     slurm.set_state("COMPLETED")
     assert cancel_run(run_of(words), now=False) == "job 1 is over already (COMPLETED)"
+
+
+def test_cancel_goes_on_after_a_run_that_it_cannot_end(
+    slurm: FakeSlurm, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from orchestrator.cli import main
+
+    submit(words)
+    lost = f"{run_of(words)} lost"
+    slurm.replies("refuse Access denied")
+    with pytest.raises(ConfigError, match="Access denied"):
+        submit([*words[:-1], f"run_dir='{lost}'"])
+    assert submitted_runs() == [run_of(words)]  # what was refused is not there for `all`
+    write_submission(Path(lost), Submission("isotrain:nobody"))
+    assert main(("cancel", lost, str(run_of(words)), "--json")) == 64
+    said = capsys.readouterr()
+    assert json.loads(said.out)["cancelled"].keys() == {str(run_of(words))} and ["scancel", "1"] in slurm.calls
+    assert f"{lost} has no job of Slurm's" in said.err
 
 
 @pytest.mark.parametrize(
