@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,10 +30,28 @@ def leave(run_dir: Path, rank: int) -> None:
     state_file(run_dir, rank).unlink(missing_ok=True)
 
 
+@contextmanager
+def preparing(run_dir: Path, rank: int) -> Iterator[None]:
+    """While open, no step is expected of any rank: this one does what all need, such as tokenising, for hours maybe."""
+    file = run_dir / "states" / f"preparing-{rank}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def someone_prepares(run_dir: Path) -> bool:
+    """Whether a rank is :func:`preparing`."""
+    return any((run_dir / "states").glob("preparing-*"))
+
+
 def clear_states(run_dir: Path) -> None:
     """Forget the processes of an earlier launch."""
-    for file in (run_dir / "states").glob("rank-*.json"):
-        file.unlink(missing_ok=True)
+    for pattern in ("rank-*.json", "preparing-*"):
+        for file in (run_dir / "states").glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def rank_pids(run_dir: Path) -> dict[int, int]:

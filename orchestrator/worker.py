@@ -17,6 +17,7 @@ import torch.distributed as dist
 from launch.environment import RankEnvironment, isotrain_cache, meeting_place, rank_environment, wanted_threads
 from launch.exits import first_cause, read_exits
 from launch.meeting import meet
+from launch.states import preparing
 from launch.stop import StopRequest
 from orchestrator.assemble import load_adapter, open_engine, room
 from orchestrator.checkpoint.exchange import Peers
@@ -157,7 +158,7 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, 
     groups = open_groups(plan.topology, me.rank)
     # Checkpoints, data and stopping need no accelerator.
     cpu_group = dist.new_group(backend="gloo", timeout=PEER_TIMEOUT)
-    data = _open_data(me, job, cpu_group)
+    data = _open_data(me, job, run_dir, cpu_group)
     engine = open_engine(job, plan, groups)
     completed = _restore(engine, me, job, run_dir, data, cpu_group)
     if not completed:
@@ -172,7 +173,7 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, 
     return int(code)
 
 
-def _open_data(me: RankEnvironment, job: JobConfig, cpu_group: dist.ProcessGroup) -> TokenisedData:
+def _open_data(me: RankEnvironment, job: JobConfig, run_dir: Path, cpu_group: dist.ProcessGroup) -> TokenisedData:
     """Tokenise on the first rank of each node (or find it done), then map the tokens on every rank."""
     cache = isotrain_cache() / "tokens"
     folder = resolve_model(job.model.path)
@@ -180,7 +181,10 @@ def _open_data(me: RankEnvironment, job: JobConfig, cpu_group: dist.ProcessGroup
     def prepared() -> TokenisedData:
         return prepare(job.data, job.objective, folder, job.batch.sequence_tokens, cache)
 
-    data = prepared() if me.local_rank == 0 else None
+    data = None
+    if me.local_rank == 0:
+        with preparing(run_dir, me.rank):
+            data = prepared()
     dist.monitored_barrier(group=cpu_group, timeout=DATA_TIMEOUT)
     data = data or prepared()
     if me.rank == 0:

@@ -21,7 +21,7 @@ from launch.exits import INTERRUPTED, PEER_LOST, RUN_AGAIN, RankExit, clear_exit
 from launch.parent import dying_with_parent
 from launch.slurm.allocation import Allocation
 from launch.slurm.commands import SlurmError, end_steps
-from launch.states import clear_states, rank_pids
+from launch.states import clear_states, rank_pids, someone_prepares
 
 # "srun: error: node2: task 2: Killed", "srun: error: node1: tasks 0-1,3: Exited with exit code 70"
 TASK_ENDED = re.compile(r"^srun: error: (?P<node>[^\s:]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
@@ -204,7 +204,7 @@ class _Watch:
             rank = max(silent, key=lambda one: silent[one])
             words = f"rank {rank} gives no sign of life for {silent[rank]:.0f} s: stopped, or its node is out of reach"
             return RankExit(rank, PEER_LOST, "Silent", words, RUN_AGAIN, None, time.time())
-        if (state := self._progress()) != self._last[0]:
+        if (state := self._progress()) != self._last[0] or someone_prepares(self._request.run_dir):
             self._last = (state, now)
         if now - self._last[1] > patience.stalled_s:
             words = f"no step was done for {patience.stalled_s:.0f} s, though all ranks live"

@@ -15,10 +15,11 @@ import pytest
 from launch.beat import STOP, Listener, start_beating, wish
 from launch.environment import LaunchError, RankEnvironment, rank_environment
 from launch.meeting import meet
+from launch.slurm import step
 from launch.slurm.allocation import Allocation, read_allocation
 from launch.slurm.script import EXTRA, PLAIN
-from launch.slurm.step import StepRequest, srun_command, tasks_ended
-from launch.states import enter, leave
+from launch.slurm.step import Patience, Signals, StepRequest, srun_command, tasks_ended
+from launch.states import enter, leave, someone_prepares
 from launch.stop import StopRequest
 
 TASK = {
@@ -111,6 +112,23 @@ def test_silence_is_told_from_life_and_from_leaving(tmp_path: Path) -> None:
     leave(tmp_path, 2)
     os.utime(tmp_path / "states" / "rank-0.json", ns=(1, 1))  # any change counts: clocks of nodes differ
     assert listener.silent_s() == {0: 0, 1: 7.0}
+
+
+@pytest.mark.parametrize(
+    ("marker", "cause"), [("touch states/preparing-0; sleep 3", "Unsaid"), ("sleep 30", "Stalled")]
+)
+def test_tokenising_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str, cause: str) -> None:
+    """srun is a stand-in that ends with 3 where it is left alone."""
+    command = tmp_path / "bin" / "srun"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\ncd {tmp_path}\n{marker}\necho 'srun: error: n1: task 0: Exited with exit code 3'\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(step, "LISTEN_EVERY_S", 0.01)
+    request = StepRequest(Allocation("9", 1, "n1"), ("n1",), 1, ("rank",), {}, tmp_path, Patience(stalled_s=2))
+    ended = step.run_step(request, Signals(()), lambda: None, lambda text: None)
+    assert ended.cause is not None and ended.cause.cause == cause
+    assert not someone_prepares(tmp_path)
 
 
 def test_a_rank_beats_and_hears_the_wish_to_stop(tmp_path: Path) -> None:
