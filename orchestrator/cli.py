@@ -13,6 +13,7 @@ from orchestrator.cli_checkpoints import add_checkpoints, add_verify, run_checkp
 from orchestrator.cli_doors import add_convert, add_copy, add_export, run_convert, run_copy, run_export
 from orchestrator.cli_plan import add_bench, add_plan, run_bench, run_plan, show_plan
 from orchestrator.command import CODES, Command, add_overrides
+from orchestrator.doctor.command import add_doctor, run_doctor
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.cli import ALLOCATION
 from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
@@ -240,6 +241,12 @@ COMMANDS: dict[str, Command] = {
         "isotrain resume runs/first topology.tp=3 topology.pp=1",
         _add_resume,
         _resume,
+    ),
+    "doctor": Command(
+        "Look whether a run would start here, and say what to do where it would not.",
+        "isotrain doctor model=smollm2_135m data=lighthouse cluster=laptop",
+        add_doctor,
+        run_doctor,
     ),
     "certify": Command(
         "Prove on a small copy of your model that every topology and tuner computes what one process does.",

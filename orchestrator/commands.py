@@ -17,7 +17,7 @@ from launch.local import launch
 from launch.request import LaunchRequest, Rendered
 from launch.states import clear_states
 from orchestrator.config.building import read_job
-from orchestrator.config.job import ClusterConfig, JobConfig
+from orchestrator.config.job import ClusterConfig, JobConfig, ModelConfig
 from orchestrator.config.loading import compose_job, override_job
 from orchestrator.errors import ConfigError, DataError, ExitCode
 from orchestrator.locking import locked
@@ -295,17 +295,22 @@ def check_files(job: JobConfig, kind: str = "start") -> None:
     """
     from orchestrator.data.sources import resolve
 
-    if job.model.weights == "load" or job.model.config is None:
-        folder = resolve_model(job.model.path, job.model.download)
-        if job.model.weights == "load" and not any(folder.glob("*.safetensors")):
-            from orchestrator.checkpoint.hf_reader import weight_files
-
-            weight_files(folder)  # raises: says what there is instead
+    check_model(job.model)
     resolve(job.data.path)
     if job.tuner.path and kind == "start":  # a resumed run has its adapter in the checkpoint
         from orchestrator.assemble import check_adapter  # needs torch, which takes two seconds to import
 
         check_adapter(job, model_spec(job.model))
+
+
+def check_model(model: ModelConfig) -> None:
+    """:func:`check_files` for the model alone."""
+    if model.weights == "load" or model.config is None:
+        folder = resolve_model(model.path, model.download)
+        if model.weights == "load" and not any(folder.glob("*.safetensors")):
+            from orchestrator.checkpoint.hf_reader import weight_files
+
+            weight_files(folder)  # raises: says what there is instead
 
 
 def make_folder(run_dir: Path) -> None:

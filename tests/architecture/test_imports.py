@@ -20,7 +20,10 @@ MAY_IMPORT = {"parallel": {"parallel"}, "launch": {"launch"}, "orchestrator": se
 
 # A library is named in the files that adapt it, and nowhere else.
 ADAPTERS = {
-    "megatron": ("parallel/provider", "parallel/fused", "parallel/engines/megatron", "orchestrator/bench"),
+    "megatron": (
+        *("parallel/provider", "parallel/fused", "parallel/engines/megatron", "parallel/lean_import.py"),
+        "orchestrator/bench",
+    ),
     "deepspeed": ("parallel/engines/deepspeed",),
     "hydra": ("orchestrator/config/loading.py",),
     "omegaconf": ("orchestrator/config/loading.py",),
