@@ -19,6 +19,7 @@ from typing import Any
 
 from launch.environment import become_rank
 
+LOOK_EVERY_S = 0.5  # whether workers live
 PEER_TIMEOUT = timedelta(seconds=120)
 CALLS_OF_A_WORKER = 50  # engines with experts still leave threads of gloo groups behind, which poll
 IMPORTED_ONCE = ["torch", "parallel.engines"]  # by the process that workers are forked from; megatron-core is the most
@@ -56,7 +57,7 @@ class Pool:
         workers are killed, so that the next call starts with clean ones.
 
         Raises:
-            RankError: a rank raised or did not answer in ``timeout_s``.
+            RankError: a rank raised, ended, or did not answer in ``timeout_s``.
         """
         if self._calls and self._calls % CALLS_OF_A_WORKER == 0:
             self.leave()
@@ -68,11 +69,16 @@ class Pool:
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
         while len(answers) < world:
+            missing = sorted(set(range(world)) - set(answers))
+            dead = {rank: code for rank in missing if (code := self._workers[rank].exitcode) is not None}
             try:
-                rank, good, value = self._results.get(timeout=max(0.1, deadline - time.monotonic()))
+                rank, good, value = self._results.get(timeout=LOOK_EVERY_S)
             except queue.Empty:
+                if not dead and time.monotonic() < deadline:
+                    continue
                 self.close()
-                missing = sorted(set(range(world)) - set(answers))
+                if dead:
+                    raise RankError(f"ranks ended without an answer, with these exit codes: {dead}") from None
                 raise RankError(f"ranks {missing} gave no answer in {timeout_s} s") from None
             if not good:
                 self.close()

@@ -35,6 +35,24 @@ def test_ranks_answer_in_their_order_and_a_failure_is_told(pool: Pool) -> None:
         pool.run(5, rank_and_world)
 
 
+@pytest.mark.timeout(100)
+def test_a_worker_that_ends_is_noticed_at_once(pool: Pool) -> None:
+    with pytest.raises(RankError, match=r"ended without an answer, with these exit codes: \{0: 3\}"):
+        pool.run(2, end_rank_zero, timeout_s=200)
+
+
+def end_rank_zero() -> None:
+    if os.environ["RANK"] == "0":
+        os._exit(3)
+    time.sleep(150)
+
+
+@pytest.mark.timeout(100)
+def test_an_answer_that_does_not_come_is_waited_for_as_long_as_asked(pool: Pool) -> None:
+    with pytest.raises(RankError, match=r"ranks \[0\] gave no answer in 1 s"):
+        pool.run(1, time.sleep, 150, timeout_s=1)
+
+
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_workers_end_with_their_parent_and_print_into_the_log(tmp_path: Path, method: str) -> None:
     program = f"""
