@@ -109,12 +109,12 @@ def plan_rounds(layout: Layout, holdings: Holdings, ranks: int, buffer_bytes: in
     """Cut the files into blocks and the blocks into rounds; equal on every rank.
 
     A round has at most one block per owner, each owner's blocks come in the order of writing, and no rank stages more
-    than ``buffer_bytes`` in a round. All ranks finish a round before the next: nothing can deadlock.
+    than ``buffer_bytes``: of these a quarter is for the block before, which is still being written. All ranks finish a
+    round before the next: nothing can deadlock.
     """
-    waiting = [
-        (_task(block, holdings) for block in cut_blocks(layout, owner, max(1, buffer_bytes // 4)))
-        for owner in range(ranks)
-    ]
+    block_bytes = max(1, buffer_bytes // 4)
+    buffer_bytes -= block_bytes
+    waiting = [(_task(block, holdings) for block in cut_blocks(layout, owner, block_bytes)) for owner in range(ranks)]
     heads = [next(tasks, None) for tasks in waiting]
     turn = 0
     while any(head is not None for head in heads):

@@ -7,9 +7,11 @@ and the data, without gaps. Format: https://huggingface.co/docs/safetensors.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ TORCH_DTYPES = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 EMPTY_DIGEST = hashlib.sha256().hexdigest()
 
 
@@ -147,7 +150,10 @@ def _check_places(path: Path, entries: Sequence[TensorEntry], data_bytes: int) -
 
 
 class TensorFiles:
-    """The tensors of some safetensors files, read box by box. Files are mapped; only what is asked for is read."""
+    """The tensors of some safetensors files, read box by box; only what is asked for is read.
+
+    A box whose elements follow each other in the file is read straight into its tensor; for others the file is mapped.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """Read the headers.
@@ -156,9 +162,14 @@ class TensorFiles:
             DataError: a file is missing, truncated or broken, or two files hold one key.
         """
         self._where: dict[str, tuple[Path, TensorEntry]] = {}
-        self._open: dict[Path, Any] = {}
+        self._mapped: dict[Path, Any] = {}
+        self._sizes: dict[Path, int] = {}
+        self._data_starts: dict[Path, int] = {}
         for path in paths:
-            for entry in read_header(path):
+            entries = read_header(path)
+            self._sizes[path] = path.stat().st_size
+            self._data_starts[path] = self._sizes[path] - (entries[-1].stop if entries else 0)
+            for entry in entries:
                 if entry.key in self._where:
                     raise DataError(f"{entry.key} is both in {self._where[entry.key][0]} and in {path}")
                 self._where[entry.key] = (path, entry)
@@ -193,15 +204,50 @@ class TensorFiles:
         if entry.dtype not in TORCH_DTYPES:
             raise DataError(f"{path}: {key} has type {entry.dtype}, which is not supported")
         try:
-            if path not in self._open:
-                self._open[path] = safe_open(str(path), framework="pt", device="cpu")
-            if box == Box.whole(entry.shape):
-                part = self._open[path].get_tensor(key)
-            else:
-                part = self._open[path].get_slice(key)[box.slices]
+            first = first_of_run(entry.shape, box)
+            return self._read_strided(path, key, box) if first is None else self._read_run(path, entry, box, first)
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
+
+    def _read_strided(self, path: Path, key: str, box: Box) -> torch.Tensor:
+        if path not in self._mapped:
+            self._mapped[path] = safe_open(str(path), framework="pt", device="cpu")
+        part = self._mapped[path].get_slice(key)[box.slices]
         return part.clone(memory_format=torch.contiguous_format)  # it is a view of the mapped file
+
+    def _read_run(self, path: Path, entry: TensorEntry, box: Box, first: int) -> torch.Tensor:
+        tensor = torch.empty(box.size, dtype=TORCH_DTYPES[entry.dtype])
+        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        view = memoryview(content)
+        with path.open("rb", buffering=0) as file:
+            is_same = os.fstat(file.fileno()).st_size == self._sizes[path]
+            file.seek(self._data_starts[path] + entry.start + first * item_bytes(entry.dtype))
+            while is_same and len(view):
+                count = file.readinto(view)  # at most 2 GiB at a time
+                is_same = bool(count)
+                view = view[count:]
+        if not is_same:
+            raise DataError(f"{path} has changed since its header was read: {self._sizes[path]} bytes then")
+        return tensor
+
+
+def first_of_run(shape: tuple[int, ...], box: Box) -> int | None:
+    """The flat index of a box's first element where its elements follow each other in a row-major tensor, else None.
+
+    Example:
+        >>> first_of_run((4, 3), Box((1, 0), (2, 3))), first_of_run((4, 3), Box((1, 1), (1, 2)))
+        (3, 4)
+        >>> first_of_run((4, 3), Box((0, 0), (4, 2))) is None
+        True
+    """
+    first, stride, is_partial = 0, 1, False
+    for start, count, whole in zip(reversed(box.offset), reversed(box.size), reversed(shape), strict=True):
+        if is_partial and count > 1:
+            return None
+        first += start * stride
+        stride *= whole
+        is_partial |= count < whole
+    return first
 
 
 class FileWriter:
@@ -231,6 +277,8 @@ class FileWriter:
         hashing = [self._threads.submit(self._hash_tensors, view), self._threads.submit(self._file_hash.update, view)]
         try:
             self._file.write(view)
+            self._file.flush()
+            start_writing(self._file.fileno(), self.bytes, len(view))
         finally:
             for each in hashing:
                 each.result()
@@ -263,6 +311,16 @@ class FileWriter:
         self._threads.shutdown()
         with contextlib.suppress(OSError):  # what is still buffered cannot be written either
             self._file.close()
+
+
+def start_writing(descriptor: int, start: int, size: int) -> None:
+    """Let the kernel write a part of a file to its disk while we go on; a no-op where there is no such call.
+
+    Without it all is written at the fsync, while nothing is left to hash.
+    """
+    if sys.platform == "linux":
+        part = (ctypes.c_int64(start), ctypes.c_int64(size))
+        ctypes.CDLL(None).sync_file_range(descriptor, *part, SYNC_FILE_RANGE_WRITE)  # refused: the fsync does it
 
 
 def hash_from_disk(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,11 @@ class Written:
 
 
 class RankFiles:
-    """This rank's files, written one after the other; the first failure is kept and the rest is let go by."""
+    """This rank's files, written one after the other; the first failure is kept and the rest is let go by.
+
+    One block is written and hashed beside the caller, who meanwhile fetches the next: a slow disk would hold up the
+    other ranks, too.
+    """
 
     def __init__(self, folder: Path, layout: Layout, rank: int) -> None:
         self._folder = folder
@@ -32,9 +37,23 @@ class RankFiles:
         self._writers: dict[str, FileWriter] = {}
         self._written = Written({}, {})
         self._problem: IsotrainError | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: Future[None] | None = None
 
     def receive(self, block: Block, data: torch.Tensor) -> None:
-        """Append a block to its file. Never raises OSError: other ranks are waiting for this one."""
+        """Append a block to its file, once the one before it is written.
+
+        Never raises OSError: other ranks are waiting for this one.
+        """
+        self._wait()
+        self._pending = self._thread.submit(self._append, block, [data])
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def _append(self, block: Block, handed: list[torch.Tensor]) -> None:
+        data = handed.pop()  # the last reference, so that it is gone before the next block is fetched
         if self._problem is not None:
             return
         try:
@@ -50,6 +69,8 @@ class RankFiles:
         Args:
             readback: hash the files again as the disk gives them back.
         """
+        self._wait()
+        self._thread.shutdown()
         if self._problem is None:
             try:
                 for file in self._mine:

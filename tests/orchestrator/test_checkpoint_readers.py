@@ -187,7 +187,7 @@ def test_what_cannot_be_read_or_is_of_no_known_type_is_named(tmp_path: Path) -> 
     save_file({"a": torch.zeros(10)}, path)
     reader = HfReader(tmp_path)
     path.write_bytes(b"changed since")
-    with pytest.raises(DataError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(DataError, match=r"model\.safetensors has changed since its header was read"):
         reader.read("a", "weight", Box((0,), (1,)))
 
 
