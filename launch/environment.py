@@ -10,6 +10,10 @@ from pathlib import Path
 TERMINAL_VARIABLE = "ISOTRAIN_TERMINAL"
 MEETING_VARIABLE = "ISOTRAIN_MEETING"
 MEETING_HOST_VARIABLE = "ISOTRAIN_MEETING_HOST"
+TELLING = (
+    *("OMP_", "MKL_", "CUDA_", "CUBLAS_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "NVTE_"),
+    *("HF_", "ISOTRAIN_", "WANDB_", "SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART_COUNT"),
+)
 
 
 class LaunchError(ValueError):
@@ -89,6 +93,17 @@ def meeting_place(variables: Mapping[str, str] | None = None) -> tuple[Path, str
 def slurm_variables() -> dict[str, str]:
     """What Slurm has told this process."""
     return {name: value for name, value in os.environ.items() if name.startswith("SLURM")}
+
+
+def telling_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that change how a run computes or where it finds things, by name; some may be secrets.
+
+    Example:
+        >>> telling_variables({"OMP_NUM_THREADS": "2", "NCCL_DEBUG": "INFO", "EDITOR": "vi"})
+        {'NCCL_DEBUG': 'INFO', 'OMP_NUM_THREADS': '2'}
+    """
+    known = os.environ if variables is None else variables
+    return {name: known[name] for name in sorted(known) if name.startswith(TELLING)}
 
 
 def become_rank(rank: int, world_size: int) -> None:
