@@ -10,6 +10,10 @@ from pathlib import Path
 TERMINAL_VARIABLE = "ISOTRAIN_TERMINAL"
 MEETING_VARIABLE = "ISOTRAIN_MEETING"
 MEETING_HOST_VARIABLE = "ISOTRAIN_MEETING_HOST"
+TELLING = (
+    *("OMP_", "MKL_", "CUDA_", "CUBLAS_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "NVTE_"),
+    *("HF_", "ISOTRAIN_", "WANDB_", "SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART_COUNT"),
+)
 
 
 class LaunchError(ValueError):
@@ -86,9 +90,36 @@ def meeting_place(variables: Mapping[str, str] | None = None) -> tuple[Path, str
     return (Path(file), known[MEETING_HOST_VARIABLE]) if file else None
 
 
+def slurm_step(variables: Mapping[str, str] | None = None) -> tuple[str, int, int] | None:
+    """The name of the srun step that this process is a task of, which task, and of how many; None outside of one.
+
+    Example:
+        >>> slurm_step({"SLURM_JOB_ID": "42", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"})
+        ('42.0', 1, 4)
+        >>> slurm_step({"SLURM_JOB_ID": "42"}) is None
+        True
+    """
+    known = os.environ if variables is None else variables
+    if "SLURM_JOB_ID" not in known or "SLURM_STEP_NUM_TASKS" not in known:
+        return None
+    name = f"{known['SLURM_JOB_ID']}.{known['SLURM_STEP_ID']}"
+    return name, _whole(known, "SLURM_PROCID"), _whole(known, "SLURM_STEP_NUM_TASKS")
+
+
 def slurm_variables() -> dict[str, str]:
     """What Slurm has told this process."""
     return {name: value for name, value in os.environ.items() if name.startswith("SLURM")}
+
+
+def telling_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that change how a run computes or where it finds things, by name; some may be secrets.
+
+    Example:
+        >>> telling_variables({"OMP_NUM_THREADS": "2", "NCCL_DEBUG": "INFO", "EDITOR": "vi"})
+        {'NCCL_DEBUG': 'INFO', 'OMP_NUM_THREADS': '2'}
+    """
+    known = os.environ if variables is None else variables
+    return {name: known[name] for name in sorted(known) if name.startswith(TELLING)}
 
 
 def become_rank(rank: int, world_size: int) -> None:

@@ -15,6 +15,7 @@ from orchestrator.cli_plan import add_bench, add_plan, run_bench, run_plan, show
 from orchestrator.command import CODES, Command, add_overrides
 from orchestrator.doctor.command import add_doctor, run_doctor
 from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.interview.command import add_init, run_init
 from orchestrator.jobs.cli import ALLOCATION
 from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
 
@@ -46,14 +47,23 @@ def _dispatch(name: str, words: list[str]) -> int:
         print(f"isotrain {version('isotrain')}")
         return 0
     if name == "allocation":
-        return ALLOCATION.run(ALLOCATION.parser(name).parse_args(words))
+        return ALLOCATION.run(_with_job_files(ALLOCATION.parser(name).parse_args(words)))
     if name not in COMMANDS:
         import difflib
 
         near = difflib.get_close_matches(name, COMMANDS, n=1) or ["--help"]
         raise ConfigError(f"there is no command {name!r} (there are: {', '.join(COMMANDS)})", f"isotrain {near[0]}")
     command = COMMANDS[name]
-    return command.run(command.parser(name).parse_intermixed_args(words))
+    return command.run(_with_job_files(command.parser(name).parse_intermixed_args(words)))
+
+
+def _with_job_files(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The names of job files among a job's words give way to the words in them."""
+    if "overrides" in arguments:
+        from orchestrator.config.job_file import with_job_files
+
+        arguments.overrides = with_job_files(arguments.overrides)
+    return arguments
 
 
 def _help() -> str:
@@ -247,6 +257,12 @@ COMMANDS: dict[str, Command] = {
         "isotrain doctor model=smollm2_135m data=lighthouse cluster=laptop",
         add_doctor,
         run_doctor,
+    ),
+    "init": Command(
+        "Ask for model, data, tuner and cluster, and write a job file; shows its plan.",
+        "isotrain init job.yaml",
+        add_init,
+        run_init,
     ),
     "certify": Command(
         "Prove on a small copy of your model that every topology and tuner computes what one process does.",

@@ -57,5 +57,5 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="in Hydra's grammar; GROUP=CHOICE for groups (docs: configuration.md)",
+        help="in Hydra's grammar; GROUP=CHOICE for groups; or a job file, FILE.yaml (docs: configuration.md)",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from orchestrator.config.building import as_override, blocking_differences, job_
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.locking import locked
+from orchestrator.provenance import provenance
 
 # What the tensors of a checkpoint are shaped by: no resume can change it.
 SHAPE_KEYS = (
@@ -122,8 +124,9 @@ def is_ours(run_dir: Path) -> bool:
 
 def _is_ours_alone(folder: Path) -> bool:
     """Whether a folder without ``job.yaml`` is empty, or holds only what a launch that failed early leaves behind."""
-    left_behind = {"exits", "logs", "states", "slurm", "checkpoints", "plan.json", ".lock"}
-    names = {path.name for path in folder.iterdir() if not path.name.startswith((".plan.json.", ".job.yaml."))}
+    left_behind = {"exits", "logs", "states", "slurm", "checkpoints", "plan.json", "environment.jsonl", ".lock"}
+    aside = (".plan.json.", ".job.yaml.", ".environment.jsonl.")
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(aside)}
     return names <= left_behind and not list_steps(folder / "checkpoints")
 
 
@@ -190,7 +193,9 @@ def _another_run(run_dir: Path, step: int, blocking: list[tuple[str, Any, Any]])
 
 
 def write_run(run_dir: Path, job: JobConfig, plan_json: str) -> None:
-    """Write ``job.yaml`` and ``plan.json``, each whole or not at all, and the folders for logs and exits.
+    """Write ``job.yaml``, ``plan.json`` and a line of ``environment.jsonl``, and the folders for logs and exits.
+
+    Each file is there whole or not at all. ``environment.jsonl`` has a line for each start, the newest last.
 
     Raises:
         ConfigError: the folder cannot be made or written.
@@ -198,6 +203,9 @@ def write_run(run_dir: Path, job: JobConfig, plan_json: str) -> None:
     try:
         for name in ("logs", "exits", "states", "checkpoints"):
             (run_dir / name).mkdir(parents=True, exist_ok=True)
+        environment = run_dir / "environment.jsonl"
+        earlier = environment.read_text(encoding="utf-8") if environment.exists() else ""
+        write_whole(environment, f"{earlier}{json.dumps(provenance(Path.cwd()))}\n")
         write_whole(run_dir / "plan.json", plan_json)
         write_whole(run_dir / "job.yaml", job_to_yaml(job))
     except (PermissionError, NotADirectoryError, FileExistsError) as error:

@@ -23,7 +23,7 @@ from orchestrator.errors import ConfigError
 # A job that differs only here is the same run: where it runs, how fast, and what is written down about it.
 FREE_KEYS = ("run_dir", "cluster.", "topology.", "engine.", "metrics.", "memory.", "checkpoint.", "model.download")
 
-BARE_TEXT = re.compile(r"[A-Za-z_/][\w./-]*")
+BARE_TEXT = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)  # as Hydra's lexer has it
 NOT_TEXT = frozenset({"null", "true", "false", "inf", "nan"})
 
 

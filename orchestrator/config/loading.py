@@ -23,6 +23,7 @@ from orchestrator.config.building import (
 )
 from orchestrator.config.hints import SETTINGS, unknown_key
 from orchestrator.config.job import JobConfig
+from orchestrator.config.job_file import with_job_files
 from orchestrator.config.paths import with_absolute_paths
 from orchestrator.config.secrets import refuse_secrets
 from orchestrator.errors import ConfigError
@@ -66,12 +67,12 @@ def group_choices() -> dict[str, list[str]]:
 def compose_job(overrides: Sequence[str] = ()) -> JobConfig:
     """Compose ``configs/job.yaml`` with overrides in Hydra's grammar (``group=choice``, ``key.name=value``).
 
-    Files and folders in it are named from the root.
+    Names of job files among them stand for the words in them. Files and folders in it are named from the root.
 
     Raises:
         ConfigError: the text is no override, a group has no such choice, a key is unknown, a value is of a wrong type.
     """
-    parsed = _parse(overrides)
+    parsed = _parse(with_job_files(overrides))
     _check_known(parsed)
     job = build_job(_compose([_forced(override) for override in parsed if not _is_nothing(override)]))
     return with_absolute_paths(job)

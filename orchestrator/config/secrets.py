@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.errors import ConfigError
 
-WORDS = frozenset({"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"})
+WORDS = frozenset(
+    [*("key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"), *("auth", "jwt")]
+)
+USER_IN_URL = re.compile(r"://[^/@\s]+@")
 ASSIGNED = re.compile(r"([A-Za-z_][\w.-]*) *= *(?=[^\s,}\]])")
 
 
@@ -26,10 +29,21 @@ def refuse_secrets(texts: Sequence[str]) -> None:
             if re.split(r"[_\W]+", name.lower())[-1] in WORDS:
                 last = name.rpartition(".")[2].upper()
                 raise ConfigError(
-                    f"{name}: a secret does not belong on a command line, where all on this machine see it",
+                    f"{name}: a secret does not belong on a command line or in a job file, which others see",
                     f"export {last}=... before, or put {last}=... into a file (chmod 600) and "
                     "cluster.slurm.secrets=FILE",
                 )
+
+
+def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+    """Variables that may be written down: none that is named like a secret, and no user in a URL.
+
+    Example:
+        >>> without_secrets({"HF_TOKEN": "t", "WANDB_API_KEY": "k", "HF_ENDPOINT": "https://me:word@hub/x"})
+        {'HF_ENDPOINT': 'https://...@hub/x'}
+    """
+    harmless = {name: text for name, text in variables.items() if not WORDS & set(re.split(r"[_\W]+", name.lower()))}
+    return {name: USER_IN_URL.sub("://...@", text) for name, text in harmless.items()}
 
 
 def read_secrets(file: Path) -> dict[str, str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.command import WIDTH_ELSEWHERE, add_overrides
@@ -104,20 +106,30 @@ def _machine(job: JobConfig, planned: Planned | None) -> list[Finding]:
 
 
 def _meeting(job: JobConfig) -> list[Finding]:
+    from launch.pool import Pool
     from orchestrator.doctor import machine
 
-    return [*machine.check_ports(machine.seen_ports(), job.cluster), machine.check_group(machine.met())]
+    pool = Pool(machine.WORLD, log=Path(os.devnull))
+    try:
+        error = machine.met(pool)
+    finally:
+        pool.leave()
+    return [*machine.check_ports(machine.seen_ports(), job.cluster), machine.check_group(error)]
 
 
 def _folder(job: JobConfig) -> list[Finding]:
+    from launch.environment import slurm_step
     from orchestrator.commands import run_folder
-    from orchestrator.doctor import folder
+    from orchestrator.doctor import folder, shared
 
-    seen = folder.seen_folder(run_folder(job))
-    first = folder.check_folder(seen, job.cluster)
+    seen, step = folder.seen_folder(run_folder(job)), slurm_step()
+    is_on_nodes = step is not None and step[2] > 1
+    findings = [folder.check_folder(seen, job.cluster, is_on_nodes)]
     if seen.error:
-        return [first]
-    return [first, folder.check_lock(seen), folder.check_clock(seen), folder.check_speed(seen)]
+        return findings
+    if step is not None and is_on_nodes:
+        findings.append(shared.check_tasks(seen.folder, shared.seen_tasks(seen.folder, step), step[2]))
+    return [*findings, folder.check_lock(seen), folder.check_clock(seen), folder.check_speed(seen)]
 
 
 def _show(findings: Sequence[Finding]) -> None:

@@ -108,12 +108,16 @@ def _locks(file: Path) -> bool:
         return False
 
 
-def check_folder(seen: FolderSeen, cluster: ClusterConfig) -> Finding:
-    """Whether runs can be kept there, and whether several nodes may see the same."""
+def check_folder(seen: FolderSeen, cluster: ClusterConfig, is_on_nodes: bool = False) -> Finding:
+    """Whether runs can be kept there, and whether several nodes may see the same.
+
+    Args:
+        is_on_nodes: nodes are being asked (:mod:`orchestrator.doctor.shared`), so that nothing is left to guess.
+    """
     place = f"{seen.folder} ({seen.kind})"
     if seen.error:
         return Finding("run folder", "fault", f"{place} cannot be written: {seen.error}", "run_dir=ANOTHER")
-    if cluster.nodes == 1:
+    if cluster.nodes == 1 or is_on_nodes:
         return Finding("run folder", "ok", f"{place} takes files, syncs and renames")
     hint = on_nodes(cluster, f"run_dir={seen.folder}")
     if not SHARED.search(seen.kind):

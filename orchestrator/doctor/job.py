@@ -44,23 +44,23 @@ def check_job_model(job: JobConfig) -> Finding:
 
 
 def check_data(job: JobConfig) -> Finding:
-    """Whether the data are there and can be tokenised; large files are left to the run."""
+    """Whether the data are there and can be tokenised."""
+    return judged("data", lambda: look_at_data(job))
 
-    def look() -> str:
-        file = resolve(job.data.path)
-        size = file.stat().st_size
-        if size > READ_WHOLE_BYTES:
-            return f"{file}, {size / 1e6:,.0f} MB: too large to be read for a look"
-        tokens = prepare(
-            job.data,
-            job.objective,
-            resolve_model(job.model.path),
-            job.batch.sequence_tokens,
-            isotrain_cache() / "tokens",
-        )
-        return tokens.summary.epochs(job.steps, job.batch.global_sequences).removeprefix("data: ")
 
-    return judged("data", look)
+def look_at_data(job: JobConfig) -> str:
+    """Tokenise the data into the cache, where the run finds them, and say how much there is; not of large files.
+
+    Raises:
+        ConfigError, DataError, ResourceError: as the run would end with.
+    """
+    file = resolve(job.data.path)
+    size = file.stat().st_size
+    if size > READ_WHOLE_BYTES:
+        return f"{file}, {size / 1e6:,.0f} MB: too large to be read for a look"
+    model, cache = resolve_model(job.model.path), isotrain_cache() / "tokens"
+    tokens = prepare(job.data, job.objective, model, job.batch.sequence_tokens, cache)
+    return tokens.summary.epochs(job.steps, job.batch.global_sequences).removeprefix("data: ")
 
 
 def check_run_folder(job: JobConfig, run_dir: Path) -> Finding:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.pool import Pool, RankError
 from orchestrator.config.job import ClusterConfig
-from orchestrator.doctor.finding import Finding
+from orchestrator.doctor.finding import Finding, State
 
 GIB = 2**30
 MEETING_S = 120  # two cold processes on a slow disk
@@ -99,10 +98,10 @@ def check_ports(ports: list[Port], cluster: ClusterConfig) -> list[Finding]:
             words = f"no port of {place} can be bound and reached: {port.error}"
             findings.append(Finding("ports", "fault", words, "ip link set lo up"))
         else:
-            state = "fault" if cluster.nodes > 1 else "warning"
+            state: State = "fault" if cluster.nodes > 1 else "warning"
             words = f"no port of {place} can be bound and reached: {port.error}"
             hint = f'echo "127.0.1.1 {port.name}" | sudo tee -a /etc/hosts'
-            findings.append(Finding("ports", state, words, hint))  # type: ignore[arg-type]
+            findings.append(Finding("ports", state, words, hint))
     return findings
 
 
@@ -116,19 +115,16 @@ def summed_ranks() -> int:
     return int(value)
 
 
-def met(timeout_s: float = MEETING_S) -> str:
-    """Start two processes that import torch and megatron-core, open a gloo group and sum their ranks.
+def met(pool: Pool, timeout_s: float = MEETING_S) -> str:
+    """Let two processes that import torch and megatron-core open a gloo group and sum their ranks.
 
     Returns:
         Empty when both have the sum, else the last line of what went wrong.
     """
-    pool = Pool(WORLD, log=Path(os.devnull))
     try:
         answers = pool.run(WORLD, summed_ranks, timeout_s=timeout_s)
     except RankError as error:
         return str(error).strip().splitlines()[-1]
-    finally:
-        pool.leave()
     return "" if answers == [1, 1] else f"the sum of ranks is {answers}, not [1, 1]"
 
 
@@ -136,9 +132,11 @@ def check_group(error: str) -> Finding:
     """The proof: two processes met and agreed.
 
     Example:
-        >>> check_group("").state, check_group("ImportError: no such library").state
-        ('ok', 'fault')
+        >>> check_group("").state, check_group("ImportError: no such library").hint
+        ('ok', 'make setup')
     """
     if not error:
         return Finding("processes", "ok", "two processes opened a gloo group and summed over it")
-    return Finding("processes", "fault", f"two processes did not meet: {error}", "make setup")
+    is_set_up = "ImportError" not in error and "ModuleNotFoundError" not in error
+    hint = "GLOO_SOCKET_IFNAME=lo isotrain doctor   (if that helps, export it)" if is_set_up else "make setup"
+    return Finding("processes", "fault", f"two processes did not meet: {error}", hint)

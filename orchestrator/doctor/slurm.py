@@ -60,6 +60,7 @@ def check_slurm(seen: SlurmSeen, cluster: ClusterConfig) -> list[Finding]:
         return [Finding("Slurm", "fault", words, "cluster=laptop   or on a machine with sbatch")] if is_needed else []
     if seen.error:
         words = f"its controller does not answer: {seen.error}"
+        words += "" if is_needed else f" (cluster={cluster.name} does without)"
         return [Finding("Slurm", "fault" if is_needed else "warning", words, "scontrol ping")]
     names = ", ".join(seen.partitions) or "none"
     return [Finding("Slurm", "ok", f"its controller answers; partitions: {names}")]

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from orchestrator.config.job import ClusterConfig
-from orchestrator.doctor.finding import Finding
+from orchestrator.doctor.finding import Finding, State
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ROWS = ("torch", "megatron-core")  # the other libraries share a row while nothing is wrong with them
@@ -230,9 +230,9 @@ def check_fast_paths(there: Mapping[str, bool], device: str, quantise: str | Non
     elif there.get("transformer_engine"):
         error = _import_error("transformer_engine.pytorch")
         words = f"installed, and cannot be imported: {error}" if error else "on: attention, norms, optimizer"
-        state = "fault" if error else "ok"
+        state: State = "fault" if error else "ok"
         hint = "pip uninstall --yes transformer_engine" if error else ""
-        findings.append(Finding("transformer-engine", state, words, hint))  # type: ignore[arg-type]
+        findings.append(Finding("transformer-engine", state, words, hint))
     else:
         optimizer = "apex's" if there.get("apex") else "torch's"
         words = f"missing: torch's attention and norms, {optimizer} optimizer"

@@ -17,8 +17,8 @@ from tests.helpers.fake_slurm import FakeSlurm
 
 @pytest.fixture
 def met(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes that met: the real thing is in tests/orchestrator/test_doctor.py and below."""
-    monkeypatch.setattr(machine, "met", lambda: "")
+    """Two processes that met: the real thing is in tests/orchestrator/test_doctor.py, and on docs/everyday.md."""
+    monkeypatch.setattr(machine, "met", lambda pool: "")
 
 
 def states(findings: list[dict[str, str]]) -> dict[str, str]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from launch.environment import LaunchError
+from launch.pool import Pool
 from orchestrator.config.job import ClusterConfig, SlurmConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.doctor import folder, machine, software
 from orchestrator.doctor.finding import judged
 from orchestrator.doctor.folder import FolderSeen, check_clock, check_folder, check_lock, check_speed, seen_folder
 from orchestrator.doctor.machine import Port, available_memory_bytes, check_memory, check_ports, met, seen_ports
+from orchestrator.doctor.shared import check_tasks, seen_tasks
 from orchestrator.doctor.slurm import SlurmSeen, check_slurm, goes_through_slurm, seen_slurm
 from orchestrator.doctor.software import (
     Accelerators,
@@ -182,13 +185,20 @@ def test_a_host_without_an_address_matters_between_nodes(nodes: int, state: str)
     assert loopback.state == "fault" and "loopback (127.0.0.1)" in loopback.found
 
 
-def test_two_processes_really_meet() -> None:
-    assert met() == ""
+def test_two_processes_really_meet(pool: Pool) -> None:
+    assert met(pool) == ""
 
 
-def test_processes_that_do_not_meet_are_a_fault() -> None:
-    finding = machine.check_group(met(timeout_s=0))
-    assert finding.state == "fault" and "gave no answer in 0 s" in finding.found
+def unreachable() -> int:
+    """What a rank does behind a firewall."""
+    raise OSError("no route to host")
+
+
+def test_processes_that_do_not_meet_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "summed_ranks", unreachable)
+    finding = machine.check_group(met(Pool(2)))
+    assert finding.state == "fault" and finding.found == "two processes did not meet: OSError: no route to host"
+    assert finding.hint.startswith("GLOO_SOCKET_IFNAME=lo isotrain doctor")
 
 
 def test_a_folder_is_probed_and_left_as_it_was(tmp_path: Path) -> None:
@@ -211,6 +221,20 @@ def test_nodes_are_asked_about_a_folder_of_theirs() -> None:
         assert finding.state == "warning" and words in finding.found
         asked = "srun --nodes=4 --ntasks-per-node=1 --label isotrain doctor cluster=slurm_4x8 'run_dir=/a run'"
         assert finding.hint.startswith(asked)
+
+
+def test_tasks_that_share_a_folder_see_each_other_and_leave_nothing(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(3) as tasks:
+        seen = list(tasks.map(lambda task: seen_tasks(tmp_path, ("42.0", task, 3)), range(3)))
+    assert seen == [{0, 1, 2}] * 3 and not list(tmp_path.iterdir())
+    assert check_tasks(tmp_path, seen[0], 3).state == "ok"
+
+
+def test_a_task_whose_folder_no_other_sees_is_a_fault(tmp_path: Path) -> None:
+    seen = seen_tasks(tmp_path, ("42.0", 1, 2), patience_s=0)
+    finding = check_tasks(tmp_path, seen, 2)
+    assert finding.state == "fault" and "of 2 tasks only those of [1] are seen" in finding.found
+    assert finding.hint == "run_dir=SHARED_FOLDER/NAME" and not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_locks_is_told_from_one_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

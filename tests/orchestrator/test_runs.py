@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from orchestrator.config.job import JobConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.locking import locked
+from orchestrator.provenance import git_state
 from orchestrator.runs import decide_resume, decide_train, latest_step, write_run
 
 JOB = JobConfig(steps=10)
@@ -163,3 +166,54 @@ def test_the_hint_to_resume_keeps_the_larger_number_of_steps(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as raised:
         decide_train(run_dir, compose_job(["steps=20", "optimizer.lr=0.5"]))
     assert "optimizer.lr=0.5 steps=20" in raised.value.hint
+
+
+def git(folder: Path, *words: str) -> str:
+    mine = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *mine, *words], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_a_run_folder_says_where_each_start_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    git(code, "init", "--quiet")
+    (code / "prompts.txt").write_text("one")
+    git(code, "add", ".")
+    git(code, "commit", "--quiet", "--message", "first")
+    monkeypatch.chdir(code)
+    for name, value in {
+        "OMP_NUM_THREADS": "3",
+        "HF_TOKEN": "t-0123",
+        "WANDB_API_KEY": "k-0123",
+        "HF_ENDPOINT": "https://me:p-0123@hub.local",
+        "WANDB_MODE": "offline",
+        "EDITOR": "vi",
+    }.items():
+        monkeypatch.setenv(name, value)
+    run = tmp_path / "run"
+    write_run(run, JOB, "{}")
+    (code / "prompts.txt").write_text("two")
+    write_run(run, JOB, "{}")
+    first, second = [json.loads(line) for line in (run / "environment.jsonl").read_text().splitlines()]
+    assert first["git"] == {"commit": git(code, "rev-parse", "HEAD"), "changed": False}
+    assert second["git"] == {"commit": git(code, "rev-parse", "HEAD"), "changed": True}
+    assert first["folder"] == str(code) and first["host"] and first["python"]
+    assert first["packages"]["torch"].startswith("2.") and first["packages"]["megatron-core"] == "0.16.1"
+    kept = first["variables"]
+    assert (kept["OMP_NUM_THREADS"], kept["WANDB_MODE"], kept["HF_ENDPOINT"]) == (
+        "3",
+        "offline",
+        "https://...@hub.local",
+    )
+    assert not {"HF_TOKEN", "WANDB_API_KEY", "EDITOR"} & kept.keys()
+    assert "0123" not in (run / "environment.jsonl").read_text()
+
+
+def test_outside_of_a_repository_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_state(tmp_path) is None
+    git(tmp_path, "init", "--quiet")
+    assert git_state(tmp_path) is None  # nothing is committed
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state(tmp_path) is None  # no git
