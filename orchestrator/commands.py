@@ -327,13 +327,14 @@ def make_folder(run_dir: Path) -> None:
         raise ConfigError(f"run_dir={run_dir} cannot be written: permission denied", "run_dir=ANOTHER")
 
 
-def export(path: Path, to: str, out: Path) -> Path:
+def export(path: Path, to: str, out: Path, say: Say = lambda text: None) -> Path:
     """Export a run's newest checkpoint, or one checkpoint, as a PEFT adapter, as a merged model or for megatron-core.
 
     Args:
         path: a run folder or a checkpoint; for ``torch_dist`` a model's folder, too.
         to: ``peft``, ``merged`` or ``torch_dist``.
         out: a new folder.
+        say: tells the user what was left out, a line at a time.
     Raises:
         ConfigError: there is no checkpoint, or ``out`` is taken. DataError: the checkpoint is damaged.
     """
@@ -343,6 +344,7 @@ def export(path: Path, to: str, out: Path) -> Path:
 
     if to == "torch_dist" and (path.expanduser() / "config.json").is_file():
         export_torch_dist(path.expanduser(), out)
+        say("weights only: a model's folder has no optimizer state")
         return out
     try:
         checkpoint = open_checkpoint(path.expanduser(), verify=True).folder
@@ -351,13 +353,14 @@ def export(path: Path, to: str, out: Path) -> Path:
     if to == "peft":
         export_adapter(checkpoint, out)
     elif to == "torch_dist":
-        export_checkpoint(checkpoint, out)
+        left_out = export_checkpoint(checkpoint, out)
+        say(f"weights only: {left_out}" if left_out else "weights and the optimizer's state")
     else:
         export_merged(checkpoint, base_folder(checkpoint), out)
     return out
 
 
-def export_to_url(path: Path, to: str, url: str) -> None:
+def export_to_url(path: Path, to: str, url: str, say: Say = lambda text: None) -> None:
     """:func:`export` to a URL: made in a temporary folder of this machine, sent, and read back there.
 
     Raises:
@@ -369,7 +372,7 @@ def export_to_url(path: Path, to: str, url: str) -> None:
     from orchestrator.storage import upload
 
     with tempfile.TemporaryDirectory() as folder:
-        upload(export(path, to, Path(folder) / "export"), url)
+        upload(export(path, to, Path(folder) / "export", say), url)
 
 
 def _with_older(error: DataError, path: Path, to: str, out: Path) -> DataError:

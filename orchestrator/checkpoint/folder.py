@@ -13,6 +13,7 @@ from orchestrator.errors import ConfigError, DataError, IsotrainError, ResourceE
 LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+MARKER = "isotrain.json"  # in a folder that an export or a conversion wrote: says so, and what it is
 STEP_NAME = re.compile(r"step-(\d{6,})")
 REPLACED_NAME = re.compile(r"(step-\d{6,})\.replaced-\w+")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
