@@ -24,7 +24,7 @@ DENSE = Run(full=True, steps=4, global_sequences=4, micro_sequences=2, changes=(
 GQA = DENSE.on(family="qwen2", changes=(*DENSE.changes, ("num_key_value_heads", 2)))
 EXPERTS = DENSE.on(family="qwen3_moe", topology=Topology(dp=2, ep=2))
 INTO = [
-    (DENSE.on(topology=Topology(tp=2)), "stacked"),
+    pytest.param(DENSE.on(topology=Topology(tp=2)), "stacked", marks=pytest.mark.grid),
     (GQA.on(topology=Topology(tp=2, dp=2), distributed=True), "numbered"),
     pytest.param(GQA.on(topology=Topology(dp=2), distributed=True), "stacked", marks=pytest.mark.grid),
     pytest.param(EXPERTS, "stacked", marks=pytest.mark.grid),
@@ -68,7 +68,7 @@ def test_a_run_of_megatron_core_goes_on_here(pool: Pool, tiny_model: Any, tmp_pa
 
 OUT = [
     DENSE.on(topology=Topology(tp=2)),
-    GQA.on(topology=Topology(tp=2, dp=2), distributed=True),
+    pytest.param(GQA.on(topology=Topology(tp=2, dp=2), distributed=True), marks=pytest.mark.grid),
     pytest.param(GQA.on(topology=Topology(tp=2), precision="bf16"), marks=pytest.mark.grid),
     pytest.param(DENSE.on(topology=Topology(dp=2), precision="bf16", distributed=True), marks=pytest.mark.grid),
 ]
