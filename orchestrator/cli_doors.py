@@ -17,7 +17,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Export, and say where the result is."""
-    from orchestrator.commands import export, export_to_url
+    from orchestrator.exporting import export, export_to_url
 
     if "://" in arguments.out:
         export_to_url(arguments.path, arguments.to, arguments.out, _say)
