@@ -19,7 +19,7 @@ def export(path: Path, to: str, out: Path, say: Say = lambda text: None) -> Path
         path: a run folder or a checkpoint; for ``torch_dist`` a model's folder, too.
         to: ``peft``, ``merged`` or ``torch_dist``.
         out: a new folder.
-        say: tells the user what was left out, a line at a time.
+        say: tells the user what was left out, or is strange about the checkpoint, a line at a time.
     Raises:
         ConfigError: there is no checkpoint, or ``out`` is taken. DataError: the checkpoint is damaged.
     """
@@ -32,9 +32,12 @@ def export(path: Path, to: str, out: Path, say: Say = lambda text: None) -> Path
         say("weights only: a model's folder has no optimizer state")
         return out
     try:
-        checkpoint = open_checkpoint(path.expanduser(), verify=True).folder
+        reader = open_checkpoint(path.expanduser(), verify=True)
     except DataError as error:
         raise _with_older(error, path, to, out) from error
+    for line in reader.warnings:
+        say(line)
+    checkpoint = reader.folder
     if to == "peft":
         export_adapter(checkpoint, out)
     elif to == "torch_dist":
