@@ -14,9 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.commands import export, plan_job, resume, train
+    from orchestrator.commands import plan_job, resume, train
     from orchestrator.config.loading import compose_job
+    from orchestrator.exporting import export
 
+_HOMES = {"compose_job": "config.loading", "export": "exporting"}  # of the others: commands
 __all__ = ["compose_job", "export", "plan_job", "resume", "train"]
 
 
@@ -24,6 +26,4 @@ def __getattr__(name: str) -> Any:
     """Load what :data:`__all__` names from the module that has it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(
-        import_module("orchestrator.config.loading" if name == "compose_job" else "orchestrator.commands"), name
-    )
+    return getattr(import_module(f"orchestrator.{_HOMES.get(name, 'commands')}"), name)

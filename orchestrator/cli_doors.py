@@ -7,8 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-WEIGHTS_ONLY = " (weights only: megatron-core's optimizer starts afresh)"
-
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``isotrain export``."""
@@ -19,13 +17,13 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Export, and say where the result is."""
-    from orchestrator.commands import export, export_to_url
+    from orchestrator.exporting import export, export_to_url
 
     if "://" in arguments.out:
-        export_to_url(arguments.path, arguments.to, arguments.out)
+        export_to_url(arguments.path, arguments.to, arguments.out, _say)
     else:
-        export(arguments.path, arguments.to, Path(arguments.out))
-    _say(f"exported to {arguments.out}{WEIGHTS_ONLY if arguments.to == 'torch_dist' else ''}")
+        export(arguments.path, arguments.to, Path(arguments.out), _say)
+    _say(f"exported to {arguments.out}")
     if arguments.json:
         print(json.dumps({"code": 0, "to": arguments.to, "out": arguments.out}))
     return 0
@@ -61,14 +59,22 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="FOLDER", help="of a torch_dist checkpoint: where its config.json and tokenizer are"
     )
+    parser.add_argument(
+        "--moments",
+        action="store_true",
+        help="of a torch_dist checkpoint: OUT is a run, with its optimizer",
+    )
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert, and say where the result is."""
     from orchestrator.convert import convert
 
-    kind = convert(arguments.folder, arguments.out, allow_pickle=arguments.allow_pickle, model=arguments.model)
-    _say(f"converted {kind} to {arguments.out}")
+    folder, out, model = arguments.folder, arguments.out, arguments.model
+    kind = convert(folder, out, allow_pickle=arguments.allow_pickle, model=model, moments=arguments.moments)
+    _say(f"converted {kind} to {out}")
+    if arguments.moments:
+        _say(f"go on with: isotrain train tuner=full model.path={model} run_dir={out} data.path=FILE steps=N")
     if arguments.json:
         print(json.dumps({"code": 0, "from": kind, "out": str(arguments.out)}))
     return 0

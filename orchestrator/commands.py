@@ -19,7 +19,7 @@ from launch.states import clear_states
 from orchestrator.config.building import read_job
 from orchestrator.config.job import ClusterConfig, JobConfig, ModelConfig
 from orchestrator.config.loading import compose_job, override_job
-from orchestrator.errors import ConfigError, DataError, ExitCode
+from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.locking import locked
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, write_run
@@ -325,74 +325,3 @@ def make_folder(run_dir: Path) -> None:
         raise ConfigError(f"run_dir={run_dir} cannot be made: {error.strerror}", "run_dir=ANOTHER") from error
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise ConfigError(f"run_dir={run_dir} cannot be written: permission denied", "run_dir=ANOTHER")
-
-
-def export(path: Path, to: str, out: Path) -> Path:
-    """Export a run's newest checkpoint, or one checkpoint, as a PEFT adapter, as a merged model or for megatron-core.
-
-    Args:
-        path: a run folder or a checkpoint; for ``torch_dist`` a model's folder, too.
-        to: ``peft``, ``merged`` or ``torch_dist``.
-        out: a new folder.
-    Raises:
-        ConfigError: there is no checkpoint, or ``out`` is taken. DataError: the checkpoint is damaged.
-    """
-    from orchestrator.checkpoint.export import export_adapter, export_merged
-    from orchestrator.checkpoint.load import open_checkpoint
-    from orchestrator.checkpoint.megatron_weights import export_checkpoint, export_torch_dist
-
-    if to == "torch_dist" and (path.expanduser() / "config.json").is_file():
-        export_torch_dist(path.expanduser(), out)
-        return out
-    try:
-        checkpoint = open_checkpoint(path.expanduser(), verify=True).folder
-    except DataError as error:
-        raise _with_older(error, path, to, out) from error
-    if to == "peft":
-        export_adapter(checkpoint, out)
-    elif to == "torch_dist":
-        export_checkpoint(checkpoint, out)
-    else:
-        export_merged(checkpoint, base_folder(checkpoint), out)
-    return out
-
-
-def export_to_url(path: Path, to: str, url: str) -> None:
-    """:func:`export` to a URL: made in a temporary folder of this machine, sent, and read back there.
-
-    Raises:
-        ConfigError, DataError, ResourceError: as export, or the place cannot be used, does not answer, or keeps
-            something else than it is given.
-    """
-    import tempfile
-
-    from orchestrator.storage import upload
-
-    with tempfile.TemporaryDirectory() as folder:
-        upload(export(path, to, Path(folder) / "export"), url)
-
-
-def _with_older(error: DataError, path: Path, to: str, out: Path) -> DataError:
-    """The same error, with the newest checkpoint that is whole as its hint."""
-    from orchestrator.checkpoint.load import find_latest_good
-
-    folder = path.expanduser() / "checkpoints"
-    good = find_latest_good(folder)[0] if folder.is_dir() and not error.hint else None
-    return DataError(str(error), f"isotrain export {good.folder} --to {to} {out}") if good else error
-
-
-def base_folder(checkpoint: Path) -> Path:
-    """The folder of the model that a checkpoint's adapter belongs to, as the run's job or the adapter names it.
-
-    Raises:
-        ConfigError: neither names one, or it is not on this machine.
-    """
-    import json
-
-    run_dir = checkpoint.absolute().parent.parent
-    if (run_dir / "job.yaml").is_file():
-        return resolve_model(read_job(run_dir).model.path)
-    for folder in (checkpoint / "adapter", checkpoint):
-        if (folder / "adapter_config.json").is_file():
-            return resolve_model(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-    raise ConfigError(f"{checkpoint} does not say which model it belongs to", "name the run folder instead")

@@ -8,7 +8,9 @@ from orchestrator.errors import ConfigError
 from orchestrator.models import resolve_model
 
 
-def convert(folder: Path, out: Path, *, allow_pickle: bool = False, model: str | None = None) -> str:
+def convert(
+    folder: Path, out: Path, *, allow_pickle: bool = False, model: str | None = None, moments: bool = False
+) -> str:
     """Write a Hugging Face or PEFT folder in safetensors from one that other tools wrote, bit for bit.
 
     Args:
@@ -18,13 +20,15 @@ def convert(folder: Path, out: Path, *, allow_pickle: bool = False, model: str |
         allow_pickle: open pickled weights, through torch's weights-only unpickler.
         model: for a torch_dist checkpoint, which does not say what model it is: a folder with its ``config.json`` (and
             tokenizer), or a hub id in a cache.
+        moments: of a torch_dist checkpoint, the optimizer's state, too; ``out`` is then a run folder to go on in.
     Returns:
         What the folder was.
     Raises:
-        ConfigError: there is nothing to convert, pickles are not allowed, the checkpoint is of another model, or
-            ``out`` is taken.
+        ConfigError: there is nothing to convert, pickles are not allowed, the checkpoint is of another model or has no
+            moments that can go on here, or ``out`` is taken.
         DataError: the folder is damaged, or a pickle holds anything but tensors.
     """
+    from orchestrator.checkpoint.megatron_run import import_run
     from orchestrator.checkpoint.megatron_weights import checkpoint_folder, import_torch_dist
     from orchestrator.checkpoint.pickles import convert_pickles, find_pickled
     from orchestrator.checkpoint.torch_dist import METADATA
@@ -38,8 +42,10 @@ def convert(folder: Path, out: Path, *, allow_pickle: bool = False, model: str |
                 f"{folder} is a torch_dist checkpoint, which does not say what model it is",
                 f"isotrain convert {folder} {out} --model FOLDER  (one with its config.json)",
             )
-        import_torch_dist(folder, resolve_model(model), out)
+        (import_run if moments else import_torch_dist)(folder, resolve_model(model), out)
         return "torch_dist"
+    if moments:
+        raise ConfigError(f"{folder} is no torch_dist checkpoint, and others hold no moments", "leave --moments away")
     pickled = find_pickled(folder)
     if not allow_pickle:
         raise ConfigError(

@@ -88,9 +88,12 @@ def _restored(reader: CheckpointReader, job: JobConfig) -> dict[str, str]:
         "optimizer": ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
         + f", after {state['optimizer_steps']} updates",
     }
-    rows = state["data"]["rows"]
-    epoch, row = divmod(state["samples_consumed"], rows)
-    restored["data"] = f"sample {state['samples_consumed'] + 1}: row {row + 1} of {rows} in epoch {epoch + 1}"
+    if state["data"] is None:
+        restored["data"] = f"the first that step {reader.step + 1} has; what was read before lies in another tool"
+    else:
+        rows = state["data"]["rows"]
+        epoch, row = divmod(state["samples_consumed"], rows)
+        restored["data"] = f"sample {state['samples_consumed'] + 1}: row {row + 1} of {rows} in epoch {epoch + 1}"
     restored["schedule"] = f"{job.optimizer.schedule}, at step {reader.step} of {job.steps}"
     restored["random numbers"] = "dropout masks follow from seed, sample and module: nothing to restore"
     return restored
@@ -129,7 +132,7 @@ def _keys(reader: CheckpointReader, before: JobConfig, job: JobConfig) -> list[C
 def _data(reader: CheckpointReader, job: JobConfig) -> list[Change]:
     """Whether the file behind ``data.path`` is still the same; a resume refuses another one under the old name."""
     then = reader.state["data"]
-    if then["path"] != job.data.path:
+    if then is None or then["path"] != job.data.path:
         return []
     now = hash_file(resolve(job.data.path))
     if now == then["sha256"]:

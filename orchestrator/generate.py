@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.commands import base_folder
 from orchestrator.errors import ConfigError
+from orchestrator.exporting import base_folder
 
 
 @dataclass(frozen=True)

@@ -117,15 +117,18 @@ def _save(run: Run, saver: Saver, step: int, result: StepResult, *, last: bool) 
             there is no later save.
     """
     contents = _contents(run, step, {"loss": result.loss, "grad_norm": result.grad_norm})
-    saves = (saver.finish, False), (lambda: saver.save(step, run.engine.shards(), contents), last)
-    for action, counts in saves:
+    saves = (
+        (saver.last_step, saver.finish, False),
+        (step, lambda: saver.save(step, run.engine.shards(), contents), last),
+    )
+    for failed, action, counts in saves:
         try:
             action()
         except ResourceError as error:
             if counts or run.job.checkpoint.on_failure == "stop":
                 raise
             if run.metrics is not None:
-                words = f"step {step}: a checkpoint could not be saved, and checkpoint.on_failure=continue: {error}"
+                words = f"step {failed}: a checkpoint could not be saved, and checkpoint.on_failure=continue: {error}"
                 print(words, file=sys.stderr, flush=True)
 
 

@@ -6,16 +6,19 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.checkpoint.folder import list_steps, read_latest
+from orchestrator.checkpoint.folder import MARKER, list_steps, read_latest, step_name
 from orchestrator.config.building import as_override, blocking_differences, job_to_yaml, quote_override, read_job
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.locking import locked
+from orchestrator.models import model_spec
 from orchestrator.provenance import provenance
+from parallel.families import read_model
+from parallel.specs import read_hf_config
 
 # What the tensors of a checkpoint are shaped by: no resume can change it.
 SHAPE_KEYS = (
@@ -92,6 +95,8 @@ def decide_train(run_dir: Path, job: JobConfig) -> Decision:
     if not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file", "run_dir=ANOTHER")
     if not (run_dir / "job.yaml").is_file():
+        if is_imported(run_dir):
+            return _go_on_here(run_dir, job)
         if not _is_ours_alone(run_dir):
             raise ConfigError(f"run_dir={run_dir} is not empty and holds no run (no job.yaml)", "run_dir=ANOTHER")
         return Decision("start", 0, f"new run in {run_dir}")
@@ -114,12 +119,41 @@ def is_ours(run_dir: Path) -> bool:
     if existing != run_dir:
         return True
     if not (run_dir / "job.yaml").is_file():
-        return _is_ours_alone(run_dir)
+        return _is_ours_alone(run_dir) or is_imported(run_dir)
     try:
         with locked(run_dir):
             return True
     except ConfigError:
         return False
+
+
+def is_imported(run_dir: Path) -> bool:
+    """Whether ``isotrain convert --moments`` wrote a folder."""
+    try:
+        return json.loads((run_dir / MARKER).read_bytes()).get("to") == "run"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _go_on_here(run_dir: Path, job: JobConfig) -> Decision:
+    """Go on with what another tool began, as a job that has not run here yet."""
+    step = latest_step(run_dir) or 0
+    if job.tuner.name != "full":
+        raise ConfigError(f"{run_dir} holds a whole model with its moments, not an adapter", "tuner=full")
+    there = read_model(read_hf_config(run_dir / "checkpoints" / step_name(step) / "model"))
+    ours = model_spec(job.model)
+    other = [field.name for field in fields(there) if getattr(there, field.name) != getattr(ours, field.name)]
+    if other:
+        words = ", ".join(f"{name} {getattr(there, name)}, not {getattr(ours, name)}" for name in other[:3])
+        raise ConfigError(
+            f"{run_dir} holds another model than model.path={job.model.path}: {words}",
+            f"model.path={run_dir / 'checkpoints' / step_name(step) / 'model'}",
+        )
+    if step >= job.steps:
+        raise ConfigError(
+            f"{run_dir} has done {step} steps in another tool, and steps={job.steps} counts them", f"steps={step + 1}"
+        )
+    return Decision("resume", step, f"going on in {run_dir} after {step} steps of another tool, of {job.steps}")
 
 
 def _is_ours_alone(folder: Path) -> bool:

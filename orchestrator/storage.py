@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from orchestrator.checkpoint.folder import MANIFEST
+from orchestrator.checkpoint.folder import MANIFEST, MARKER
 from orchestrator.checkpoint.load import hash_file
 from orchestrator.checkpoint.manifest import FileRecord, Manifest, record_of
-from orchestrator.checkpoint.out_folder import MARKER
 from orchestrator.errors import ConfigError, DataError, ResourceError
 
 BLOCK_BYTES = 8 * 2**20

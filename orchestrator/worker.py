@@ -214,6 +214,8 @@ def _restore(
 def _check_same_data(checkpoint: CheckpointReader, job: JobConfig, data: TokenisedData, run_dir: Path) -> None:
     """The cursor of a checkpoint means nothing in other data: refuse a file that was changed under its name."""
     before = checkpoint.state["data"]
+    if before is None:  # it comes from another tool's run, of other data
+        return
     if before["path"] == job.data.path and before["sha256"] != data.summary.source_sha256:
         raise DataError(
             f"data.path={job.data.path} has changed since step {checkpoint.step}: sha256 "

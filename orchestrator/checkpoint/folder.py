@@ -13,6 +13,7 @@ from orchestrator.errors import ConfigError, DataError, IsotrainError, ResourceE
 LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+MARKER = "isotrain.json"  # in a folder that an export or a conversion wrote: says so, and what it is
 STEP_NAME = re.compile(r"step-(\d{6,})")
 REPLACED_NAME = re.compile(r"(step-\d{6,})\.replaced-\w+")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -110,7 +111,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def explain(error: OSError, folder: Path, needed_bytes: int, place: str = "run_dir=DIR") -> IsotrainError:
+def explain(error: OSError, folder: Path, needed_bytes: int, place: str) -> IsotrainError:
     """Turn a failed write into an error with numbers and a hint; ``place`` is what the user sets to move it."""
     path = error.filename or folder
     if error.errno in NO_SPACE:
@@ -121,8 +122,19 @@ def explain(error: OSError, folder: Path, needed_bytes: int, place: str = "run_d
         )
     if error.errno in FORBIDDEN:
         return ConfigError(f"{path} cannot be written: {error.strerror}", f"set {place} to a folder that you may write")
-    if error.errno == errno.ENOENT:
-        return ConfigError(
-            f"{path} cannot be written: {error.strerror}", f"{place} must lie on a file system that all nodes share"
-        )
     return ResourceError(f"{path} cannot be written: {error.strerror}", "check the disk, then run it again")
+
+
+def explain_save(error: OSError, folder: Path, needed_bytes: int) -> IsotrainError:
+    """:func:`explain` for a save of a run, which could write when it began: the disk has changed, not the job."""
+    if error.errno in NO_SPACE:
+        return explain(error, folder, needed_bytes, "run_dir=DIR")
+    hint = "check the disk, then run it again"
+    if error.errno in FORBIDDEN:
+        hint = "let it be written again, or set run_dir=DIR on another disk; then run it again"
+    if error.errno == errno.ENOENT:
+        hint = "run_dir=DIR must lie on a file system that all nodes share, and stay there; then run it again"
+    return ResourceError(
+        f"{error.filename or folder} cannot be written: {error.strerror}. What was saved before is as it was",
+        hint,
+    )

@@ -72,6 +72,8 @@ class CheckpointReader:
 def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False) -> CheckpointReader:
     """Open the checkpoint that ``latest`` names, or that of ``step``.
 
+    Where there is no ``latest`` (a copy may have lost it), it is the newest one that is whole.
+
     Args:
         path: a run folder, its ``checkpoints`` folder, or the folder of one checkpoint.
         verify: hash every file (else presence and sizes are checked).
@@ -87,6 +89,8 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
     steps = dict(list_steps(checkpoints))
     if step is None:
         name = read_latest(checkpoints)
+        if name is None and steps:
+            return _newest_whole(checkpoints, steps, verify)
         if name is None:
             raise ConfigError(f"{checkpoints} has no {LATEST}: nothing was saved there", _hint_steps(steps))
         step = int(name.removeprefix("step-"))
@@ -95,6 +99,20 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
     if step not in steps:
         raise ConfigError(f"{checkpoints} has no {step_name(step)}", _hint_steps(steps))
     return CheckpointReader(steps[step], verify=verify)
+
+
+def _newest_whole(checkpoints: Path, steps: Mapping[int, Path], verify: bool) -> CheckpointReader:
+    """The newest checkpoint that can be opened. Raises DataError, with what is wrong with each, where none can."""
+    faults = [f"{checkpoints} has no {LATEST}"]
+    for step in sorted(steps, reverse=True):
+        try:
+            reader = CheckpointReader(steps[step], verify=verify)
+        except DataError as error:
+            faults.append(f"{step_name(step)} is not usable: {error}")
+            continue
+        reader.warnings = (*faults, f"opened {reader.folder}", *reader.warnings)
+        return reader
+    raise DataError("\n  ".join([*faults, "none is left"]), "restore one from a copy")
 
 
 def find_latest_good(path: Path, *, peers: Peers | None = None) -> tuple[CheckpointReader | None, tuple[str, ...]]:

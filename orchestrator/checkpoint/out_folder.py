@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.folder import explain, sync_folder, write_durably
+from orchestrator.checkpoint.folder import MARKER, explain, sync_folder, write_durably
 from orchestrator.checkpoint.hf_reader import read_json
 from orchestrator.checkpoint.load import WEIGHT_SUFFIXES
 from orchestrator.checkpoint.tensor_file import TORCH_DTYPES
 from orchestrator.errors import ConfigError
-
-MARKER = "isotrain.json"  # says that we wrote a folder, and what
 
 
 @contextlib.contextmanager
@@ -79,15 +77,25 @@ def copy_companions(folder: Path, target: Path, dtype: str | None = None) -> Non
     Args:
         dtype: what ``config.json`` shall say that the weights are, as a safetensors code ("BF16"); None: as it says.
     """
+    for name, content in companions(folder, dtype).items():
+        if isinstance(content, Path):
+            copy_file(content, target / name)
+        else:
+            write_durably(target / name, content)
+
+
+def companions(folder: Path, dtype: str | None = None) -> dict[str, bytes | Path]:
+    """What :func:`copy_companions` copies, by name: the file that is copied, or the new text of ``config.json``."""
+    found: dict[str, bytes | Path] = {}
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.name == MARKER or path.name.lower().endswith(WEIGHT_SUFFIXES):
             continue
+        found[path.name] = path
         if path.name == "config.json" and dtype is not None:
             config = read_json(path)
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(TORCH_DTYPES[dtype])[len("torch.") :]
-            write_json(target / path.name, config)
-        else:
-            copy_file(path, target / path.name)
+            found[path.name] = _json_bytes(config)
+    return found
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -99,4 +107,8 @@ def copy_file(source: Path, target: Path) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a new JSON file durably. Raises OSError."""
-    write_durably(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_durably(path, _json_bytes(value))
+
+
+def _json_bytes(value: object) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.checkpoint.coverage import CoverageError, Holdings, prove
 from orchestrator.checkpoint.exchange import Peers, exchange, plan_rounds
-from orchestrator.checkpoint.folder import explain, step_name
+from orchestrator.checkpoint.folder import explain_save, step_name
 from orchestrator.checkpoint.layout import FILE_BYTES, Layout, LogicalTensor, make_layout
 from orchestrator.checkpoint.publish import Contents, complete, prepare, publish
 from orchestrator.checkpoint.replicas import prove_equal, replica_prints
@@ -104,8 +104,7 @@ def save(
     Raises:
         CoverageError: the ranks' shards do not make whole tensors.
         ReplicaError: ranks hold different numbers of what should be one tensor.
-        ResourceError: no space is left, or what was read back is not what was written.
-        ConfigError: the folder cannot be written.
+        ResourceError: no space is left, the folder cannot be written, or what was read back is not what was written.
     """
     peers = Peers.of(group)
     return write(agree(shards, contents, policy or SavePolicy(), peers), checkpoints, step, peers)
@@ -203,7 +202,7 @@ def on_first(peers: Peers, action: Callable[[], None], folder: Path, needed_byte
         try:
             action()
         except OSError as error:
-            problem = explain(error, folder, needed_bytes)
+            problem = explain_save(error, folder, needed_bytes)
         except IsotrainError as error:
             problem = error
     peers.agree(None, problem)

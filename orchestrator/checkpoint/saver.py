@@ -32,6 +32,8 @@ class Saver:
         group: carries CPU tensors. The thread communicates over it, so nothing else may while a save runs.
         asynchronous: write beside training.
         guard: called on the first rank before a save is published; what it raises stops the save.
+
+    ``last_step`` is that of the last save that was begun (0: none).
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Saver:
         self._peers = Peers.of(group)
         self._asynchronous = asynchronous
         self._guard = guard
+        self.last_step = 0
         self._last: Agreement | None = None
         self._buffers: dict[tuple[str, str, Box], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -70,6 +73,7 @@ class Saver:
             IsotrainError: this save (an asynchronous one: the save before) failed, on every rank alike.
         """
         self.finish()
+        self.last_step = step
         agreement = agree(shards, contents, self._policy, self._peers, self._last)
         self._last = dataclasses.replace(agreement, held={})
         if self._asynchronous:

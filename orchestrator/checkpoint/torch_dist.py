@@ -3,7 +3,7 @@
 ``.metadata`` is a pickle that lists tensors and the pieces they are stored in; each piece is what ``torch.save`` makes
 of it, one after the other in ``__0_0.distcp`` and so on. To read one needs no trust in it: ``.metadata`` goes through
 an unpickler that knows the names of a few classes, and puts inert records in their place; pieces go through torch's
-weights-only unpickler; ``common.pt`` is not opened.
+weights-only unpickler. For ``common.pt`` see :mod:`orchestrator.checkpoint.megatron_optimizer`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from orchestrator.errors import DataError
 from parallel.shards import Box
 
 METADATA = ".metadata"
+COMMON = "common.pt"  # what is kept once for all ranks
 SUFFIX = ".distcp"
 
 
@@ -76,7 +77,8 @@ class Stored:
 class TorchDistReader:
     """The tensors of a folder by their keys, read box by box; of the files only the pieces that are asked for.
 
-    What is said of a tensor is checked when it is asked for: optimizers store theirs in ways of their own.
+    What is said of a tensor is checked when it is asked for: optimizers store theirs in ways of their own. ``objects``
+    are the keys of what is no tensor (``_extra_state``, random states), which is not read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,12 +88,12 @@ class TorchDistReader:
             DataError: it is missing or broken, or asks for code to run.
         """
         self.folder = folder
-        self._listed, self._places = _read_metadata(folder / METADATA)
+        self._listed, self._places, self.objects = _read_metadata(folder / METADATA)
         self._known: dict[str, Stored] = {}
 
     @property
     def keys(self) -> Collection[str]:
-        """The keys of all tensors. What is no tensor (``_extra_state``, random states) is left out."""
+        """The keys of all tensors."""
         return self._listed.keys()
 
     def stored(self, key: str) -> Stored:
@@ -147,15 +149,16 @@ class TorchDistReader:
         return data.reshape(item.box.size)  # old versions leave leading axes of one away
 
 
-def _read_metadata(path: Path) -> tuple[dict[str, Any], dict[tuple[str, Any], Any]]:
-    """What is listed of each tensor, and where each of its pieces lies by ``(key, offset)``."""
+def _read_metadata(path: Path) -> tuple[dict[str, Any], dict[tuple[str, Any], Any], tuple[str, ...]]:
+    """What is listed of each tensor, where each of its pieces lies by ``(key, offset)``, and what else is listed."""
     try:
         with path.open("rb") as file:
             metadata = ListUnpickler(file).load()
         listed = metadata.state["storage_data"].items()
         places = {(index.state["fqn"], index.state.get("offset")): info.state for index, info in listed}
         every = metadata.state["state_dict_metadata"].items()
-        return {key: one.state for key, one in every if type(one).__name__ == "TensorStorageMetadata"}, places
+        tensors = {key: one.state for key, one in every if type(one).__name__ == "TensorStorageMetadata"}
+        return tensors, places, tuple(str(key) for key, _ in every if key not in tensors)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: this is no torch_dist checkpoint") from error
     except BROKEN as error:

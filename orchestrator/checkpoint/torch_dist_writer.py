@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from orchestrator.checkpoint.folder import write_durably
 from orchestrator.checkpoint.layout import FILE_BYTES
-from orchestrator.checkpoint.torch_dist import METADATA, SUFFIX
+from orchestrator.checkpoint.torch_dist import COMMON, METADATA, SUFFIX
 
-CONFIG, COMMON = "metadata.json", "common.pt"
+CONFIG = "metadata.json"
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -84,6 +84,17 @@ class TorchDistWriter:
             raise ValueError(f"{key} is {held}: {data.dtype} {tuple(size)} does not belong to it")
         stored.chunks.append(chunk)
         self._append(MetadataIndex(key, offset), data.reshape(chunk.sizes))
+
+    def has(self, key: str) -> bool:
+        """Whether something was added under a key."""
+        return key in self._tensors
+
+    def add_name(self, key: str, other: str) -> None:
+        """Let ``key`` name the tensor that was added as ``other``, too; its bytes are there once."""
+        self._tensors[key] = tensor = self._tensors[other]
+        assert isinstance(tensor, TensorStorageMetadata), other
+        for chunk in tensor.chunks:
+            self._places[MetadataIndex(key, chunk.offsets)] = self._places[MetadataIndex(other, chunk.offsets)]
 
     def add_nothing(self, key: str) -> None:
         """Append an object that says None: an ``_extra_state`` without any state. Raises OSError."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.checkpoint.folder import explain
+from orchestrator.checkpoint.folder import explain_save
 from orchestrator.checkpoint.layout import Block, FilePlan, Layout
 from orchestrator.checkpoint.manifest import FileRecord
 from orchestrator.checkpoint.tensor_file import FileWriter, hash_from_disk
@@ -105,6 +105,6 @@ class RankFiles:
         self._written.digests.update({(file.path, key): digest for key, digest in writer.digests.items()})
 
     def _fail(self, error: OSError) -> None:
-        self._problem = explain(error, self._folder, self._layout.bytes)
+        self._problem = explain_save(error, self._folder, self._layout.bytes)
         for writer in self._writers.values():
             writer.abort()

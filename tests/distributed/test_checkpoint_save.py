@@ -24,7 +24,7 @@ from orchestrator.checkpoint.load import CheckpointReader, open_checkpoint
 from orchestrator.checkpoint.publish import Contents
 from orchestrator.checkpoint.save import SavePolicy, save
 from orchestrator.checkpoint.verify import verify
-from orchestrator.errors import ConfigError, IsotrainError, ResourceError
+from orchestrator.errors import IsotrainError, ResourceError
 from parallel.shards import KINDS, Box, Shard, flat_boxes
 from tests.helpers.pool import Pool
 
@@ -199,8 +199,8 @@ BREAKAGES: dict[str, Callable[[], Callable[[], None]]] = {
         ("full", "ResourceError", "/some/disk: No space left on device; ", "run_dir="),
         ("quota", "ResourceError", "Disk quota exceeded", "run_dir="),
         ("full-beforehand", "ResourceError", "bytes are needed, 17 are free", "free some space"),
-        ("forbidden", "ConfigError", "/some/disk cannot be written: Read-only", "run_dir="),
-        ("unseen", "ConfigError", "/some/disk cannot be written: No such file", "all nodes share"),
+        ("forbidden", "ResourceError", "/some/disk cannot be written: Read-only", "let it be written again"),
+        ("unseen", "ResourceError", "/some/disk cannot be written: No such file", "all nodes share"),
         ("broken", "ResourceError", "Input/output error", "check the disk"),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_failing_disk_on_one_rank_is_the_same_error_on_all_and_harms_nothing(
     answers = pool.run(3, save_then, tmp_path, breakage)
     assert len(set(answers)) == 1
     assert answers[0][0] == name and message in answers[0][1] and hint in answers[0][2]
-    assert answers[0][3] == (ConfigError.code if name == "ConfigError" else ResourceError.code)
+    assert answers[0][3] == ResourceError.code
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000003"]
     assert verify(tmp_path / "step-000003").good and open_checkpoint(tmp_path).step == 3
 

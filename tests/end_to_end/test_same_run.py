@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.cli import main
 from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Folder, Shell, close, distance, tensors
 
@@ -60,8 +61,8 @@ def test_the_adapter_folder_is_a_peft_adapter_and_its_loss_is_the_trained_models
     assert "dp: null" in job and "pp: 2" in job  # what was asked, not what was derived
 
 
-def test_full_tuning_with_a_distributed_optimizer_is_the_same_run_elsewhere_and_loads_in_transformers(
-    shell: Shell, tiny_run_model: TinyRun, tmp_path: Path
+def test_full_tuning_with_a_distributed_optimizer_is_the_same_run_elsewhere_and_in_other_formats(
+    shell: Shell, tiny_run_model: TinyRun, tmp_path: Path, capsys: Any
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,6 +79,16 @@ def test_full_tuning_with_a_distributed_optimizer_is_the_same_run_elsewhere_and_
     trained = AutoModelForCausalLM.from_pretrained(whole.checkpoint(2) / "model")
     assert loss_of_step(trained, tiny_run_model, 3) == pytest.approx(whole.losses[3], rel=1e-5)
     assert len(AutoTokenizer.from_pretrained(whole.checkpoint(2) / "model")) == 266
+    theirs, back = tmp_path / "megatron", Folder(tmp_path / "back")  # out to torch_dist, in again, and on
+    assert main(["export", str(whole.checkpoint(2)), "--to", "torch_dist", str(theirs)]) == 0
+    assert main(["convert", str(theirs), str(back.path), "--model", str(tiny_run_model.model), "--moments"]) == 0
+    said = capsys.readouterr().err
+    assert f"go on with: isotrain train tuner=full model.path={tiny_run_model.model} run_dir={back.path}" in said
+    shell.isotrain("train", *tiny_run_model.words(**changes, run_dir=back.path))
+    there = [json.loads(line) for line in (back.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in there] == [3, 4]
+    assert close(whole.losses, {line["step"]: line["loss"] for line in there})
+    assert distance(one, next((back.checkpoint(4) / "model").glob("*.safetensors"))) < 1e-4
 
 
 def test_an_adapter_of_peft_is_where_a_run_may_start_and_every_sink_hears_of_it(

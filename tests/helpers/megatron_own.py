@@ -63,7 +63,9 @@ def build(spec: ModelSpec, topology: Topology, vocab: int) -> Any:
         expert_tensor_parallel_size=topology.etp,
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
-        perform_initialization=False,
+        perform_initialization=True,  # which also marks what is cut, for the norm of gradients
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -155,26 +157,36 @@ def opened(topology: Topology) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
 
 
+def metadata(style: str) -> dict[str, Any]:
+    """What megatron-core's ``sharded_state_dict`` is told."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {"dp_cp_group": group, "singleton_local_shards": style == "numbered"}
+
+
 def sharded(model: Any, style: str) -> Any:
     """``stacked``: layers and experts on axes of one tensor. ``numbered``: layers, experts, gate and up have keys."""
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return model.sharded_state_dict(metadata=metadata | {"singleton_local_shards": style == "numbered"})
+    return model.sharded_state_dict(metadata=metadata(style))
 
 
 def save(spec: ModelSpec, hf_folder: Path, out: Path, topology: Topology, style: str, vocab: int) -> None:
     """Write a torch_dist checkpoint of a model that holds the folder's weights."""
-    process: Any = multiprocessing.current_process()
-    process._config["daemon"] = False  # megatron-core writes in processes of its own, which daemons may not have
     stand_in_for_cuda()
     with opened(topology), torch.no_grad():
         model = build(spec, topology, vocab)
         for _, parameter, value in expected(model, hf_weights(hf_folder), spec, topology, vocab):
             parameter.copy_(value)
-        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=style == "numbered")
-        if style == "numbered":  # Megatron-LM's own choice: data-parallel ranks share the work; plans are kept
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            strategy = FullyParallelSaveStrategyWrapper(strategy, group)
-        dist_checkpointing.save(sharded(model, style), str(out), strategy)
+        write(sharded(model, style), out, style)
+
+
+def write(state: Any, out: Path, style: str, **arguments: Any) -> None:
+    """Let dist_checkpointing save a sharded state."""
+    process: Any = multiprocessing.current_process()
+    process._config["daemon"] = False  # megatron-core writes in processes of its own, which daemons may not have
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=style == "numbered")
+    if style == "numbered":  # Megatron-LM's own choice: data-parallel ranks share the work; plans are kept
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(strategy, group)
+    dist_checkpointing.save(state, str(out), strategy, **arguments)
     process._config["daemon"] = True
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from orchestrator.checkpoint import export as export_module
 from orchestrator.checkpoint.adapter import adapter_config, lora_pairs, lora_scale
 from orchestrator.checkpoint.export import export_adapter, export_merged
+from orchestrator.checkpoint.folder import MARKER
 from orchestrator.checkpoint.hf_reader import AdapterReader
-from orchestrator.checkpoint.out_folder import MARKER
 from orchestrator.checkpoint.publish import Contents
 from orchestrator.checkpoint.save import save
 from orchestrator.config.job import TunerConfig

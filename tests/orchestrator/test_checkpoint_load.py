@@ -207,6 +207,26 @@ def test_foreign_weights_are_refused_and_other_files_warned_of(tmp_path: Path, n
     assert error.value.hint.startswith("move it away: mv ")
 
 
+def test_without_latest_the_newest_whole_checkpoint_is_opened(tmp_path: Path) -> None:
+    """As ``cp -r RUN/checkpoints/step-* THERE`` leaves it, the last copy cut short."""
+    for step in (1, 2, 3):
+        save_step(tmp_path / "checkpoints", step)
+    (tmp_path / "checkpoints/latest").unlink()
+    assert open_checkpoint(tmp_path).step == 3
+    (tmp_path / "checkpoints/step-000003/manifest.json").unlink()
+    reader = open_checkpoint(tmp_path, verify=True)
+    assert reader.step == 2 and find_latest_good(tmp_path)[0].step == 2  # type: ignore[union-attr]
+    assert reader.warnings[0] == f"{tmp_path / 'checkpoints'} has no latest"
+    assert reader.warnings[1].startswith("step-000003 is not usable") and reader.warnings[2].startswith("opened ")
+    for step in (1, 2):
+        (tmp_path / f"checkpoints/step-00000{step}/state.json").write_text("")
+    with pytest.raises(
+        DataError, match=r"has no latest\n.*step-000003 is not usable(.|\n)*step-000001 .*\n  none is"
+    ) as error:
+        open_checkpoint(tmp_path)
+    assert error.value.hint == "restore one from a copy"
+
+
 def test_what_is_not_there_is_said_with_what_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no latest: nothing was saved there"):
         open_checkpoint(tmp_path)

@@ -16,6 +16,7 @@ from orchestrator import commands
 from orchestrator.cli import COMMANDS, main
 from orchestrator.config.building import read_job
 from orchestrator.errors import ConfigError
+from orchestrator.exporting import base_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -244,6 +245,6 @@ def test_a_configuration_error_by_hand_is_said_once(capsys: pytest.CaptureFixtur
 def test_an_adapter_names_its_base_and_a_stray_folder_does_not(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/no/base"}')
     with pytest.raises(ConfigError, match="/no/base: no such folder"):
-        commands.base_folder(tmp_path)
+        base_folder(tmp_path)
     with pytest.raises(ConfigError, match="does not say which model it belongs to"):
-        commands.base_folder(tmp_path / "checkpoints" / "step-000001")
+        base_folder(tmp_path / "checkpoints" / "step-000001")

@@ -159,7 +159,7 @@ def test_it_gives_up_on_a_loss_that_is_no_number_and_does_not_save_it(tmp_path: 
     assert list(saved(tmp_path)) == ["step-000002"] and 4 not in run.metrics.lines  # type: ignore[union-attr]
 
 
-def fail_saves(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+def fail_saves(monkeypatch: pytest.MonkeyPatch, *numbers: int, code: int = errno.ENOSPC) -> None:
     """The disk refuses these saves, counted from 1."""
     real, made = publish.prepare, 0
 
@@ -167,7 +167,7 @@ def fail_saves(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
         nonlocal made
         made += 1
         if made in numbers:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+            raise OSError(code, os.strerror(code), str(temporary))
         real(temporary, layout)
 
     monkeypatch.setattr("orchestrator.checkpoint.save.prepare", prepare)
@@ -187,14 +187,26 @@ def test_a_full_disk_stops_the_run_or_is_said_and_training_goes_on(
     run = make_run(tmp_path / "go", CountingEngine(), checkpoint=replace(config, on_failure="continue"))
     assert train(run, 0, StopRequest()) == ExitCode.DONE
     assert list(saved(tmp_path / "go")) == [f"step-00000{step}" for step in (1, 3, 4, 5)]
-    said = (
-        f"step {3 if asynchronous else 2}: a checkpoint could not be saved, and checkpoint.on_failure=continue: no sp"
-    )
+    said = "step 2: a checkpoint could not be saved, and checkpoint.on_failure=continue: no space left"
     assert capsys.readouterr().err.startswith(said)
     fail_saves(monkeypatch, 5)  # the last one has no later one that could make up for it
     run = make_run(tmp_path / "last", CountingEngine(), checkpoint=replace(config, on_failure="continue"))
     with pytest.raises(ResourceError, match="step-000005"):
         train(run, 0, StopRequest())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EROFS, errno.EACCES, errno.EIO])
+def test_whatever_the_disk_says_training_goes_on_where_it_shall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, asynchronous: bool
+) -> None:
+    config = CheckpointConfig(every_steps=1, keep_last=0, asynchronous=asynchronous, on_failure="continue")
+    fail_saves(monkeypatch, 2, code=code)
+    assert train(make_run(tmp_path, CountingEngine(), checkpoint=config), 0, StopRequest()) == ExitCode.DONE
+    assert list(saved(tmp_path)) == [f"step-00000{step}" for step in (1, 3, 4, 5)]
+    said = capsys.readouterr().err
+    assert said.startswith("step 2: a checkpoint could not be saved") and os.strerror(code) in said
+    assert "cannot be written: " in said and "What was saved before is as it was" in said
 
 
 def test_too_little_space_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

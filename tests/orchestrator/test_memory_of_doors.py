@@ -40,7 +40,7 @@ MEASURE = textwrap.dedent("""
     import sys, threading, time
     from pathlib import Path
 
-    import orchestrator.commands, orchestrator.convert, orchestrator.checkpoint.pickles
+    import orchestrator.exporting, orchestrator.convert, orchestrator.checkpoint.pickles
     import orchestrator.checkpoint.megatron_weights, orchestrator.checkpoint.torch_dist_writer
     from orchestrator.checkpoint.export import export_merged
 
@@ -101,11 +101,11 @@ def merge(model: Path, tmp_path: Path) -> str:
 
 
 def to_torch_dist(model: Path, tmp_path: Path) -> str:
-    return f"orchestrator.commands.export(Path({str(model)!r}), 'torch_dist', Path({str(tmp_path / 'out')!r}))"
+    return f"orchestrator.exporting.export(Path({str(model)!r}), 'torch_dist', Path({str(tmp_path / 'out')!r}))"
 
 
 def from_torch_dist(model: Path, tmp_path: Path) -> str:
-    from orchestrator.commands import export
+    from orchestrator.exporting import export
 
     export(model, "torch_dist", tmp_path / "megatron")
     words = f"Path({str(tmp_path / 'megatron')!r}), Path({str(tmp_path / 'out')!r}), model={str(model)!r}"
