@@ -77,7 +77,7 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             clip_norm=optimizer.clip_norm,
-            distributed=optimizer.distributed,
+            distributed=plan.distributed,
         ),
         vpp=plan.vpp,
         sp=plan.sp,

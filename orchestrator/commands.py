@@ -110,7 +110,8 @@ def explain_choice(overrides: Sequence[str], asked: Sequence[str]) -> list[str]:
 
 def cluster_spec(cluster: ClusterConfig) -> ClusterSpec:
     """The cluster as the planner knows it."""
-    return ClusterSpec(cluster.name, cluster.nodes, cluster.gpus_per_node, cluster.device, cluster.memory_gib)
+    sizes = (cluster.nodes, cluster.gpus_per_node)
+    return ClusterSpec(cluster.name, *sizes, cluster.device, cluster.memory_gib, cluster.gpu)
 
 
 def rendered_launch(planned: Planned, run_dir: Path) -> Rendered:

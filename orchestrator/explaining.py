@@ -109,7 +109,7 @@ def _topology(reader: CheckpointReader, plan: Plan) -> list[Change]:
         effect = "another run: the same data and schedule, other rounding"
         changes.append(Change("precision", str(about.get("precision")), plan.precision, False, effect))
     written = about.get("plan", {})
-    for name in ("micro_sequences", "recompute", "engine"):
+    for name in ("micro_sequences", "recompute", "distributed", "engine"):
         if name in written and written[name] != getattr(plan, name):
             changes.append(Change(name, str(written[name]), str(getattr(plan, name)), True, SAME))
     return changes
@@ -122,7 +122,7 @@ def _keys(reader: CheckpointReader, before: JobConfig, job: JobConfig) -> list[C
     found |= {key: (old, now[key]) for key, old in written.items() if key in now and old != now[key]}
     changes = []
     for key, (old, new) in found.items():
-        if key.startswith(("topology.", "run_dir", "precision")):
+        if key.startswith(("topology.", "memory.", "batch.micro", "optimizer.distributed", "run_dir", "precision")):
             continue  # told of by what is planned
         same, effect = _effect(key, job)
         changes.append(Change(key, as_override(old), as_override(new), same, effect))
@@ -142,7 +142,7 @@ def _data(reader: CheckpointReader, job: JobConfig) -> list[Change]:
 
 
 def _effect(key: str, job: JobConfig) -> tuple[bool, str]:
-    if key.startswith(FREE_KEYS) or key == "batch.micro_sequences":
+    if key.startswith(FREE_KEYS):
         return True, SAME
     if key == "steps":
         if job.optimizer.schedule == "constant":

@@ -32,7 +32,10 @@ from parallel.engine import Engine, StepResult
 if TYPE_CHECKING:
     from parallel.groups import Groups
 
-TOLD_OF_PLAN = ("vpp", "sp", "stages", "micro_batches", "micro_sequences", "global_sequences", "recompute", "engine")
+TOLD_OF_PLAN = (
+    *("vpp", "sp", "stages", "micro_batches", "micro_sequences", "global_sequences", "recompute", "distributed"),
+    "engine",
+)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ BUILT = Capabilities()
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout to be judged. ``vpp`` None or 1: no virtual chunks. Sequences are whole rows of a batch."""
+    """A layout to be judged. ``vpp`` None or 1: no virtual chunks. Sequences are whole rows of a batch.
+
+    ``distributed``: each of the dp x cp ranks keeps its part of the optimizer's state only.
+    """
 
     topology: Topology
     vpp: int | None = None
@@ -46,6 +49,7 @@ class Proposal:
     recompute: str = "none"
     precision: str = "fp32"
     cp_comm: str = "ring"
+    distributed: bool = False
 
     @property
     def chunks(self) -> int:

@@ -6,7 +6,9 @@ stage ``c % pp``. The embedding belongs to the first chunk, the final norm, outp
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 
 class StageError(ValueError):
@@ -17,6 +19,7 @@ class StageError(ValueError):
         self.hint = hint
 
 
+@lru_cache(maxsize=256)
 def split_layers(
     layers: int, pp: int, vpp: int | None = None, embedding_cost: float = 0.0, head_cost: float = 0.0
 ) -> tuple[tuple[int, ...], ...]:
@@ -57,9 +60,12 @@ def _balanced_counts(layers: int, chunks: int, embedding_cost: float, head_cost:
     extra = [0.0] * chunks
     extra[0] += embedding_cost
     extra[-1] += head_cost
+    loads = [(1 + extra[chunk], -chunk) for chunk in range(chunks)]
+    heapq.heapify(loads)
     for _ in range(layers - chunks):
-        lightest = min(range(chunks), key=lambda chunk: (counts[chunk] + extra[chunk], -chunk))
-        counts[lightest] += 1
+        chunk = -loads[0][1]
+        counts[chunk] += 1
+        heapq.heapreplace(loads, (counts[chunk] + extra[chunk], -chunk))
     return counts
 
 

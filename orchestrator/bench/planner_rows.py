@@ -180,10 +180,10 @@ def _setup(row: dict[str, Any], shape: Shape, kind: Device) -> Setup:
 
 def _with_recompute(setup: Setup) -> Setup:
     """Where recompute was not printed: the least of it that fits the device."""
-    from orchestrator.planning.memory import peak_bytes
+    from orchestrator.planning.memory import fits
 
     for recompute in ("none", "selective"):
-        if peak_bytes(replace(setup, recompute=recompute)) <= setup.device.memory_bytes:
+        if fits(replace(setup, recompute=recompute), setup.device.memory_bytes):
             return replace(setup, recompute=recompute)
     return replace(setup, recompute="full")
 

@@ -230,7 +230,7 @@ class _Bench:
             *(f"batch.global_sequences={BATCH}", "batch.micro_sequences=1", f"batch.sequence_tokens={LONGEST_ROW}"),
             *("optimizer=adamw", "optimizer.lr=1e-3", f"optimizer.eps={EPS}", "optimizer.schedule=constant"),
             *("metrics=jsonl", "metrics.progress=false", "checkpoint.every_steps=1", "checkpoint.keep_last=0"),
-            *("tuner.r=4", "tuner.alpha=8"),
+            *("tuner.r=4", "tuner.alpha=8", "optimizer.distributed=false", "topology.cp_comm=ring"),
         ]
         if tuner != "full":
             fixed.append(f"tuner.targets={as_override(self._targets(tuner))}")

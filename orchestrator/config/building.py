@@ -21,7 +21,10 @@ from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
 
 # A job that differs only here is the same run: where it runs, how fast, and what is written down about it.
-FREE_KEYS = ("run_dir", "cluster.", "topology.", "engine.", "metrics.", "memory.", "checkpoint.", "model.download")
+FREE_KEYS = (
+    *("run_dir", "cluster.", "topology.", "engine.", "metrics.", "memory.", "checkpoint.", "model.download"),
+    *("batch.micro_sequences", "optimizer.distributed"),
+)
 
 BARE_TEXT = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)  # as Hydra's lexer has it
 NOT_TEXT = frozenset({"null", "true", "false", "inf", "nan"})
@@ -259,8 +262,8 @@ def differences(first: JobConfig, second: JobConfig) -> list[tuple[str, Any, Any
 def blocking_differences(before: JobConfig, now: JobConfig) -> list[tuple[str, Any, Any]]:
     """The differences that make ``now`` another run than ``before``.
 
-    Where it runs (cluster, topology, engine), memory, metrics, checkpoints and the folder's name are free, and so is
-    a larger ``steps``.
+    Where it runs (cluster, topology, engine, micro-batches, the optimizer's sharding), memory, metrics, checkpoints and
+    the folder's name are free, and so is a larger ``steps``.
 
     Example:
         >>> blocking_differences(JobConfig(steps=1), JobConfig(steps=2, seed=3))

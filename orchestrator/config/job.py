@@ -76,7 +76,7 @@ class ClusterConfig:
 class TopologyConfig:
     """Sizes of the axes; None means: the plan derives it.
 
-    ``cp_comm``: how ranks that share a row see each other's tokens, ``ring`` (also when None) or ``ulysses``.
+    ``cp_comm``: how ranks that share a row see each other's tokens, ``ring`` or ``ulysses``.
     """
 
     tp: int | None = None
@@ -92,9 +92,9 @@ class TopologyConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """``recompute``: none, selective or full."""
+    """``recompute``: none, selective or full; None: the least that fits."""
 
-    recompute: str = "none"
+    recompute: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,14 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """``global_sequences`` per optimizer step over all dp ranks; ``micro_sequences`` per forward on one dp rank.
+    """``global_sequences`` per optimizer step over all dp ranks; ``micro_sequences`` per forward on one dp rank; None:
+    the plan derives it.
 
     ``sequence_tokens``: longest row; longer samples are cut there and counted.
     """
 
     global_sequences: int = 8
-    micro_sequences: int = 1
+    micro_sequences: int | None = None
     sequence_tokens: int = 512
 
 
@@ -173,6 +174,8 @@ class ExpertsConfig:
 class OptimizerConfig:
     """AdamW. ``schedule``: constant, linear or cosine, after ``warmup_steps``; ``clip_norm`` 0 means no clipping.
 
+    ``distributed``: each dp and cp rank keeps its part of the moments only; None: the plan derives it.
+
     ``lr_ratios`` (full tuning): patterns of weights to their learning rate in units of ``lr``.
     """
 
@@ -186,7 +189,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     schedule: str = "cosine"
     warmup_steps: int = 0
-    distributed: bool = False
+    distributed: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
-from orchestrator.planning.candidates import Candidate, Question, Rejected, judge, open_topologies
+from orchestrator.planning.candidates import Candidate, Question
 from orchestrator.planning.estimate import cluster_device
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.plan import Plan, ask
+from orchestrator.planning.search import search
 from orchestrator.planning.shape import Shape, shape_of
 from orchestrator.planning.timing import StepTime
 from parallel.specs import ClusterSpec, ModelSpec
@@ -68,7 +69,7 @@ def advise(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan) -
         'pp=2 dp=2 cp=1 tp=1'
     """
     question = ask(job, model, cluster)
-    others = [one for one in _candidates(question) if one.proposal.topology != plan.topology]
+    others = [one for one in search(question).candidates if one.proposal.topology != plan.topology]
     device = cluster_device(cluster)
     step_s, tokens = plan.step_time.total_s, plan.global_sequences * plan.sequence_tokens
     peak = device.peaks[device.precision(plan.precision)] * plan.ranks_used
@@ -78,8 +79,8 @@ def advise(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan) -
         utilisation=0.0 if device.is_measured else operations / step_s / peak,
         error=0.0 if device.is_measured else CALIBRATED_ERROR if device.calibrated else UNCALIBRATED_ERROR,
         limit=limit_of(plan.step_time),
-        layouts=1 + len(plan.rejected),
-        next_best=_alternative(min(others, key=_step_s)) if others else None,
+        layouts=plan.considered,
+        next_best=_alternative(others[0]) if others else None,
         fewest=_fewest(question, plan),
         faster=_faster(question, plan),
     )
@@ -119,12 +120,10 @@ def limit_of(time: StepTime) -> str:
 
 def why(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan, asked: JobConfig) -> list[str]:
     """Another choice (``asked``: the job with it) against the plan: what it would cost, or why it cannot run."""
-    judged = [judge(ask(asked, model, cluster), sizes) for sizes in open_topologies(ask(asked, model, cluster))]
-    runs = [one for one in judged if isinstance(one, Candidate)]
-    if not runs:
-        refused = [one for one in judged if isinstance(one, Rejected)]
-        return [f"cannot run: {reason}" for reason in sorted({one.reason for one in refused})]
-    other = min(runs, key=_step_s)
+    found = search(ask(asked, model, cluster))
+    if not found.candidates:
+        return [f"cannot run: {reason}" for reason in sorted({one.reason for one in found.rejected})]
+    other = found.candidates[0]
     if other.proposal.topology == plan.topology and other.time == plan.step_time:
         return [f"it is what the plan has: {plan.topology}"]
     ratio = other.time.total_s / plan.step_time.total_s
@@ -147,27 +146,19 @@ def differences(one: StepTime, other: StepTime) -> list[str]:
     ]
 
 
-def _candidates(question: Question) -> list[Candidate]:
-    judged = (judge(question, sizes) for sizes in open_topologies(question))
-    return [one for one in judged if isinstance(one, Candidate)]
-
-
-def _step_s(candidate: Candidate) -> float:
-    return candidate.time.total_s
-
-
 def _alternative(candidate: Candidate, typed: str = "") -> Alternative:
     topology = candidate.proposal.topology
-    typed = typed or f"topology.tp={topology.tp} topology.pp={topology.pp} topology.dp={topology.dp}"
+    axes = ("tp", "pp", "dp", "cp", *(("ep", "etp") if candidate.setup.shape.experts else ()))
+    typed = typed or " ".join(f"topology.{axis}={getattr(topology, axis)}" for axis in axes)
     return Alternative(str(topology), typed, candidate.time, candidate.memory, topology.world_size)
 
 
 def _fewest(question: Question, plan: Plan) -> Alternative | None:
     """The smallest cluster of the same nodes on which the job runs; the global batch stays."""
     for smaller in _smaller_clusters(question.cluster, plan.ranks_used):
-        found = _candidates(replace(question, cluster=smaller))
+        found = search(replace(question, cluster=smaller)).candidates
         if found:
-            return _alternative(min(found, key=_step_s), f"cluster.nodes={smaller.nodes} "
+            return _alternative(found[0], f"cluster.nodes={smaller.nodes} "
                                 f"cluster.gpus_per_node={smaller.gpus_per_node}")  # fmt: skip
     return None
 
@@ -186,35 +177,27 @@ def _smaller_clusters(cluster: ClusterSpec, ranks: int) -> Iterator[ClusterSpec]
 def _faster(question: Question, plan: Plan) -> Alternative | None:
     """The one change of what the job fixes that shortens the step most, by at least a hundredth."""
     found = []
-    for typed, changed in _changes(question.job, question.model):
+    for typed, changed in _changes(question.job):
         try:
-            candidates = _candidates(ask(changed, question.model, question.cluster))
+            candidates = search(ask(changed, question.model, question.cluster)).candidates
         except ConfigError:  # a change that the job cannot have at all is no advice
             continue
         if candidates:
-            found.append(_alternative(min(candidates, key=_step_s), typed))
+            found.append(_alternative(candidates[0], typed))
     best = min(found, key=lambda one: one.step_time.total_s, default=None)
     return best if best and best.step_time.total_s < 0.99 * plan.step_time.total_s else None
 
 
-def _changes(job: JobConfig, model: ModelSpec) -> Iterator[tuple[str, JobConfig]]:
-    """Settings that change no number of a run, each by itself, with what to type."""
-    for recompute in ("none", "selective"):
-        if job.memory.recompute not in (recompute, "none"):
-            yield f"memory.recompute={recompute}", replace(job, memory=replace(job.memory, recompute=recompute))
-    for micro in (job.batch.micro_sequences * 2, job.batch.micro_sequences * 4):
-        if job.batch.global_sequences % micro == 0:
-            yield f"batch.micro_sequences={micro}", replace(job, batch=replace(job.batch, micro_sequences=micro))
-    if not job.optimizer.distributed:
-        yield "optimizer.distributed=true", replace(job, optimizer=replace(job.optimizer, distributed=True))
-    topology = job.topology
-    for size in (2, 4) if topology.vpp is None else ():
-        yield f"topology.vpp={size}", replace(job, topology=replace(topology, vpp=size))
-    for size in (2, 4, 8) if topology.ep is None and model.is_moe else ():
-        yield f"topology.ep={size}", replace(job, topology=replace(topology, ep=size))
-    if topology.cp is None:
-        yield "topology.cp=2", replace(job, topology=replace(topology, cp=2))
-    if job.topology.sp is None:
-        yield "topology.sp=true", replace(job, topology=replace(job.topology, sp=True))
-    if job.topology != type(job.topology)():
-        yield "all of topology open", replace(job, topology=type(job.topology)())
+def _changes(job: JobConfig) -> Iterator[tuple[str, JobConfig]]:
+    """Settings that change no number of a run, each left open by itself, with what to type."""
+    if job.memory.recompute:
+        yield "memory.recompute=null", replace(job, memory=replace(job.memory, recompute=None))
+    if job.batch.micro_sequences:
+        yield "batch.micro_sequences=null", replace(job, batch=replace(job.batch, micro_sequences=None))
+    if job.optimizer.distributed is not None:
+        yield "optimizer.distributed=null", replace(job, optimizer=replace(job.optimizer, distributed=None))
+    fixed = [key for key, value in vars(job.topology).items() if value is not None]
+    for key in fixed:
+        yield f"topology.{key}=null", replace(job, topology=replace(job.topology, **{key: None}))
+    if len(fixed) > 1:
+        yield "topology=auto", replace(job, topology=type(job.topology)())

@@ -1,22 +1,26 @@
-"""Candidates: every topology that a job leaves open, judged one by one."""
+"""Candidates: every topology that a job leaves open, and what is legal of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any
+from functools import cached_property
 
 from orchestrator.config.job import JobConfig, TopologyConfig
 from orchestrator.planning.counts import TunerExtras, Workload, head_cost_in_layers
 from orchestrator.planning.estimate import setup_of
-from orchestrator.planning.memory import GIB, StageMemory, stage_memory
-from orchestrator.planning.timing import StepTime, step_time
+from orchestrator.planning.memory import StageMemory, stage_memory
+from orchestrator.planning.setup import Setup
+from orchestrator.planning.timing import StepTime
 from parallel.capabilities import Proposal, Refusal, batch_refusals, divisors, model_refusals
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import split_layers
-from parallel.topology import Topology, TopologyError
+from parallel.topology import Topology
+
+SHORTEST_PART = 1024
+"""Tokens of a row that a context-parallel rank has at least, where ``topology.cp`` is open: cut into less, a row spends
+its time in the ring's hops."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,26 @@ class Question:
     adapted: frozenset[str]
     chosen: frozenset[str] = frozenset()
 
+    @cached_property
+    def head_cost(self) -> float:
+        """The output head's work in layers."""
+        return head_cost_in_layers(self.model)
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A topology that can run, with its estimates."""
+    """A layout that can run, with its estimates."""
 
     proposal: Proposal
+    setup: Setup
     stages: tuple[tuple[int, ...], ...]
     length_multiple: int
-    memory: tuple[StageMemory, ...]
     time: StepTime
+
+    @cached_property
+    def memory(self) -> tuple[StageMemory, ...]:
+        """Bytes on each rank of every stage."""
+        return stage_memory(self.setup)
 
 
 @dataclass(frozen=True)
@@ -61,33 +75,29 @@ class Rejected:
     step_s: float = 0.0
 
 
-def judge(question: Question, asked: TopologyConfig) -> Candidate | Rejected:
-    """Judge one topology whose sizes are all given."""
-    sizes = {axis: getattr(asked, axis) or 1 for axis in ("pp", "dp", "cp", "tp", "ep", "etp")}
-    try:
-        topology = Topology(**sizes)
-    except TopologyError as error:
-        return Rejected(" ".join(f"{axis}={size}" for axis, size in sizes.items()), str(error), error.hint)
+def plainest(question: Question, topology: Topology, asked: TopologyConfig) -> Proposal:
+    """A topology with all that is still open at its plainest; what forbids this forbids all of its settings."""
     job = question.job
-    proposal = Proposal(
+    return Proposal(
         topology=topology,
         vpp=asked.vpp if (asked.vpp or 1) > 1 else None,
         sp=question.model.is_moe and topology.tp > 1 if asked.sp is None else asked.sp,
         global_sequences=job.batch.global_sequences,
-        micro_sequences=job.batch.micro_sequences,
+        micro_sequences=job.batch.micro_sequences or 1,
         tuner=job.tuner.name,
         quantise=job.tuner.quantise,
         engine=job.engine.name,
-        recompute=job.memory.recompute,
+        recompute=job.memory.recompute or "none",
         precision=question.precision,
         cp_comm=asked.cp_comm or "ring",
+        distributed=bool(job.optimizer.distributed),
     )
+
+
+def refusals_of(question: Question, proposal: Proposal) -> list[Refusal]:
+    """Why a proposal cannot run, whatever its memory."""
     found = model_refusals(question.model, proposal)
-    found += world_refusals(topology, question.cluster)
-    found += batch_refusals(proposal)
-    if found:
-        return Rejected(str(topology), found[0].message, found[0].hint)
-    return _weigh(question, proposal)
+    return found + world_refusals(proposal.topology, question.cluster) + batch_refusals(proposal)
 
 
 def world_refusals(topology: Topology, cluster: ClusterSpec) -> list[Refusal]:
@@ -119,38 +129,29 @@ def length_multiple(proposal: Proposal) -> int:
     return cp * math.lcm(2, tp) if cp > 1 else tp
 
 
-def _weigh(question: Question, proposal: Proposal) -> Candidate | Rejected:
-    """Estimate a legal topology's memory and time; reject it when it does not fit."""
-    job, model, topology = question.job, question.model, proposal.topology
-    stages = split_layers(model.layers, topology.pp, proposal.vpp, head_cost=head_cost_in_layers(model))
-    multiple = length_multiple(proposal)
+def stages_of(question: Question, proposal: Proposal) -> tuple[tuple[int, ...], ...]:
+    """Which layers lie on which chunk."""
+    return split_layers(question.model.layers, proposal.topology.pp, proposal.vpp, head_cost=question.head_cost)
+
+
+def set_up(question: Question, proposal: Proposal) -> Setup:
+    """What memory and time of a proposal are estimated for."""
+    job, multiple = question.job, length_multiple(proposal)
     work = Workload(
-        model=model,
+        model=question.model,
         proposal=proposal,
-        stages=stages,
+        stages=stages_of(question, proposal),
         row_tokens=-(-job.batch.sequence_tokens // multiple) * multiple,
         adapted=question.adapted,
         adapter_rank=job.tuner.r,
-        distributed_optimizer=job.optimizer.distributed,
         device=question.cluster.device,
         extras=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.chosen),
     )
-    setup = setup_of(work, question.cluster)
-    memory = stage_memory(setup)
-    fullest = max(range(len(memory)), key=lambda stage: memory[stage].total)
-    needs = memory[fullest]
-    if needs.total > question.cluster.memory_gib * GIB:
-        owner = needs.largest
-        reason = (
-            f"stage {fullest} needs {needs.total / GIB:.1f} GiB per rank "
-            f"({owner} {getattr(needs, owner) / GIB:.1f} GiB), but cluster.memory_gib={question.cluster.memory_gib:g}"
-        )
-        return Rejected(str(topology), reason, needs_bytes=needs.total)
-    return Candidate(proposal, stages, multiple, memory, step_time(setup))
+    return setup_of(work, question.cluster)
 
 
 def open_topologies(question: Question) -> Iterator[TopologyConfig]:
-    """Fill in what the user left open, in every way that makes sense; what the user fixed stays.
+    """Fill in the axes that the user left open, in every way that makes sense; what the user fixed stays.
 
     An open ``dp`` becomes the largest that the ranks allow and that divides the batch (on several nodes: the one that
     uses all ranks). The first has every open axis at its smallest.
@@ -159,10 +160,42 @@ def open_topologies(question: Question) -> Iterator[TopologyConfig]:
     open_sizes = divisors(cluster.ranks) if cluster.nodes > 1 else list(range(1, cluster.ranks + 1))
     for tp in [asked.tp] if asked.tp is not None else open_sizes:
         for pp in [asked.pp] if asked.pp is not None else open_sizes:
-            room = cluster.ranks // (tp * pp * (asked.cp or 1))
             smallest = all(size == 1 for size, fixed in ((tp, asked.tp), (pp, asked.pp)) if fixed is None)
-            if smallest or room >= (asked.dp or 1):  # the smallest is judged in any case, to have a reason
-                yield replace(asked, tp=tp, pp=pp, dp=asked.dp or _largest_dp(question, pp, max(1, room)))
+            cuts = _model_cuts(question, tp, pp)
+            for cp in _context_sizes(question, cluster.ranks // (tp * pp)) if cuts else [asked.cp or 1]:
+                room = cluster.ranks // (tp * pp * cp)
+                if room < (asked.dp or 1) and not (smallest and cp == (asked.cp or 1)):
+                    continue  # the smallest is judged in any case, to have a reason
+                sizes = replace(asked, tp=tp, pp=pp, cp=cp, dp=asked.dp or _largest_dp(question, pp, max(1, room)))
+                yield from _expert_sizes(question, sizes) if cuts else [replace(sizes, ep=asked.ep or 1)]
+
+
+def _model_cuts(question: Question, tp: int, pp: int) -> bool:
+    """Whether the model can be cut so; where not, one topology with these sizes is enough to say so."""
+    proposal = Proposal(Topology(tp=tp, pp=pp), sp=question.model.is_moe and tp > 1, precision=question.precision)
+    return not model_refusals(question.model, proposal)
+
+
+def _context_sizes(question: Question, room: int) -> list[int]:
+    asked, cluster = question.job.topology.cp, question.cluster
+    if asked is not None:
+        return [asked]
+    most = min(room, question.job.batch.sequence_tokens // SHORTEST_PART)
+    return [cp for cp in range(1, max(1, most) + 1) if cluster.nodes == 1 or room % cp == 0]
+
+
+def _expert_sizes(question: Question, sizes: TopologyConfig) -> Iterator[TopologyConfig]:
+    """Open ``ep`` and ``etp``: what divides the experts and the ranks of a stage; experts are cut as dense layers or
+    not at all."""
+    model, stage_ranks = question.model, (sizes.tp or 1) * (sizes.cp or 1) * (sizes.dp or 1)
+    whole = sizes.etp is not None or not model.is_moe
+    for etp in [sizes.etp or 1] if whole else sorted({1, sizes.tp or 1}):
+        if not whole and model.expert_ffn % etp:
+            continue
+        fixed = sizes.ep is not None or not model.is_moe
+        for ep in [sizes.ep or 1] if fixed else divisors(model.experts):
+            if fixed or stage_ranks % (ep * etp) == 0:
+                yield replace(sizes, ep=ep, etp=etp)
 
 
 def _largest_dp(question: Question, pp: int, room: int) -> int:
@@ -170,51 +203,7 @@ def _largest_dp(question: Question, pp: int, room: int) -> int:
     batch = question.job.batch
     if question.cluster.nodes > 1:
         return room
-    micro_batches = batch.global_sequences // batch.micro_sequences
+    micro_batches = batch.global_sequences // (batch.micro_sequences or 1)
     sizes = [size for size in divisors(micro_batches) if size <= room]
     in_rounds = [size for size in sizes if micro_batches // size % pp == 0]
     return max(in_rounds if in_rounds and (question.job.topology.vpp or 1) > 1 else sizes)
-
-
-def nearest_legal(question: Question) -> str:
-    """The smallest change of what the user fixed that makes a plan, as text to type; empty when there is none.
-
-    Fewest keys first, then the smallest ratios, then dp before pp before tp.
-    """
-    asked = question.job.topology
-    best: tuple[tuple[int, float, int], str] | None = None
-    for sizes in _all_topologies(question):
-        changes = _changes(asked, sizes)
-        far = sum(abs(math.log2(new / old)) for _, old, new in changes if isinstance(new, int) and new)
-        priority = max((("dp", "pp", "tp").index(key) for key, _, _ in changes if key in ("dp", "pp", "tp")), default=0)
-        cost = (len(changes), round(far, 9), priority)
-        if changes and (best is None or cost < best[0]) and isinstance(judge(question, sizes), Candidate):
-            best = cost, " ".join(f"topology.{key}={_typed(new)}" for key, _, new in changes)
-    return best[1] if best else ""
-
-
-def _changes(asked: TopologyConfig, sizes: TopologyConfig) -> list[tuple[str, Any, Any]]:
-    """What the user fixed that is otherwise in ``sizes``: key, asked value, other value."""
-    keys = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "sp", "cp_comm")
-    every = [(key, getattr(asked, key), getattr(sizes, key)) for key in keys]
-    return [(key, old, new) for key, old, new in every if old is not None and old != new]
-
-
-def _typed(value: int | str | None) -> str:
-    """A value as Hydra's override grammar spells it."""
-    return "null" if value is None else str(value).lower()
-
-
-def _all_topologies(question: Question) -> Iterator[TopologyConfig]:
-    """Every topology on the cluster; the axes that the plan never derives are as asked or off."""
-    asked, ranks, nodes = question.job.topology, question.cluster.ranks, question.cluster.nodes
-    sizes = divisors(ranks) if nodes > 1 else list(range(1, ranks + 1))
-    switches = [{getattr(asked, axis) or 1, 1} for axis in ("cp", "ep", "etp")]
-    kinds = {asked.cp_comm, "ring" if asked.cp_comm else None}
-    settings = product({asked.sp, False if asked.sp else asked.sp}, {asked.vpp, None}, kinds, *switches)
-    for sp, vpp, kind, cp, ep, etp in settings:
-        base = TopologyConfig(vpp=vpp, cp=cp, ep=ep, etp=etp, sp=bool(sp), cp_comm=kind)
-        for tp, pp in product(sizes, sizes):
-            room = ranks // (tp * pp * (cp or 1))
-            for dp in range(1, room + 1) if nodes == 1 else [room] * min(1, room):
-                yield replace(base, tp=tp, pp=pp, dp=dp)

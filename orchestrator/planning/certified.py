@@ -33,7 +33,7 @@ def plan_features(job: JobConfig, plan: Plan) -> list[str]:
         "sp": plan.sp,
         "vpp": (plan.vpp or 1) > 1,
         "ulysses": plan.topology.cp > 1 and plan.cp_comm == "ulysses",
-        "distributed": job.optimizer.distributed,
+        "distributed": plan.distributed,
         "recompute": plan.recompute == "full",
     }
     axes = [axis for axis in AXES if getattr(plan.topology, axis) > 1]

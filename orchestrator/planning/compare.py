@@ -11,7 +11,10 @@ from orchestrator.planning.advice import differences
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan
 
-LAYOUT = ("vpp", "sp", "cp_comm", "micro_sequences", "micro_batches", "recompute", "precision", "engine", "ranks_used")
+LAYOUT = (
+    *("vpp", "sp", "cp_comm", "micro_sequences", "micro_batches", "recompute", "distributed", "precision", "engine"),
+    "ranks_used",
+)
 
 
 def read_plan(path: Path) -> Plan:

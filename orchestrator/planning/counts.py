@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from parallel import names
 from parallel.capabilities import Proposal
@@ -33,7 +35,6 @@ class Workload:
         adapted: paths of the linears with an adapter (empty when all weights are trained).
         adapter_rank: LoRA's ``r``.
         extras: what the tuner adds to plain LoRA, or takes from full tuning.
-        distributed_optimizer: whether moments and master weights are cut over ``dp``.
     """
 
     model: ModelSpec
@@ -42,7 +43,6 @@ class Workload:
     row_tokens: int
     adapted: frozenset[str]
     adapter_rank: int
-    distributed_optimizer: bool
     device: str
     extras: TunerExtras = TunerExtras()
 
@@ -95,6 +95,18 @@ def head_cost_in_layers(model: ModelSpec) -> float:
     return model.vocab * model.hidden / layer_matmul_parameters(model, model.layers - 1)
 
 
+@lru_cache(maxsize=64)
+def layers_alike(model: ModelSpec, adapted: frozenset[str]) -> tuple[int, ...]:
+    """For each layer the first one that has the same tensors and the same adapters."""
+    first: dict[object, int] = {}
+    found = []
+    for layer in range(model.layers):
+        held, prefix = names.layer_names(model, layer), names.layer_prefix(layer)
+        paths = [path.format(expert=0) for linear in held.linears for _, path in linear.parts]
+        found.append(first.setdefault((held, tuple(prefix + path in adapted for path in paths)), layer))
+    return tuple(found)
+
+
 def stage_counts(work: Workload, stage: int) -> StageCounts:
     """Count the parameters on one rank of pipeline stage ``stage``."""
     model, topology = work.model, work.proposal.topology
@@ -102,24 +114,56 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
     first, last = stage == 0, stage == topology.pp - 1
     vocabulary = names.padded_vocab(model.vocab, topology.tp) // topology.tp * model.hidden
     tables = int(first) + int(last and not (model.tied_embeddings and first))
-    experts = sum(_expert_parameters(work, layer) for layer in layers)
-    dense = sum(_layer_parameters(work, layer) for layer in layers)
-    base = dense + experts + tables * vocabulary + (model.hidden if last else 0)
+    alike = layers_alike(model, work.adapted)
+    held = [
+        (_layer_counts(model, topology.tp, topology.ep, topology.etp, _adapters(work), layer), count)
+        for layer, count in Counter(alike[layer] for layer in layers).items()
+    ]
+    experts = sum(one.expert * count for one, count in held)
+    base = sum(one.base * count for one, count in held) + tables * vocabulary + (model.hidden if last else 0)
     full = work.proposal.tuner == "full"
-    adapters = [_adapter_parameters(work, layer) for layer in layers]
+    adapters = sum(one.trainable * count for one, count in held)
     for module, here in ((names.HEAD_MODULE, last), (names.EMBEDDING_MODULE, first)):
         if here and module in work.adapted:
-            adapters.append((work.adapter_rank * (model.hidden + vocabulary // model.hidden), 0))
+            adapters += work.adapter_rank * (model.hidden + vocabulary // model.hidden)
     chosen = _chosen_parameters(work, stage)
     return StageCounts(
         base=base,
-        trainable=base - chosen if full else sum(map(sum, adapters)) + chosen,
-        expert_trainable=experts if full else sum(sparse for _, sparse in adapters),
-        matmul=sum(layer_matmul_parameters(model, layer) for layer in layers) // topology.tp
-        + (vocabulary if last else 0),
+        trainable=base - chosen if full else adapters + chosen,
+        expert_trainable=experts if full else sum(one.expert_trainable * count for one, count in held),
+        matmul=sum(one.matmul * count for one, count in held) // topology.tp + (vocabulary if last else 0),
         layers=len(layers),
         expert=experts,
-        linears=sum(_product(shape) for layer in layers for shape in dense_linear_shapes(model, layer)) // topology.tp,
+        linears=sum(one.linears * count for one, count in held) // topology.tp,
+    )
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """What of a tuner decides how large the adapters of a layer are."""
+
+    paths: frozenset[str]
+    rank: int
+    magnitudes: bool
+
+
+def _adapters(work: Workload) -> _Adapters:
+    return _Adapters(work.adapted, work.adapter_rank, work.extras.magnitudes)
+
+
+@lru_cache(maxsize=4096)
+def _layer_counts(model: ModelSpec, tp: int, ep: int, etp: int, adapters: _Adapters, layer: int) -> StageCounts:
+    """One layer on one rank; ``matmul`` and ``linears`` are whole, for they are divided once for all layers."""
+    experts = _expert_parameters(model, ep, etp, layer)
+    dense, sparse = _adapter_parameters(model, tp, ep, etp, adapters, layer)
+    return StageCounts(
+        base=_layer_parameters(model, tp, layer) + experts,
+        trainable=dense + sparse,
+        expert_trainable=sparse,
+        matmul=layer_matmul_parameters(model, layer),
+        layers=1,
+        expert=experts,
+        linears=sum(_product(shape) for shape in dense_linear_shapes(model, layer)),
     )
 
 
@@ -137,9 +181,8 @@ def _product(shape: tuple[int, int]) -> int:
     return shape[0] * shape[1]
 
 
-def _layer_parameters(work: Workload, layer: int) -> int:
+def _layer_parameters(model: ModelSpec, tp: int, layer: int) -> int:
     """Base weights of one layer on one rank, without experts; what never learns is no weight, as in transformers."""
-    model, tp = work.model, work.proposal.topology.tp
     held = names.layer_names(model, layer)
     total = sum(names.norm_width(name, model) for _, name in held.norms)
     if model.qkv_bias:
@@ -151,12 +194,11 @@ def _layer_parameters(work: Workload, layer: int) -> int:
     return total
 
 
-def _expert_parameters(work: Workload, layer: int) -> int:
+def _expert_parameters(model: ModelSpec, ep: int, etp: int, layer: int) -> int:
     """Weights of the experts of one layer on one rank."""
-    model, topology = work.model, work.proposal.topology
     linears = names.layer_names(model, layer).linears
     parts = [part for linear in linears if linear.expert for part in linear.parts]
-    return sum(_product(names.shape(role, model)) for role, _ in parts) * (model.experts // topology.ep) // topology.etp
+    return sum(_product(names.shape(role, model)) for role, _ in parts) * (model.experts // ep) // etp
 
 
 def _chosen_parameters(work: Workload, stage: int) -> int:
@@ -186,24 +228,25 @@ def _chosen_parameters(work: Workload, stage: int) -> int:
     return total
 
 
-def _adapter_parameters(work: Workload, layer: int) -> tuple[int, int]:
+def _adapter_parameters(
+    model: ModelSpec, tp: int, ep: int, etp: int, adapters: _Adapters, layer: int
+) -> tuple[int, int]:
     """LoRA weights of one layer on one rank: of dense linears, and of experts.
 
     A is ``[r, in]``, B ``[out, r]``: a column-parallel linear cuts B and keeps A whole on every rank, a row-parallel
     one cuts A and keeps B whole. Experts have an adapter each, and are adapted all or none (``names.resolve_targets``).
     """
-    topology, r = work.proposal.topology, work.adapter_rank
     dense = sparse = 0
-    for linear in names.layer_names(work.model, layer).linears:
-        ranks = topology.etp if linear.expert else topology.tp
+    for linear in names.layer_names(model, layer).linears:
+        ranks = etp if linear.expert else tp
         rows, columns = (ranks if linear.cut == cut else 1 for cut in ("column", "row"))
         for role, path in linear.parts:
-            if names.layer_prefix(layer) + path.format(expert=0) not in work.adapted:
+            if names.layer_prefix(layer) + path.format(expert=0) not in adapters.paths:
                 continue
-            out, width = names.shape(role, work.model)
-            count = r * (width // columns + out // rows) + (out // rows if work.extras.magnitudes else 0)
+            out, width = names.shape(role, model)
+            count = adapters.rank * (width // columns + out // rows) + (out // rows if adapters.magnitudes else 0)
             if linear.expert:
-                sparse += count * (work.model.experts // topology.ep)
+                sparse += count * (model.experts // ep)
             else:
                 dense += count
     return dense, sparse

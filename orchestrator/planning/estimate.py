@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 
-from orchestrator.planning.counts import Workload, stage_counts
+from orchestrator.planning.counts import Workload, layers_alike, stage_counts
 from orchestrator.planning.devices import Device, device
 from orchestrator.planning.memory import StageMemory, stage_memory
 from orchestrator.planning.setup import Holding, Setup, Software
-from orchestrator.planning.shape import shape_of
+from orchestrator.planning.shape import Shape, shape_of
 from orchestrator.planning.timing import StepTime, step_time
-from parallel.specs import ClusterSpec
+from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import stage_layers
 
 OURS = Software(overlaps=False, loss_elements=1 << 24)
@@ -30,15 +32,11 @@ def cluster_device(cluster: ClusterSpec) -> Device:
 
 def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
     """The setup of a workload on a cluster, with its exact parameters."""
-    proposal, topology, model = work.proposal, work.proposal.topology, work.model
-    shape = replace(
-        shape_of(model),
-        more_residuals=2 if model.sandwich_norms else 0,
-        more_kept=0 if model.activation == "silu" else 1,
-    )
-    full = proposal.tuner == "full"
+    proposal, topology = work.proposal, work.proposal.topology
+    alike, stand_ins = _stages_alike(work.model, work.adapted, work.stages, topology.pp, bool(work.extras.chosen))
+    held = {stage: _holding(work, stage) for stage, _ in alike}
     return Setup(
-        shape=shape,
+        shape=_trained_shape(work.model),
         device=cluster_device(cluster),
         gpus_per_node=cluster.gpus_per_node,
         tokens=work.row_tokens,
@@ -52,17 +50,47 @@ def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
         etp=topology.etp,
         dp=topology.dp,
         sp=proposal.sp,
-        stages=tuple(len(stage_layers(work.stages, topology.pp, stage)) for stage in range(topology.pp)),
-        zero=int(work.distributed_optimizer),
+        stages=_stage_sizes(work.stages, topology.pp),
+        zero=int(proposal.distributed),
         recompute=proposal.recompute,
         precision=proposal.precision,
-        frozen=not full,
+        frozen=proposal.tuner != "full",
         adapter_rank=work.adapter_rank if work.adapted else 0,
         quantised=proposal.quantise is not None,
         cp_comm=proposal.cp_comm,
         software=OURS,
-        stage_holdings=tuple(_holding(work, stage) for stage in range(topology.pp)),
+        stage_holdings=tuple(held[stage] for stage in stand_ins),
+        alike=alike,
     )
+
+
+@lru_cache(maxsize=64)
+def _trained_shape(model: ModelSpec) -> Shape:
+    more_kept = 0 if model.activation == "silu" else 1
+    return replace(shape_of(model), more_residuals=2 if model.sandwich_norms else 0, more_kept=more_kept)
+
+
+@lru_cache(maxsize=1024)
+def _stage_sizes(stages: tuple[tuple[int, ...], ...], pp: int) -> tuple[int, ...]:
+    return tuple(len(stage_layers(stages, pp, stage)) for stage in range(pp))
+
+
+@lru_cache(maxsize=1024)
+def _stages_alike(
+    model: ModelSpec, adapted: frozenset[str], stages: tuple[tuple[int, ...], ...], pp: int, chosen: bool
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """Stages that stand for all that have the same layers, with their number; and for each stage the one that does.
+
+    The ends hold more than layers, and weights may be ``chosen`` by name: these stages are like no other.
+    """
+    alike = layers_alike(model, adapted)
+    first: dict[object, int] = {}
+    stand_ins = []
+    for stage in range(pp):
+        layers = frozenset(Counter(alike[layer] for layer in stage_layers(stages, pp, stage)).items())
+        alone = stage if chosen or stage in (0, pp - 1) else None
+        stand_ins.append(first.setdefault((alone, layers), stage))
+    return tuple(sorted(Counter(stand_ins).items())), tuple(stand_ins)
 
 
 def _holding(work: Workload, stage: int) -> Holding:

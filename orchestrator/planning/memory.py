@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from orchestrator.planning.constants import FITTED, Constants
 from orchestrator.planning.setup import Holding, Setup
@@ -38,7 +38,7 @@ class StageMemory:
     @property
     def total(self) -> int:
         """All owners together."""
-        return sum(asdict(self).values())
+        return int(sum(vars(self).values()))
 
     @property
     def allocated(self) -> int:
@@ -53,7 +53,7 @@ class StageMemory:
     @property
     def largest(self) -> str:
         """The owner that holds most."""
-        owners = asdict(self)
+        owners = vars(self)
         return max(owners, key=lambda owner: owners[owner])
 
 
@@ -62,9 +62,15 @@ def stage_memory(setup: Setup, constants: Constants = FITTED) -> tuple[StageMemo
     return tuple(_one_stage(setup, stage, constants) for stage in range(setup.pp))
 
 
-def peak_bytes(setup: Setup, constants: Constants = FITTED) -> int:
-    """The fullest rank's bytes."""
-    return max(stage.total for stage in stage_memory(setup, constants))
+def fullest(setup: Setup, constants: Constants = FITTED) -> tuple[int, StageMemory]:
+    """The stage whose ranks need most, and what."""
+    stages = [(stage, _one_stage(setup, stage, constants)) for stage, _ in setup.distinct]
+    return max(stages, key=lambda one: one[1].total)
+
+
+def fits(setup: Setup, capacity: float, constants: Constants = FITTED) -> bool:
+    """Whether every rank needs at most ``capacity`` bytes."""
+    return all(_one_stage(setup, stage, constants).total <= capacity for stage, _ in setup.distinct)
 
 
 def _one_stage(setup: Setup, stage: int, constants: Constants) -> StageMemory:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.planning.candidates import Candidate, Question, Rejected, judge, nearest_legal, open_topologies
+from orchestrator.planning.candidates import Candidate, Question, Rejected
 from orchestrator.planning.memory import GIB, StageMemory
+from orchestrator.planning.nearest import nearest_legal
+from orchestrator.planning.search import Found, search
 from orchestrator.planning.timing import StepTime
 from orchestrator.planning.tuning import adapted_linears, chosen_weights
 from parallel.capabilities import Proposal, batch_refusals
@@ -32,8 +35,10 @@ class Plan:
         sequence_tokens: longest row before padding; rows are padded to a multiple of ``length_multiple``.
         memory: estimated bytes on each rank of every stage, by owner.
         reasons: why this plan, in words.
-        rejected: all other topologies with the reason against each.
+        rejected: all other topologies with the reason against each; a slower one has the time of its best settings.
         cp_comm: how context-parallel ranks see each other's tokens, ring or ulysses.
+        distributed: each of the dp x cp ranks keeps its part of the optimizer's state only.
+        considered: layouts that were weighed: topologies with their settings.
     """
 
     topology: Topology
@@ -56,6 +61,8 @@ class Plan:
     reasons: tuple[str, ...]
     rejected: tuple[Rejected, ...]
     cp_comm: str = "ring"
+    distributed: bool = False
+    considered: int = 0
 
     def to_json(self) -> str:
         """The text of plan.json."""
@@ -90,30 +97,18 @@ class Plan:
 def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
     """Choose how a job runs on a cluster.
 
-    What the user fixed in ``topology`` is kept. What is open is filled in with every size that makes sense; of those
-    that are legal and fit the memory, the one with the shortest estimated step is taken. The global batch is never
-    changed.
+    What the user fixed is kept. What is open (axes, sp, vpp, cp_comm, micro-batch, recompute, the optimizer's
+    sharding) is filled in with every value that makes sense; of those that are legal and fit the memory, the one with
+    the shortest estimated step is taken. The global batch is never changed.
 
     Raises:
         ConfigError: nothing can run; the message says why, and the hint is a change that works.
     """
     question = ask(job, model, cluster)
-    judged = [judge(question, sizes) for sizes in open_topologies(question)]
-    legal = [candidate for candidate in judged if isinstance(candidate, Candidate)]
-    rejected = [refused for refused in judged if isinstance(refused, Rejected)]
-    if not legal:
-        raise _refusal(question, rejected)
-    legal.sort(key=lambda one: (one.time.total_s, one.proposal.topology.tp, one.proposal.topology.pp))
-    best = legal[0]
-    slower = [
-        Rejected(
-            str(one.proposal.topology),
-            f"slower: an estimated {one.time.total_s:.3g} s per step against {best.time.total_s:.3g} s",
-            step_s=one.time.total_s,
-        )
-        for one in legal[1:]
-    ]
-    return _plan(question, best, legal, [*slower, *rejected])
+    found = search(question)
+    if not found.candidates:
+        raise _refusal(question, found.rejected)
+    return _plan(question, found)
 
 
 def ask(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Question:
@@ -135,7 +130,8 @@ def ask(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Question:
     )
 
 
-def _plan(question: Question, best: Candidate, legal: list[Candidate], rejected: list[Rejected]) -> Plan:
+def _plan(question: Question, found: Found) -> Plan:
+    best = found.candidates[0]
     job, proposal, topology = question.job, best.proposal, best.proposal.topology
     return Plan(
         topology=topology,
@@ -155,22 +151,25 @@ def _plan(question: Question, best: Candidate, legal: list[Candidate], rejected:
         ranks_idle=question.cluster.ranks - topology.world_size,
         memory=best.memory,
         step_time=best.time,
-        reasons=tuple(_reasons(question, best, legal)),
-        rejected=tuple(rejected),
+        reasons=tuple(_reasons(question, best, found)),
+        rejected=found.rejected,
         cp_comm=proposal.cp_comm,
+        distributed=proposal.distributed,
+        considered=found.considered,
     )
 
 
-def _reasons(question: Question, best: Candidate, legal: list[Candidate]) -> list[str]:
+def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     """Why this plan, in words."""
     job, cluster, topology = question.job, question.cluster, best.proposal.topology
     asked = {key: value for key, value in asdict(job.topology).items() if value is not None}
     reasons = []
     if asked:
         reasons.append("asked for: " + " ".join(f"topology.{key}={str(value).lower()}" for key, value in asked.items()))
-    if len(legal) > 1:
+    topologies = 1 + sum(one.step_s > 0 for one in found.rejected)
+    if topologies > 1:
         reasons.append(
-            f"fastest of {len(legal)} topologies that run and fit: an estimated {best.time.total_s:.3g} s per step "
+            f"fastest of {topologies} topologies that run and fit: an estimated {best.time.total_s:.3g} s per step "
             f"({best.time.compute_s:.3g} s computing, {best.time.bubble_s:.3g} s pipeline bubble)"
         )
     if "dp" not in asked and cluster.nodes > 1:
@@ -200,7 +199,7 @@ def _reasons(question: Question, best: Candidate, legal: list[Candidate]) -> lis
     return reasons
 
 
-def _refusal(question: Question, rejected: list[Rejected]) -> ConfigError:
+def _refusal(question: Question, rejected: Sequence[Rejected]) -> ConfigError:
     """The error when nothing can run: what came nearest, and a change that works."""
     hungry = [refused for refused in rejected if refused.needs_bytes]
     if not hungry:
@@ -220,8 +219,7 @@ def _more_ranks(question: Question) -> str:
     if cluster.device != "cpu" or cluster.nodes > 1 or wanted <= cluster.ranks:
         return ""
     more = replace(question, cluster=replace(cluster, gpus_per_node=wanted))
-    works = any(isinstance(judge(more, sizes), Candidate) for sizes in open_topologies(more))
-    return f"cluster.gpus_per_node={wanted}" if works else ""
+    return f"cluster.gpus_per_node={wanted}" if search(more).candidates else ""
 
 
 def _memory_hint(question: Question) -> str:
@@ -232,12 +230,12 @@ def _memory_hint(question: Question) -> str:
         "optimizer.distributed=true": replace(job, optimizer=replace(job.optimizer, distributed=True)),
         "memory.recompute=full": replace(job, memory=replace(job.memory, recompute="full")),
     }
-    if job.topology.cp is None:
+    if job.topology.cp in (None, 1):
         more = range(2, question.cluster.ranks + 1)
         savings |= {f"topology.cp={cp}": replace(job, topology=replace(job.topology, cp=cp)) for cp in more}
     for typed, thriftier in savings.items():
         other = replace(question, job=thriftier)
-        if any(isinstance(judge(other, sizes), Candidate) for sizes in open_topologies(other)):
+        if search(other).candidates:
             return typed
     return ""
 
@@ -289,6 +287,7 @@ def _check_values(job: JobConfig, cluster: ClusterSpec) -> None:
     for key, value in sizes.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value} is no positive whole number", f"{key}=1")
-    batch = Proposal(Topology(), global_sequences=job.batch.global_sequences, micro_sequences=job.batch.micro_sequences)
+    micro = job.batch.micro_sequences or 1
+    batch = Proposal(Topology(), global_sequences=job.batch.global_sequences, micro_sequences=micro)
     for refusal in batch_refusals(batch):
         raise ConfigError(refusal.message, refusal.hint)

@@ -77,6 +77,8 @@ class Setup:
         frozen: the base learns nothing, so its gradients are not computed; ``adapter_rank`` is LoRA's r.
         offload: master weights and moments lie on the host.
         stage_holdings: exact parameters of each stage, where they are known; empty: from the shape.
+        alike: stages that stand for others with the same layers and parameters, and for how many; the first of them,
+            which holds most micro-batches. Empty: every stage for itself.
     """
 
     shape: Shape
@@ -107,6 +109,12 @@ class Setup:
     network_rate: float = 0.0
     software: Software = field(default_factory=Software)
     stage_holdings: tuple[Holding, ...] = ()
+    alike: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def distinct(self) -> tuple[tuple[int, int], ...]:
+        """Stages that differ, each with how many there are of it."""
+        return self.alike or tuple((stage, 1) for stage in range(self.pp))
 
     @property
     def micro_batches(self) -> int:

@@ -11,6 +11,7 @@ from orchestrator.config.job import JobConfig
 from orchestrator.planning.advice import Advice
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.search import FLOOR
 from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 MOST_TOPOLOGIES = 4
 """How many topologies are named for one reason; the rest are counted."""
+MOST_REASONS = 12
+"""How many reasons are shown; the rest are counted."""
 
 
 def batch_arithmetic(plan: Plan) -> str:
@@ -30,15 +33,22 @@ def batch_arithmetic(plan: Plan) -> str:
 
 
 def group_rejected(plan: Plan) -> list[tuple[str, list[str]]]:
-    """The rejected topologies by reason, the reason with most topologies first; all slower ones together.
+    """The rejected topologies by reason, the reason with most topologies first.
+
+    All slower ones are together, the fastest of them first; and all that need too much memory, the smallest first.
 
     Returns:
         Pairs of a reason and the topologies that it is against.
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
-    for one in plan.rejected:
+    for one in sorted(plan.rejected, key=lambda one: (one.needs_bytes, one.step_s)):
         if one.step_s:
-            groups["slower"].append(f"{one.topology} ({one.step_s:.3g} s)")
+            words = "at least " if FLOOR in one.reason else ""
+            groups["slower"].append(f"{one.topology} ({words}{one.step_s:.3g} s)")
+        elif one.needs_bytes:
+            groups["more memory than there is, at its thriftiest"].append(
+                f"{one.topology} ({one.needs_bytes / GIB:.1f} GiB)"
+            )
         else:
             groups[one.reason].append(one.topology)
     return sorted(groups.items(), key=lambda group: -len(group[1]))
@@ -74,14 +84,17 @@ def render(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | None =
     facts = {
         "model": f"{job.model.path or model.family} ({model.layers} layers, hidden {model.hidden}{moe}), {tuner}",
         "cluster": f"{job.cluster.name}: {job.cluster.nodes} x {job.cluster.gpus_per_node} {plan.device} ranks",
-        "topology": f"{plan.topology}{' sp' if plan.sp else ''} = {plan.ranks_used} ranks{idle}",
+        "topology": f"{plan.topology}{_switches(plan)} = {plan.ranks_used} ranks{idle}",
         "batch": batch_arithmetic(plan),
         "rows": f"at most {plan.sequence_tokens} tokens{padded}",
         "runs on": f"{plan.engine}, {plan.precision}, recompute {plan.recompute}",
     }
     lines = [Text(f"{name:<10}{text}") for name, text in facts.items()]
     reasons = [Text(f"  {reason}") for reason in plan.reasons]
-    rejected = [Text(f"  {_named(topologies)}: {reason}") for reason, topologies in group_rejected(plan)]
+    groups = group_rejected(plan)
+    rejected = [Text(f"  {_named(topologies)}: {reason}") for reason, topologies in groups[:MOST_REASONS]]
+    if len(groups) > MOST_REASONS:
+        rejected.append(Text(f"  and {len(groups) - MOST_REASONS} more reasons (--json has them all)"))
     parts: list[Text | Table] = [*lines, Text(""), _memory_table(plan), Text(""), _time_table(plan, advice)]
     if advice:
         parts += [Text(""), *(Text(line) for line in advice_lines(advice))]
@@ -89,6 +102,17 @@ def render(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | None =
     if rejected:
         parts += [Text(""), Text("rejected", style="bold"), *rejected]
     return Group(*parts)
+
+
+def _switches(plan: Plan) -> str:
+    """What of a layout no axis says, as far as it is on."""
+    chosen = {
+        "sp": plan.sp,
+        f"vpp={plan.vpp}": (plan.vpp or 1) > 1,
+        plan.cp_comm: plan.topology.cp > 1,
+        "distributed optimizer": plan.distributed,
+    }
+    return "".join(f" {name}" for name, is_on in chosen.items() if is_on)
 
 
 def advice_lines(advice: Advice) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from orchestrator.planning.compute import Computing, Work
+from orchestrator.planning.compute import Computing, LayerWork, Work
 from orchestrator.planning.constants import FITTED, Constants, constants_for
 from orchestrator.planning.links import Links
 from orchestrator.planning.setup import Setup
@@ -45,7 +45,7 @@ class StepTime:
     @property
     def total_s(self) -> float:
         """The step."""
-        return sum(asdict(self).values())
+        return float(sum(vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,40 @@ class _Stage:
         return self.work.total + self.launch + self.again + self.ends + self.tensor + self.context + self.expert
 
 
-def step_time(setup: Setup, constants: Constants = FITTED) -> StepTime:
-    """Estimate one optimizer step.
+@dataclass(frozen=True)
+class LayerCosts:
+    """One micro-batch of a layer of each kind, what ranks tell each other in it (over tp, cp and ep), and of both ends.
+
+    All stages share them, and all layouts that differ in pp, vpp, dp and the optimizer only.
+    """
+
+    layers: dict[str, LayerWork]
+    talks: dict[str, tuple[float, float, float]]
+    head: Work
+    embedding: Work
+
+
+def layer_costs(setup: Setup, constants: Constants = FITTED) -> LayerCosts:
+    """The costs of a setup's layers."""
+    constants = constants_for(setup.device.is_measured, constants)
+    computing, links = Computing(setup, constants), Links(setup, constants)
+    layers = {kind: computing.layer(kind) for kind, count in setup.shape.kinds().items() if count}
+    talks = {kind: _layer_talk(setup, links, constants, kind, layers[kind].forward.attention) for kind in layers}
+    return LayerCosts(layers, talks, *computing.ends())
+
+
+def step_time(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | None = None) -> StepTime:
+    """Estimate one optimizer step; ``costs``: its layers', where they are known.
 
     The slowest stage sets the pace; the other stages' micro-batch is added once, divided by the virtual chunks
     (Narayanan et al. 2021, arXiv:2104.04473, section 2.2: a bubble of ``(pp - 1) / vpp`` micro-batches).
     """
     constants = constants_for(setup.device.is_measured, constants)
-    stages = _stages(setup, constants)
-    slowest = max(stages, key=lambda stage: stage.total)
+    costs = costs or layer_costs(setup, constants)
+    stages = [(_stage(setup, costs, stage), count) for stage, count in setup.distinct]
+    slowest = max((stage for stage, _ in stages), key=lambda stage: stage.total)
     passes = setup.micro_batches
-    others = sum(stage.total for stage in stages) - slowest.total
+    others = sum(stage.total * count for stage, count in stages) - slowest.total
     computing = passes * (slowest.work.total + slowest.launch + slowest.again + slowest.ends)
     return StepTime(
         matmul_s=passes * slowest.work.matmul,
@@ -87,33 +110,27 @@ def step_time(setup: Setup, constants: Constants = FITTED) -> StepTime:
         tensor_s=passes * slowest.tensor,
         context_s=passes * slowest.context,
         expert_s=passes * slowest.expert,
-        bubble_s=others / setup.vpp,
+        bubble_s=max(0.0, others) / setup.vpp,
         pipeline_s=_pipeline_s(setup, constants),
         data_s=_data_s(setup, constants, computing),
         optimizer_s=_optimizer_s(setup, constants),
     )
 
 
-def _stages(setup: Setup, constants: Constants) -> list[_Stage]:
-    computing, links = Computing(setup, constants), Links(setup, constants)
-    layers = {kind: computing.layer(kind) for kind, count in setup.shape.kinds().items() if count}
-    talks = {kind: _layer_talk(setup, links, constants, kind, layers[kind].forward.attention) for kind in layers}
-    head, embedding = computing.ends()
-    found = []
-    for stage, kinds in enumerate(setup.kinds_by_stage):
-        present = [(kind, count) for kind, count in kinds.items() if count]
-        work, again, launch = Work(), 0.0, 0.0
-        tensor = context = expert = 0.0
-        for kind, count in present:
-            layer, talk = layers[kind], talks[kind]
-            work += (layer.forward + layer.backward) * count
-            again += layer.again.total * count
-            busy = layer.forward.total + layer.backward.total + layer.again.total + sum(talk)
-            launch += max(0.0, layer.host_s - busy) * count
-            tensor, context, expert = tensor + talk[0] * count, context + talk[1] * count, expert + talk[2] * count
-        ends = (embedding.total if stage == 0 else 0.0) + (head.total if stage == setup.pp - 1 else 0.0)
-        found.append(_Stage(work, launch, again, ends, tensor, context, expert))
-    return found
+def _stage(setup: Setup, costs: LayerCosts, stage: int) -> _Stage:
+    work, again, launch = Work(), 0.0, 0.0
+    tensor = context = expert = 0.0
+    for kind, count in setup.kinds_by_stage[stage].items():
+        if not count:
+            continue
+        layer, talk = costs.layers[kind], costs.talks[kind]
+        work += (layer.forward + layer.backward) * count
+        again += layer.again.total * count
+        busy = layer.forward.total + layer.backward.total + layer.again.total + sum(talk)
+        launch += max(0.0, layer.host_s - busy) * count
+        tensor, context, expert = tensor + talk[0] * count, context + talk[1] * count, expert + talk[2] * count
+    ends = (costs.embedding.total if stage == 0 else 0.0) + (costs.head.total if stage == setup.pp - 1 else 0.0)
+    return _Stage(work, launch, again, ends, tensor, context, expert)
 
 
 def _layer_talk(
@@ -189,7 +206,7 @@ def _pipeline_s(setup: Setup, constants: Constants) -> float:
 def _data_s(setup: Setup, constants: Constants, computing_s: float) -> float:
     """Gradients reduced and sharded parameters gathered, once a step; with sharded weights in every micro-batch."""
     links = Links(setup, constants)
-    most = max(setup.holdings, key=lambda one: one.trainable)
+    most = max((setup.holdings[stage] for stage, _ in setup.distinct), key=lambda one: one.trainable)
     size = setup.software.gradient_bytes
     dense, expert = most.trainable - most.expert_trainable, most.expert_trainable
     if setup.zero == 3:
@@ -224,7 +241,7 @@ def _data_s(setup: Setup, constants: Constants, computing_s: float) -> float:
 
 def _optimizer_s(setup: Setup, constants: Constants) -> float:
     """Adam on the parameters that a rank updates, limited by memory."""
-    most = max(setup.holdings, key=lambda one: one.trainable)
+    most = max((setup.holdings[stage] for stage, _ in setup.distinct), key=lambda one: one.trainable)
     dense, expert = most.trainable - most.expert_trainable, most.expert_trainable
     if setup.zero:
         dense /= setup.shard_ranks or setup.replicas

@@ -103,7 +103,7 @@ def make_run(tmp_path: Path, engine: CountingEngine, **changes: Any) -> Run:
             "global_sequences": 2,
             "length_multiple": 1,
             "precision": "fp32",
-            **dict.fromkeys(("vpp", "sp", "stages", "recompute", "engine")),
+            **dict.fromkeys(("vpp", "sp", "stages", "recompute", "distributed", "engine")),
         },
     )()
     job = JobConfig(steps=5, optimizer=OptimizerConfig(lr=1.0, schedule="linear"), checkpoint=CheckpointConfig(2, 0))

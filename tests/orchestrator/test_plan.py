@@ -32,7 +32,10 @@ MOE = replace(
 )
 ATTENTION, EXPERTS = ["q_proj"], ["q_proj", "gate", "gate_proj", "up_proj", "down_proj"]
 ONE_LAYER = replace(SMOLLM2, layers=1, kv_heads=1)
-BIG_MICRO_BATCHES = JobConfig(batch=BatchConfig(global_sequences=64, micro_sequences=16))
+SPENDTHRIFT = JobConfig(memory=MemoryConfig("none"), optimizer=OptimizerConfig(distributed=False))
+BIG_MICRO_BATCHES = replace(
+    SPENDTHRIFT, batch=BatchConfig(global_sequences=64, micro_sequences=16), topology=TopologyConfig(sp=False)
+)
 LAPTOP = ClusterSpec("laptop", 1, 4)
 H100X8 = ClusterSpec("h100x8", 1, 8, "cuda", 76.0)
 H100X16 = ClusterSpec("h100x16", 2, 8, "cuda", 76.0)
@@ -98,7 +101,7 @@ def test_what_is_asked_is_kept_and_the_rest_is_derived(
     cp_comm=st.sampled_from([None, "ring", "ulysses"]),
     shape=st.sampled_from([(1, 1), (1, 4), (1, 8), (2, 4), (2, 3)]),
     rows=st.sampled_from([1, 6, 8, 12, 64]),
-    micro=st.sampled_from([1, 2, 4]),
+    micro=st.sampled_from([None, 1, 2, 4]),
 )
 @settings(max_examples=300, deadline=None)
 def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
@@ -111,7 +114,7 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
     cp_comm: str | None,
     shape: tuple[int, int],
     rows: int,
-    micro: int,
+    micro: int | None,
 ) -> None:
     """And the plan keeps every asked size and the global batch, uses all ranks of several nodes, and fits."""
     job = JobConfig(
@@ -133,11 +136,12 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
                 make_plan(changed, SMOLLM2, room)
             job, cluster = typed(job, cluster, first)
     assert plan is not None, hints
-    assert len(hints) <= 1 + (rows % micro != 0), hints
+    assert len(hints) <= 1 + (rows % (micro or 1) != 0), hints
     for axis in ("tp", "pp", "dp", "cp"):
         assert getattr(job.topology, axis) in (None, getattr(plan.topology, axis))
     assert job.topology.sp in (None, plan.sp)
     assert job.topology.cp_comm in (None, plan.cp_comm)
+    assert micro in (None, plan.micro_sequences) or hints
     assert plan.global_sequences == rows == plan.topology.dp * plan.micro_batches * plan.micro_sequences
     assert plan.ranks_idle == 0 or cluster.nodes == 1
     assert max(stage.total for stage in plan.memory) <= cluster.memory_gib * GIB
@@ -262,10 +266,10 @@ def test_targets_that_match_nothing_are_a_configuration_error() -> None:
     ("job", "model", "memory_gib", "hint"),
     [
         (BIG_MICRO_BATCHES, SMOLLM2, 4.0, "batch.micro_sequences=1"),
-        (JobConfig(tuner=TunerConfig(name="full")), ONE_LAYER, 1.2, "optimizer.distributed=true"),
-        (JobConfig(batch=BatchConfig(sequence_tokens=1024)), SMOLLM2, 1.3, "memory.recompute=full"),
-        (asking(pp=1, tp=1), SMOLLM2, 1.4, "topology.pp=3"),
-        (JobConfig(), SMOLLM2, 0.1, "cluster.memory_gib=2"),
+        (replace(SPENDTHRIFT, tuner=TunerConfig(name="full")), ONE_LAYER, 1.2, "optimizer.distributed=true"),
+        (replace(SPENDTHRIFT, batch=BatchConfig(sequence_tokens=1024)), SMOLLM2, 1.3, "memory.recompute=full"),
+        (replace(asking(pp=1, tp=1), memory=MemoryConfig("none")), SMOLLM2, 1.4, "topology.pp=3"),
+        (JobConfig(), SMOLLM2, 0.1, "cluster.memory_gib=1"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_numbers_and_a_saving_that_fits(
@@ -336,6 +340,7 @@ def test_rows_that_fit_no_rank_are_hinted_to_be_cut() -> None:
         batch=BatchConfig(sequence_tokens=32768, global_sequences=2),
         memory=MemoryConfig(recompute="full"),
         optimizer=OptimizerConfig(distributed=True),
+        topology=TopologyConfig(cp=1),
     )
     long = replace(SMOLLM2, max_positions=65536)
     two = ClusterSpec("two", 1, 2, memory_gib=4)
@@ -345,6 +350,7 @@ def test_rows_that_fit_no_rank_are_hinted_to_be_cut() -> None:
     job, _ = typed(job, two, caught.value.hint)
     plan = make_plan(job, long, two)
     assert (plan.topology, plan.cp_comm) == (Topology(cp=2), "ring")
+    assert make_plan(replace(job, topology=TopologyConfig()), long, two).topology == plan.topology
 
 
 def test_the_plan_says_how_rows_are_cut() -> None:

@@ -33,6 +33,7 @@ from parallel.specs import ClusterSpec, ModelSpec
 LLAMA3_8B = ModelSpec("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 1e-5, 5e5, False)
 H100X64 = ClusterSpec("h100x64", 8, 8, "cuda", 76.0, "H100-80GB")
 FULL = JobConfig(tuner=TunerConfig(name="full"), batch=BatchConfig(global_sequences=128, sequence_tokens=8192))
+WHOLE = replace(FULL, optimizer=OptimizerConfig(distributed=False))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_frozen_weights_need_two_thirds_of_the_products() -> None:
 def test_the_next_best_and_fewer_ranks_work_when_typed(planned: tuple[Plan, Advice]) -> None:
     plan, advice = planned
     assert advice.next_best and advice.next_best.step_time.total_s >= plan.step_time.total_s
-    assert advice.layouts == 1 + len(plan.rejected)
+    assert advice.layouts == plan.considered > 1 + len(plan.rejected)
     sizes = {
         key.split(".")[1]: int(value) for key, value in (word.split("=") for word in advice.next_best.typed.split())
     }
@@ -73,17 +74,18 @@ def test_the_next_best_and_fewer_ranks_work_when_typed(planned: tuple[Plan, Advi
     assert make_plan(FULL, LLAMA3_8B, replace(H100X64, **sizes)).ranks_used == advice.fewest.ranks
 
 
-def test_one_change_is_faster_and_changes_no_number_of_the_run(planned: tuple[Plan, Advice]) -> None:
-    plan, advice = planned
-    assert advice.faster and advice.faster.typed == "optimizer.distributed=true"
-    job = replace(FULL, optimizer=OptimizerConfig(distributed=True))
-    again = make_plan(job, LLAMA3_8B, H100X64)
-    assert again.step_time.total_s == pytest.approx(advice.faster.step_time.total_s)
+def test_one_change_is_faster_and_changes_no_number_of_the_run() -> None:
+    plan = make_plan(WHOLE, LLAMA3_8B, H100X64)
+    faster = advise(WHOLE, LLAMA3_8B, H100X64, plan).faster
+    assert faster and faster.typed == "optimizer.distributed=null"
+    again = make_plan(FULL, LLAMA3_8B, H100X64)
+    assert again.step_time.total_s == pytest.approx(faster.step_time.total_s)
     assert again.step_time.total_s < plan.step_time.total_s
-    recomputing = replace(job, memory=MemoryConfig(recompute="full"))
+    assert advise(FULL, LLAMA3_8B, H100X64, again).faster is None  # nothing is fixed
+    recomputing = replace(FULL, memory=MemoryConfig(recompute="full"))
     slow = make_plan(recomputing, LLAMA3_8B, H100X64)
     faster = advise(recomputing, LLAMA3_8B, H100X64, slow).faster
-    assert faster and faster.typed.startswith(("memory.recompute=", "batch.micro_sequences="))
+    assert faster and faster.typed == "memory.recompute=null"
 
 
 def test_the_limit_is_where_most_of_the_step_goes() -> None:
@@ -103,14 +105,13 @@ def test_a_choice_is_explained_by_cause_and_memory(planned: tuple[Plan, Advice])
     assert same == [f"it is what the plan has: {plan.topology}"]
 
 
-def test_the_terminal_names_limit_fewest_faster_and_next_best(planned: tuple[Plan, Advice]) -> None:
+def test_the_terminal_names_limit_fewest_and_next_best(planned: tuple[Plan, Advice]) -> None:
     text = "\n".join(advice_lines(planned[1]))
     for word in (
         "speed ",
         "of the device's peak (MFU), give or take 13%",
         "limit ",
         "fewest ",
-        "faster ",
         "next best ",
     ):
         assert word in text
@@ -144,7 +145,7 @@ def test_why_on_the_command_line(capsys: pytest.CaptureFixture) -> None:
 
 def test_sixteen_thousand_ranks_are_all_used() -> None:
     planned = planning.measure(rounds=1)
-    assert planned.ranks == 16384 and planned.layouts > 100 and planned.cpu_s > 0
+    assert planned.ranks == 16384 and planned.layouts > 1000 and planned.cpu_s > 0
     assert planned.topology in planning.table(planned)
 
 
@@ -195,11 +196,11 @@ JOBS = st.builds(
         TopologyConfig, tp=SIZES, pp=SIZES, cp=SIZES, ep=SIZES, dp=SIZES, vpp=st.sampled_from([None, 2])
     ),
     rows=st.integers(1, 512),
-    micro=st.sampled_from([1, 2, 5]),
+    micro=st.sampled_from([None, 1, 2, 5]),
     tokens=st.sampled_from([1, 100, 4096, 65536, 70000]),
     full=st.booleans(),
-    distributed=st.booleans(),
-    recompute=st.sampled_from(["none", "selective", "full"]),
+    distributed=st.sampled_from([None, False, True]),
+    recompute=st.sampled_from([None, "none", "selective", "full"]),
 )
 
 

@@ -41,7 +41,7 @@ def work_of(family: str, topology: Topology, adapted: frozenset[str], tuner: str
     model = spec(family)
     extras = TunerExtras(chosen=frozen_weights([frozen] if frozen else [], model))
     stages = split_layers(model.layers, topology.pp)
-    return Workload(model, Proposal(topology, tuner=tuner), stages, 128, adapted, 4, False, "cpu", extras)
+    return Workload(model, Proposal(topology, tuner=tuner), stages, 128, adapted, 4, "cpu", extras)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +67,7 @@ def test_the_shipped_model_has_as_many_weights_as_in_transformers() -> None:
     config = yaml.safe_load((Path(__file__).parents[2] / "configs/model/deepseek_v2_lite.yaml").read_text())["config"]
     with torch.device("meta"):
         real = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    work = Workload(read_model(config), Proposal(Topology()), ((*range(27),),), 128, frozenset(), 4, False, "cpu")
+    work = Workload(read_model(config), Proposal(Topology()), ((*range(27),),), 128, frozenset(), 4, "cpu")
     assert stage_counts(work, 0).base == sum(parameter.numel() for parameter in real.parameters()) == 15_706_484_224
 
 

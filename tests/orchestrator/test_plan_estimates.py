@@ -41,7 +41,7 @@ def estimate_memory(work: Workload) -> tuple[StageMemory, ...]:
 
 def work_of(model: ModelSpec, topology: Topology, **changes: Any) -> Workload:
     proposal = {"global_sequences": 8, "sp": False, "tuner": "lora", "precision": "fp32", "recompute": "none"}
-    proposal |= {"cp_comm": "ring"}
+    proposal |= {"cp_comm": "ring", "distributed": False}
     proposal |= {key: changes.pop(key) for key in list(changes) if key in proposal}
     values: dict[str, Any] = {
         "model": model,
@@ -50,7 +50,6 @@ def work_of(model: ModelSpec, topology: Topology, **changes: Any) -> Workload:
         "row_tokens": 128,
         "adapted": resolve_targets(ATTENTION if model.is_moe else "all-linear", model),
         "adapter_rank": 4,
-        "distributed_optimizer": False,
         "device": "cpu",
     }
     return Workload(**values | changes)
@@ -130,7 +129,7 @@ def test_experts_are_cut_over_ep_and_etp_and_replicated_over_the_rest() -> None:
 
 
 def test_a_distributed_optimizer_cuts_experts_over_their_own_replicas() -> None:
-    changes = {"tuner": "full", "distributed_optimizer": True}
+    changes = {"tuner": "full", "distributed": True}
     work = work_of(MOE, Topology(dp=4, ep=4), **changes)
     counts, (memory,) = stage_counts(work, 0), estimate_memory(work)
     dense = counts.trainable - counts.expert_trainable
@@ -140,7 +139,7 @@ def test_a_distributed_optimizer_cuts_experts_over_their_own_replicas() -> None:
 
 
 def test_memory_by_owner_is_what_the_formulas_say() -> None:
-    work = work_of(QWEN3, Topology(dp=4), precision="bf16", distributed_optimizer=True)
+    work = work_of(QWEN3, Topology(dp=4), precision="bf16", distributed=True)
     counts = stage_counts(work, 0)
     (memory,) = estimate_memory(work)
     assert memory.weights == 2 * counts.base
@@ -176,12 +175,12 @@ def test_each_saving_saves(model: ModelSpec) -> None:
     assert total(Topology(tp=2), sp=True) < plain
     assert total(Topology(tp=2), recompute="full") < plain
     assert total(Topology(tp=2), precision="bf16") < plain
-    assert total(Topology(dp=4), distributed_optimizer=True) < total(Topology(dp=4))
+    assert total(Topology(dp=4), distributed=True) < total(Topology(dp=4))
 
 
 def test_cutting_rows_cuts_what_grows_with_them() -> None:
-    (whole,) = estimate_memory(work_of(QWEN3, Topology(), distributed_optimizer=True))
-    (cut,) = estimate_memory(work_of(QWEN3, Topology(cp=4), distributed_optimizer=True))
+    (whole,) = estimate_memory(work_of(QWEN3, Topology(), distributed=True))
+    (cut,) = estimate_memory(work_of(QWEN3, Topology(cp=4), distributed=True))
     assert (4 * cut.activations, 4 * cut.logits, 4 * cut.optimizer) == pytest.approx(
         (whole.activations, whole.logits, whole.optimizer), rel=1e-3
     )
