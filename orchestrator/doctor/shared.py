@@ -24,16 +24,24 @@ def seen_tasks(folder: Path, step: tuple[str, int, int], patience_s: float = PAT
         place.mkdir(exist_ok=True)
     (here / str(task)).touch()
     deadline = time.monotonic() + patience_s
-    while len(seen := {int(file.name) for file in here.iterdir()}) < tasks and time.monotonic() < deadline:
+    while len(seen := _tasks_in(here)) < tasks and time.monotonic() < deadline:
         time.sleep(LOOK_AGAIN_S)
-    (left / str(task)).touch()
     with contextlib.suppress(FileNotFoundError):  # another task cleans up just now
-        if {int(file.name) for file in left.iterdir()} == seen:
+        (left / str(task)).touch()
+        if _tasks_in(left) == seen:
             for place in (here, left):
                 for file in place.iterdir():
                     file.unlink(missing_ok=True)
                 place.rmdir()
     return seen
+
+
+def _tasks_in(place: Path) -> set[int]:
+    """The tasks that have a file there; none when one that waited too long has cleaned up."""
+    try:
+        return {int(file.name) for file in place.iterdir()}
+    except FileNotFoundError:
+        return set()
 
 
 def check_tasks(folder: Path, seen: set[int], tasks: int) -> Finding:

@@ -42,7 +42,10 @@ def run_init(arguments: argparse.Namespace) -> int:
         name, typed = "job.yaml", [name, *typed]
     file = Path(name).expanduser()
     if file.suffix not in SUFFIXES:
-        raise ConfigError(f"a job file is named {' or '.join('*' + suffix for suffix in SUFFIXES)}", f"{file}.yaml")
+        raise ConfigError(
+            f"a job file is named {' or '.join('*' + suffix for suffix in SUFFIXES)}",
+            f"isotrain init {shlex.quote(str(file.with_suffix('.yaml')))}",
+        )
     _check_free(file)
     words = _answers(file, typed)
     job = compose_job(words)

@@ -111,7 +111,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(init: Callable[..., Any
     done = init("new.yaml", answers="\n", code=64)
     assert "the answers ended before the question about data" in done.err
     assert done.hint.startswith("isotrain init FILE")
-    assert init("job.json", answers="", code=64).hint == "job.json.yaml"
+    assert init("job.json", answers="", code=64).hint == "isotrain init job.yaml"
     assert init("no/folder.yaml", answers="", code=64).hint == "mkdir -p no"
     assert not list(desk.glob("*new*")) and not list(desk.glob(".*"))
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.cli import main
 from orchestrator.config.building import job_to_yaml
 from orchestrator.config.job_file import with_job_files, words_of
 from orchestrator.config.loading import compose_job
@@ -71,14 +72,14 @@ def test_the_job_of_a_run_folder_is_a_job_file(tmp_path: Path, words: list[str])
     assert compose_job([str(tmp_path / "job.yaml")]) == job
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1)
-    | st.sampled_from(["Yā", "it's", "null", "a\\"])
-)
-def test_any_text_comes_through(text: str) -> None:
-    (word,) = words_of({"metrics": {"project": text}})
-    assert compose_job([word]).metrics.project == text
+TEXTS = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.lists(TEXTS, min_size=20, max_size=40).map(lambda texts: ["Yā", "it's", "null", "a\\", "$HOME", *texts]))
+def test_any_text_comes_through(texts: list[str]) -> None:
+    (word,) = words_of({"cluster": {"slurm": {"extra": texts}}})
+    assert compose_job([word]).cluster.slurm.extra == texts
 
 
 @pytest.mark.parametrize(
@@ -105,3 +106,15 @@ def test_what_is_wrong_in_a_file_is_said(tmp_path: Path, text: str | None, messa
 def test_words_without_a_file_stay_as_they_are() -> None:
     words = ["model.path=x", "model=hf", "steps=1"]
     assert with_job_files(words) == words
+
+
+def test_ranks_by_hand_and_batch_scripts_take_files_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[list[str]] = []
+    monkeypatch.setattr("orchestrator.worker.main_by_hand", lambda words, as_json: got.append(words) or 0)
+    monkeypatch.setattr("orchestrator.jobs.allocation.run_allocation", lambda run, words, say: got.append(words) or 0)
+    assert main(["allocation", "--run-dir", "", "--", str(file), "cluster=one"]) == 0  # as slurm/train.sbatch does
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(file), "cluster=one"]) == 0  # as torchrun does
+    assert got[0] == got[1] == with_job_files([str(file), "cluster=one"])
+    assert "cluster=one" in got[0] and "model=smollm2_135m" in got[0] and str(file) not in got[0]
