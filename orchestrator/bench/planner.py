@@ -70,8 +70,7 @@ class Report:
 
     def tables(self) -> dict[str, str]:
         """The tables of the page, by name, in markdown."""
-        chosen = {"choice": _table(("group", "held", "configurations"), _rows(held_by_group(self.choices)))}
-        return (chosen if self.choices else {}) | {
+        return ({"choice": self._choice_table()} if self.choices else {}) | {
             "summary": self._summary_table(),
             "time": self._time_table(),
             "memory": self._memory_table(),
@@ -93,6 +92,13 @@ class Report:
             "runs that ran and were called too large": alarms,
         }
         return _table(("score", "value", "of"), [row for row in _rows(lines) if row[2] != "0"])
+
+    def _choice_table(self) -> str:
+        rows = []
+        for group, score in held_by_group(self.choices).items():
+            fitting = sum(one.fits for one in self.choices if one.group == group)
+            rows.append((group, f"{score.value:.1%}", str(score.count), str(fitting)))
+        return _table(("group", "held", "configurations", "fit by estimate"), rows)
 
     def _time_table(self) -> str:
         times = time_errors(self.predictions)
