@@ -28,7 +28,7 @@ MOST_CHUNKS = 12
 """Virtual chunks per stage, where ``topology.vpp`` is open (Megatron-LM's own recipes have 12 at most)."""
 NO_FASTER = {"cuda": 1.01, "cpu": 1.25}
 """Settings that are slower by less than this are preferred where they are plainer: the estimate is not that good. On a
-CPU, whose processes share cores and memory, it holds to a quarter (docs/benchmarks.md)."""
+CPU, whose processes share cores and memory, it is rougher."""
 
 FLOOR = "at least"
 """How the reason says that a slower topology's settings were not searched, for its floor was too high already."""
