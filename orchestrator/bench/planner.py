@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from orchestrator.bench.planner_choice import Choice, choices, held, held_by_group
 from orchestrator.bench.planner_score import (
     ROWS,
     Prediction,
@@ -37,6 +38,7 @@ class Report:
 
     predictions: tuple[Prediction, ...]
     left_out: dict[str, Score]
+    choices: tuple[Choice, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """As one JSON object: every row with its breakdown and error, and all scores with their counts."""
@@ -55,6 +57,9 @@ class Report:
             "false_alarms": asdict(alarms),
             "regret": {group: asdict(score) for group, score in swept.items()},
             "regret_over_groups": asdict(over_groups(swept.values())),
+            "choice": asdict(held(self.choices)),
+            "choice_by_group": {group: asdict(score) for group, score in held_by_group(self.choices).items()},
+            "not_chosen": [asdict(one) | {"ratio": one.ratio} for one in self.choices if not one.is_held],
             "not_predicted": [{"row": one.row, "reason": one.reason} for one in self.predictions if one.reason],
             "constants": asdict(FITTED),
         }
@@ -65,7 +70,7 @@ class Report:
 
     def tables(self) -> dict[str, str]:
         """The tables of the page, by name, in markdown."""
-        return {
+        return ({"choice": self._choice_table()} if self.choices else {}) | {
             "summary": self._summary_table(),
             "time": self._time_table(),
             "memory": self._memory_table(),
@@ -82,10 +87,18 @@ class Report:
             "the same, each group left out of the fit": over_groups(self.left_out.values()),
             "memory, mean over groups and kinds": over_groups(memory_errors(self.predictions).values()),
             "top-1 regret, mean over groups": over_groups(regrets(self.predictions).values()),
+            "published layouts within 10% of the planner's own best": held(self.choices),
             "runs out of memory that were foreseen": found,
             "runs that ran and were called too large": alarms,
         }
         return _table(("score", "value", "of"), [row for row in _rows(lines) if row[2] != "0"])
+
+    def _choice_table(self) -> str:
+        rows = []
+        for group, score in held_by_group(self.choices).items():
+            fitting = sum(one.fits for one in self.choices if one.group == group)
+            rows.append((group, f"{score.value:.1%}", str(score.count), str(fitting)))
+        return _table(("group", "held", "configurations", "fit by estimate"), rows)
 
     def _time_table(self) -> str:
         times = time_errors(self.predictions)
@@ -103,8 +116,13 @@ class Report:
         return _table(("group", "reading", "error", "rows"), rows)
 
 
-def bench(rows: Path | None, as_json: bool, do_fit: bool, pages: Sequence[Path], leave_out: bool) -> int:
+def bench(
+    rows: Path | None, as_json: bool, do_fit: bool, pages: Sequence[Path], leave_out: bool, choose: bool = False
+) -> int:
     """Score a file of rows, print it, and write the tables into pages; with ``do_fit`` find the constants first.
+
+    ``leave_out`` and ``choose`` add the scores that take a minute each: constants fitted without a group, and layouts
+    searched for every published configuration.
 
     Raises:
         DataError: the file cannot be read.
@@ -119,7 +137,8 @@ def bench(rows: Path | None, as_json: bool, do_fit: bool, pages: Sequence[Path],
         from orchestrator.bench.planner_fit import leave_one_out
 
         left_out = leave_one_out(read)
-    report = Report((*broken, *(predict(row) for row in read)), left_out)
+    chosen = tuple(choices(read)) if choose else ()
+    report = Report((*broken, *(predict(row) for row in read)), left_out, chosen)
     print(json.dumps(report.summary()) if as_json else _text(report))
     for page in pages:
         text = page.read_text(encoding="utf-8")

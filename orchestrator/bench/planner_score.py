@@ -114,7 +114,7 @@ def _predicted(row: dict[str, Any], setup: Setup, constants: Constants) -> Predi
     fullest = max(memory, key=lambda stage: stage.total)
     shown = memory[-1] if "LAST" in kind else fullest
     keys = [model.get("name"), row.get("gpu"), setup.ranks, row.get("gbs"), row.get("seq")]
-    capacity = (_positive(row.get("hbm_gb")) or setup.device.memory_bytes / 1e9) * GIBIBYTE
+    capacity = capacity_of(row, setup)
     if not math.isfinite(time.total_s) or time.total_s <= 0:
         raise Unreadable("odd sizes: they lead to no finite time")
     return Prediction(
@@ -137,6 +137,11 @@ def _predicted(row: dict[str, Any], setup: Setup, constants: Constants) -> Predi
 
 GIBIBYTE = 2**30
 """Devices are sold by GB and hold as many GiB."""
+
+
+def capacity_of(row: dict[str, Any], setup: Setup) -> float:
+    """Bytes of one device of a row."""
+    return (_positive(row.get("hbm_gb")) or setup.device.memory_bytes / 1e9) * GIBIBYTE
 
 
 def _of_kind(memory: StageMemory, kind: str) -> int:

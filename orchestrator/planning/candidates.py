@@ -9,9 +9,9 @@ from functools import cached_property
 
 from orchestrator.config.job import JobConfig, TopologyConfig
 from orchestrator.planning.counts import TunerExtras, Workload, head_cost_in_layers
-from orchestrator.planning.estimate import setup_of
+from orchestrator.planning.estimate import cluster_device, setup_of
 from orchestrator.planning.memory import StageMemory, stage_memory
-from orchestrator.planning.setup import Setup
+from orchestrator.planning.setup import Setup, fast_domain
 from orchestrator.planning.timing import StepTime
 from parallel.capabilities import Proposal, Refusal, batch_refusals, divisors, model_refusals
 from parallel.specs import ClusterSpec, ModelSpec
@@ -154,11 +154,13 @@ def open_topologies(question: Question) -> Iterator[TopologyConfig]:
     """Fill in the axes that the user left open, in every way that makes sense; what the user fixed stays.
 
     An open ``dp`` becomes the largest that the ranks allow and that divides the batch (on several nodes: the one that
-    uses all ranks). The first has every open axis at its smallest.
+    uses all ranks). An open ``tp`` stays among GPUs that a fast link joins. The first has every open axis at its
+    smallest.
     """
     asked, cluster = question.job.topology, question.cluster
     open_sizes = divisors(cluster.ranks) if cluster.nodes > 1 else list(range(1, cluster.ranks + 1))
-    for tp in [asked.tp] if asked.tp is not None else open_sizes:
+    near = [size for size in open_sizes if size <= _domain(cluster)]
+    for tp in [asked.tp] if asked.tp is not None else near:
         for pp in [asked.pp] if asked.pp is not None else open_sizes:
             smallest = all(size == 1 for size, fixed in ((tp, asked.tp), (pp, asked.pp)) if fixed is None)
             cuts = _model_cuts(question, tp, pp)
@@ -168,6 +170,14 @@ def open_topologies(question: Question) -> Iterator[TopologyConfig]:
                     continue  # the smallest is judged in any case, to have a reason
                 sizes = replace(asked, tp=tp, pp=pp, cp=cp, dp=asked.dp or _largest_dp(question, pp, max(1, room)))
                 yield from _expert_sizes(question, sizes) if cuts else [replace(sizes, ep=asked.ep or 1)]
+
+
+def _domain(cluster: ClusterSpec) -> int:
+    """Ranks among which an open ``tp`` stays: its collectives stand in the way of every layer, and programs overlap
+    them on fast links only. Processes on a CPU have no such links."""
+    if cluster.device == "cpu":
+        return cluster.ranks
+    return fast_domain(cluster_device(cluster), cluster.gpus_per_node)
 
 
 def _model_cuts(question: Question, tp: int, pp: int) -> bool:

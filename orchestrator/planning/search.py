@@ -28,7 +28,7 @@ MOST_CHUNKS = 12
 """Virtual chunks per stage, where ``topology.vpp`` is open (Megatron-LM's own recipes have 12 at most)."""
 NO_FASTER = {"cuda": 1.01, "cpu": 1.25}
 """Settings that are slower by less than this are preferred where they are plainer: the estimate is not that good. On a
-CPU, whose processes share cores and memory, it holds to a quarter (docs/benchmarks.md)."""
+CPU, whose processes share cores and memory, it is rougher."""
 
 FLOOR = "at least"
 """How the reason says that a slower topology's settings were not searched, for its floor was too high already."""
@@ -84,6 +84,39 @@ def _slower(proposal: Proposal, step_s: float, words: str) -> Rejected:
     return Rejected(str(proposal.topology), f"slower: {words} {step_s:.3g} s per step", step_s=step_s)
 
 
+class KnownCosts:
+    """Costs of layers of one model on one kind of cluster, estimated once for all layouts that share them."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], LayerCosts] = {}
+
+    def of(self, setup: Setup) -> LayerCosts:
+        """The costs of a setup's layers."""
+        cut = (setup.tp, setup.cp, setup.ep, setup.etp, setup.sp, setup.cp_comm)
+        key = (*cut, setup.micro, setup.recompute)
+        if key not in self._known:
+            self._known[key] = layer_costs(setup)
+        return self._known[key]
+
+
+def floor(setup: Setup, costs: KnownCosts) -> float:
+    """Seconds that no micro-batch and no virtual chunks are faster than: layers at the largest micro-batch, whose time
+    per row is the shortest, and the other stages' row, divided by the most chunks."""
+    rows = setup.micro_batches * setup.micro
+    found = costs.of(replace(setup, micro=rows, cp_comm="ring"))
+    row_s = {}
+    for kind, layer in found.layers.items():
+        talk = found.talks[kind][0] + found.talks[kind][2]
+        row_s[kind] = ((layer.forward + layer.backward + layer.again).total + talk) / rows
+    stages = [
+        (sum(row_s[kind] * layers for kind, layers in setup.kinds_by_stage[stage].items() if layers), count)
+        for stage, count in setup.distinct
+    ]
+    slowest = max(one for one, _ in stages)
+    others = sum(one * count for one, count in stages) - slowest
+    return rows * slowest + max(0.0, others) / max(MOST_CHUNKS, setup.vpp)
+
+
 class Judge:
     """Weighs layouts of one question; layers that layouts share are estimated once.
 
@@ -93,7 +126,7 @@ class Judge:
     def __init__(self, question: Question) -> None:
         self.question = question
         self.considered = 0
-        self._costs: dict[tuple[object, ...], LayerCosts] = {}
+        self._costs = KnownCosts()
 
     def runs(self, asked: TopologyConfig) -> bool:
         """Whether a topology is legal and fits with some settings."""
@@ -116,25 +149,8 @@ class Judge:
             return self.too_large(setup, thrifty)
         recompute = self.question.job.memory.recompute or "none"
         lavish = replace(setup, recompute=recompute)
-        floor_s = self._floor_s(lavish if fits(lavish, self._capacity) else setup)
+        floor_s = floor(lavish if fits(lavish, self._capacity) else setup, self._costs)
         return _Topology(asked, thrifty, setup, floor_s)
-
-    def _floor_s(self, setup: Setup) -> float:
-        """What no micro-batch and no virtual chunks are faster than: layers at the largest micro-batch, whose time per
-        row is the shortest, and the other stages' row, divided by the most chunks."""
-        rows = setup.micro_batches * setup.micro
-        costs = self._layer_costs(replace(setup, micro=rows, cp_comm="ring"))
-        row_s = {}
-        for kind, layer in costs.layers.items():
-            talk = costs.talks[kind][0] + costs.talks[kind][2]
-            row_s[kind] = ((layer.forward + layer.backward + layer.again).total + talk) / rows
-        stages = [
-            (sum(row_s[kind] * layers for kind, layers in setup.kinds_by_stage[stage].items() if layers), count)
-            for stage, count in setup.distinct
-        ]
-        slowest = max(one for one, _ in stages)
-        others = sum(one * count for one, count in stages) - slowest
-        return rows * slowest + max(0.0, others) / max(MOST_CHUNKS, setup.vpp)
 
     def settings(self, entry: _Topology) -> Candidate | None:
         """The fastest settings of a topology; what the job fixes stays. None: nothing fits."""
@@ -228,17 +244,11 @@ class Judge:
             self.considered += 1
             setup = replace(base, micro=proposal.micro_sequences, recompute=recompute)
             if fits(setup, self._capacity):
-                time = step_time(setup, costs=self._layer_costs(setup))
+                time = step_time(setup, costs=self._costs.of(setup))
                 proposal = replace(proposal, recompute=recompute)
                 stages = stages_of(self.question, proposal)
                 return Candidate(proposal, setup, stages, length_multiple(proposal), time)
         return None
-
-    def _layer_costs(self, setup: Setup) -> LayerCosts:
-        key = (*(setup.tp, setup.cp, setup.ep, setup.etp, setup.sp, setup.micro, setup.recompute, setup.cp_comm),)
-        if key not in self._costs:
-            self._costs[key] = layer_costs(setup)
-        return self._costs[key]
 
     def too_large(self, setup: Setup, proposal: Proposal) -> Rejected:
         """The topology does not fit the memory, with the numbers of its fullest rank."""

@@ -66,6 +66,11 @@ class Holding:
     quantised: float = 0.0
 
 
+def fast_domain(device: Device, gpus_per_node: int) -> int:
+    """Neighbouring ranks that a fast link joins; a node, or a larger domain of the device."""
+    return max(gpus_per_node, device.domain) if device.domain > 8 else gpus_per_node
+
+
 @dataclass(frozen=True)
 class Setup:
     """A layout, the batch and what trains.
@@ -78,7 +83,7 @@ class Setup:
         offload: master weights and moments lie on the host.
         stage_holdings: exact parameters of each stage, where they are known; empty: from the shape.
         alike: stages that stand for others with the same layers and parameters, and for how many; the first of them,
-            which holds most micro-batches. Empty: every stage for itself.
+            which holds most micro-batches. Empty: not known.
     """
 
     shape: Shape
@@ -111,10 +116,15 @@ class Setup:
     stage_holdings: tuple[Holding, ...] = ()
     alike: tuple[tuple[int, int], ...] = ()
 
-    @property
+    @cached_property
     def distinct(self) -> tuple[tuple[int, int], ...]:
         """Stages that differ, each with how many there are of it."""
-        return self.alike or tuple((stage, 1) for stage in range(self.pp))
+        if self.alike or self.stage_holdings:
+            return self.alike or tuple((stage, 1) for stage in range(self.pp))
+        counts: dict[object, list[int]] = {}
+        for stage, kinds in enumerate(self.kinds_by_stage):
+            counts.setdefault((stage == 0, stage == self.pp - 1, *kinds.items()), []).append(stage)
+        return tuple((stages[0], len(stages)) for stages in counts.values())
 
     @property
     def micro_batches(self) -> int:
@@ -149,7 +159,7 @@ class Setup:
     @property
     def domain(self) -> int:
         """Neighbouring ranks that a fast link joins; a node, or a larger domain of the device."""
-        return max(self.gpus_per_node, self.device.domain) if self.device.domain > 8 else self.gpus_per_node
+        return fast_domain(self.device, self.gpus_per_node)
 
     @cached_property
     def kinds_by_stage(self) -> tuple[dict[str, float], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orchestrator.commands import check_device
+from orchestrator.commands import check_device, cluster_spec
 from orchestrator.config.job import ClusterConfig
 from orchestrator.errors import ConfigError
 
@@ -19,3 +19,7 @@ def test_a_cluster_of_gpus_that_this_machine_has_not_is_refused() -> None:
 
 def test_a_cluster_of_cpus_needs_nothing() -> None:
     check_device(ClusterConfig())
+
+
+def test_the_kind_of_gpu_reaches_the_plan() -> None:
+    assert cluster_spec(ClusterConfig("big", 2, 8, "cuda", 140.0, "H200")).gpu == "H200"

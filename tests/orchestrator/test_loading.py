@@ -251,6 +251,8 @@ def test_wrong_resume_overrides_are_refused(override: str, message: str) -> None
         ("topology.tp=3", True),
         ("metrics=tensorboard", True),
         ("memory.recompute=full", True),
+        ("batch.micro_sequences=2", True),
+        ("optimizer.distributed=true", True),
         ("checkpoint.every_steps=7", True),
         ("run_dir=elsewhere", True),
         ("steps=101", True),

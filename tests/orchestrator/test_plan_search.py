@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rich.console import Console
+
+from orchestrator.bench.planning import LARGE_CLUSTER, LARGE_JOB, LARGE_MOE
 from orchestrator.config.job import BatchConfig, JobConfig, MemoryConfig, OptimizerConfig, TopologyConfig, TunerConfig
 from orchestrator.planning.plan import make_plan
+from orchestrator.planning.show import MOST_REASONS, group_rejected, render
 from tests.orchestrator.test_plan import H100X8, H100X16, LAPTOP, LLAMA3_8B, MOE, SMOLLM2
 
 
@@ -45,3 +49,23 @@ def test_a_setting_that_gains_nothing_stays_off() -> None:
         None,
     )
     assert not make_plan(JobConfig(), LLAMA3_8B, H100X8).distributed
+
+
+def test_thousands_of_rejected_topologies_are_a_few_lines() -> None:
+    plan = make_plan(LARGE_JOB, LARGE_MOE, LARGE_CLUSTER)
+    assert len(plan.rejected) > 1000 and sum(len(names) for _, names in group_rejected(plan)) == len(plan.rejected)
+    console = Console(width=300)
+    with console.capture() as captured:
+        console.print(render(plan, LARGE_JOB, LARGE_MOE))
+    told = captured.get().split("rejected")[1].strip().splitlines()
+    assert len(told) <= MOST_REASONS + 1
+    assert "more memory than there is, at its thriftiest" in captured.get() and "more: slower" in captured.get()
+
+
+def test_tensor_parallelism_stays_on_fast_links_unless_asked() -> None:
+    job = JobConfig(tuner=TunerConfig(name="full"), batch=BatchConfig(2, sequence_tokens=512))
+    wide = replace(LLAMA3_8B, heads=32, kv_heads=32)
+    named = " ".join(one.topology for one in make_plan(job, wide, H100X16).rejected)
+    assert "tp=8" in named and "tp=16" not in named
+    asked = make_plan(replace(job, topology=TopologyConfig(tp=16)), wide, H100X16)
+    assert asked.topology.tp == 16
