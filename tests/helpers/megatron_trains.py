@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from parallel.device import cuda_type_names, stand_in_for_cuda
@@ -99,15 +100,17 @@ class Own:
         (part,) = self.optimizer.chained_optimizers
         return part.optimizer.state[main][kind]
 
-    def load(self, folder: Path) -> int:
-        """Load a torch_dist checkpoint by what it says of its content; returns the iterations completed."""
+    def load(self, folder: Path) -> tuple[int, int]:
+        """Load a torch_dist checkpoint by what it says of its content; returns iterations and sequences completed."""
         content = dist_checkpointing.load_content_metadata(str(folder))
         state = dist_checkpointing.load(self.sharded(True, content), str(folder))
         self.model.module.load_state_dict(state["model"], strict=False)
         if self.run.distributed:
             _keep_steps(self.optimizer.chained_optimizers[0])
         self.optimizer.load_state_dict(state["optimizer"])
-        return state["iteration"]
+        scheduler = OptimizerParamScheduler(self.optimizer, 0.0, 1.0, 0.0, 0, 1, "constant", 0.0, 0.0, 1, "constant")
+        scheduler.load_state_dict(state["opt_param_scheduler"])
+        return state["iteration"], scheduler.num_steps
 
 
 def _keep_steps(optimizer: Any) -> None:
@@ -180,11 +183,11 @@ def train_and_save(
 
 def load_and_go_on(
     run: Run, hf_folder: Path, saved: Path, again: Path, tensors: dict[tuple[str, str], torch.Tensor]
-) -> tuple[int, list[str], list[float], list[dict[str, Any]]]:
+) -> tuple[tuple[int, int], list[str], list[float], list[dict[str, Any]]]:
     """Load a checkpoint, save it again at once, train to the end.
 
     Returns:
-        The iterations loaded, what then is not one of ``tensors``, the losses, and what groups of parameters have.
+        Iterations and sequences loaded, what then is not one of ``tensors``, losses, and what groups of parameters say.
     """
     stand_in_for_cuda()
     with megatron_own.opened(run.topology):
@@ -193,8 +196,8 @@ def load_and_go_on(
         with torch.no_grad():
             for parameter in own.model.parameters():
                 parameter.fill_(float("nan"))
-        iteration = own.load(saved)
+        iteration, sequences = own.load(saved)
         own.save(again, iteration)
         wrong, losses = own.differing(tensors), own.train(iteration, run.steps)
         groups = [{**group, "params": None} for group in own.optimizer.param_groups]
-        return iteration, wrong, losses, groups
+        return (iteration, sequences), wrong, losses, groups

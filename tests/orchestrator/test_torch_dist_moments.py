@@ -23,7 +23,7 @@ from orchestrator.cli import main
 from orchestrator.config.loading import compose_job
 from orchestrator.convert import convert
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.runs import decide_train, is_ours
+from orchestrator.runs import decide_train, is_ours, write_run
 from parallel.shards import Box, Shard
 from tests.helpers.exported import hf_weights
 
@@ -265,6 +265,19 @@ def test_what_came_in_goes_on_only_as_what_it_is(tiny_model: Any, tmp_path: Path
     (run / "isotrain.json").write_text("[]")
     with pytest.raises(ConfigError, match="is not empty and holds no run"):
         decided("tuner=full")
+
+
+def test_other_commands_know_what_came_in(tiny_model: Any, tmp_path: Path, capsys: Any) -> None:
+    hf, run = tiny_model("llama"), tmp_path / "run"
+    convert(exported(state_of(hf), hf, tmp_path), run, model=str(hf), moments=True)
+    assert main(["verify", str(run)]) == 0 and main(["checkpoints", str(run)]) == 0
+    words = ["tuner=full", "steps=8", "optimizer.schedule=constant", "batch.sequence_tokens=64", f"run_dir={run}"]
+    write_run(run, compose_job([f"model.path={hf}", *words]), "{}")  # a launch that ended before its first save
+    capsys.readouterr()
+    assert main(["resume", str(run), "--explain"]) == 0
+    said = capsys.readouterr().out
+    assert "the first that step 7 has; what was read before lies in another tool" in said
+    assert "constant, at step 6 of 8" in said and "after 5 updates" in said
 
 
 def test_moments_are_of_torch_dist_only(tiny_model: Any, tmp_path: Path) -> None:
