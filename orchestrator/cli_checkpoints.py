@@ -96,7 +96,7 @@ def run_checkpoints(arguments: argparse.Namespace) -> int:
     table = Table("step", "loss", "MB", "written by", "holds", "state", caption="* is what a resume goes on from")
     for row in rows:
         loss = "" if row.loss is None else f"{row.loss:.4f}"
-        step = f"{row.step}{'*' if row.is_latest else ''}"
+        step = f"{row.step}{'*' if row.is_next else ''}"
         table.add_row(step, loss, f"{row.bytes / 1e6:,.1f}", row.topology, row.room, row.state)
     _console().print(table)
     return int(code)

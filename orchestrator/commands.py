@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -322,7 +323,9 @@ def make_folder(run_dir: Path) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-    except (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise ConfigError(f"run_dir={run_dir} cannot be made: {error.strerror}", "run_dir=ANOTHER") from error
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise ConfigError(f"run_dir={run_dir} cannot be written: permission denied", "run_dir=ANOTHER")

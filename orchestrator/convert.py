@@ -42,7 +42,11 @@ def convert(
                 f"{folder} is a torch_dist checkpoint, which does not say what model it is",
                 f"isotrain convert {folder} {out} --model FOLDER  (one with its config.json)",
             )
-        (import_run if moments else import_torch_dist)(folder, resolve_model(model), out)
+        try:
+            config_folder = resolve_model(model)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model.path=", "--model ", 1), "--model FOLDER") from error
+        (import_run if moments else import_torch_dist)(folder, config_folder, out)
         return "torch_dist"
     if moments:
         raise ConfigError(f"{folder} is no torch_dist checkpoint, and others hold no moments", "leave --moments away")

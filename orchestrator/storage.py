@@ -6,6 +6,7 @@ manifest, an export's marker), so that what is there without it is known for unf
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from orchestrator.checkpoint.folder import MANIFEST, MARKER
+from orchestrator.checkpoint.folder import MANIFEST, MARKER, NO_SPACE
 from orchestrator.checkpoint.load import hash_file
 from orchestrator.checkpoint.manifest import FileRecord, Manifest, record_of
 from orchestrator.errors import ConfigError, DataError, ResourceError
@@ -165,6 +166,11 @@ class Place:
             except PERMANENT as error:
                 raise ConfigError(f"{self.url} cannot {what}: {error}", "name a place that you may use") from error
             except _passing() as error:
+                if isinstance(error, OSError) and error.errno in (*NO_SPACE, errno.EROFS):
+                    raise ResourceError(
+                        f"{self.url} cannot {what}: {error.strerror}",
+                        "free some space there or name another place, then run it again: it goes on where it stopped",
+                    ) from error
                 if attempt == self._retry.attempts:
                     raise ResourceError(
                         f"{self.url} cannot {what} after {attempt} attempts: {error}",

@@ -88,7 +88,9 @@ def _is_lost_peer(error: BaseException) -> bool:
 
 
 def _no_space(error: OSError) -> str:
-    place = Path(os.fsdecode(error.filename)) if error.filename else Path.cwd()
+    if not error.filename:
+        return str(error.strerror)  # which disk is not known
+    place = Path(os.fsdecode(error.filename))
     existing = next((folder for folder in (place, *place.parents) if folder.exists()), Path("/"))
     free_mib = shutil.disk_usage(existing).free / 2**20
     return f"{error.strerror} at {place} ({free_mib:.0f} MiB free there)"

@@ -114,6 +114,11 @@ def free_bytes(folder: Path) -> int:
 def explain(error: OSError, folder: Path, needed_bytes: int, place: str) -> IsotrainError:
     """Turn a failed write into an error with numbers and a hint; ``place`` is what the user sets to move it."""
     path = error.filename or folder
+    if error.errno == errno.EFBIG:
+        return ResourceError(
+            f"{path} would be larger than this process or its file system allows: {error.strerror}",
+            f"ulimit -f unlimited, or set {place} on another disk; then run it again",
+        )
     if error.errno in NO_SPACE:
         return ResourceError(
             f"no space left: {path}: {error.strerror}; {needed_bytes:,} bytes are needed, {free_bytes(folder):,} are "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.folder import MANIFEST, list_steps, read_latest
-from orchestrator.checkpoint.load import CheckpointReader, checkpoints_folder
+from orchestrator.checkpoint.folder import MANIFEST, list_steps
+from orchestrator.checkpoint.load import CheckpointReader, checkpoints_folder, in_order
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.verify import verify
 from orchestrator.errors import ConfigError, DataError
@@ -18,6 +18,7 @@ class Row:
     """One checkpoint.
 
     Args:
+        is_next: whether a resume goes on from it, by what is known here.
         loss: of its step; None where its writer did not say.
         bytes: of all its files.
         topology: axes of its writer that are not 1, such as ``tp=2 pp=2``; "1 process" where all are.
@@ -27,7 +28,7 @@ class Row:
 
     step: int
     folder: Path
-    is_latest: bool
+    is_next: bool
     loss: float | None
     bytes: int
     topology: str
@@ -51,25 +52,25 @@ def list_checkpoints(path: Path, *, hashed: bool = False) -> list[Row]:
     """
     checkpoints = checkpoints_folder(path)
     steps = list_steps(checkpoints)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder", "name the run_dir of a run that has saved")
     if not steps:
         raise ConfigError(f"{checkpoints} holds no checkpoint", "name the run_dir of a run that has saved")
-    try:
-        latest = read_latest(checkpoints)
-    except DataError:
-        latest = None
-    return [_row(step, folder, folder.name == latest, hashed) for step, folder in steps]
+    rows = {folder: _row(step, folder, hashed) for step, folder in steps}
+    following = next((folder for folder in in_order(checkpoints)[0] if rows[folder].good), None)
+    return [replace(row, is_next=folder == following) for folder, row in rows.items()]
 
 
-def _row(step: int, folder: Path, is_latest: bool, hashed: bool) -> Row:
+def _row(step: int, folder: Path, hashed: bool) -> Row:
     try:
         manifest = Manifest.read(folder / MANIFEST)
     except DataError as error:
-        return Row(step, folder, is_latest, None, 0, "?", "?", str(error), False)
+        return Row(step, folder, False, None, 0, "?", "?", str(error), False)
     problems = verify(folder).problems if hashed else _absent(folder)
     loss = manifest.about.get("metrics", {}).get("loss")
     total = sum(record.bytes for record in manifest.files.values())
     state = problems[0] if problems else "verified" if hashed else "whole"
-    return Row(step, folder, is_latest, loss, total, topology_words(manifest.about), manifest.room, state, not problems)
+    return Row(step, folder, False, loss, total, topology_words(manifest.about), manifest.room, state, not problems)
 
 
 def _absent(folder: Path) -> tuple[str, ...]:

@@ -18,11 +18,10 @@ from orchestrator.checkpoint.tensor_file import TensorFiles
 from orchestrator.errors import ConfigError, DataError
 from parallel.shards import Box
 
-# Files that a loader would take for weights: one that the manifest does not name is not ours.
-WEIGHT_SUFFIXES = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"),
-    *(".npz", ".npy", ".h5", ".msgpack", ".gguf", ".joblib"),
-)
+# Files that a loader would take for weights, some of which may hold code: what the manifest does not name is not ours.
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npz", ".npy")
+WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".index.json", ".h5", ".msgpack", ".gguf")
+ROOMS = ("adapter", "model")  # which peft and transformers open
 
 Answer = TypeVar("Answer")
 
@@ -38,7 +37,7 @@ class CheckpointReader:
         """
         self.folder = folder
         self.manifest = Manifest.read(folder / MANIFEST)
-        self.warnings = _check_room(folder / self.manifest.room, self.manifest)
+        self.warnings = _check_extra(folder, self.manifest)
         for path, record in self.manifest.files.items():
             check_file(folder / path, record, verify=verify)
         self.state: Mapping[str, Any] = read_json(folder / STATE)
@@ -91,6 +90,8 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
         name = read_latest(checkpoints)
         if name is None and steps:
             return _newest_whole(checkpoints, steps, verify)
+        if not path.is_dir():
+            raise ConfigError(f"{path} is no folder", "name a run folder or one of its checkpoints")
         if name is None:
             raise ConfigError(f"{checkpoints} has no {LATEST}: nothing was saved there", _hint_steps(steps))
         step = int(name.removeprefix("step-"))
@@ -128,7 +129,7 @@ def find_latest_good(path: Path, *, peers: Peers | None = None) -> tuple[Checkpo
     """
     peers = peers or Peers(0, 1)
     checkpoints = checkpoints_folder(path)
-    folders, notes = peers.gather(_in_order(checkpoints))[0]
+    folders, notes = peers.gather(in_order(checkpoints))[0]
     messages = list(notes)
     for folder in folders:
         try:
@@ -147,7 +148,7 @@ def find_latest_good(path: Path, *, peers: Peers | None = None) -> tuple[Checkpo
     return None, ()
 
 
-def _in_order(checkpoints: Path) -> tuple[list[Path], list[str]]:
+def in_order(checkpoints: Path) -> tuple[list[Path], list[str]]:
     """The folders to try, best first: from ``latest`` down, then what is newer; and what is wrong with ``latest``."""
     steps = dict(list_steps(checkpoints))
     notes = []
@@ -217,14 +218,17 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_room(room: Path, manifest: Manifest) -> tuple[str, ...]:
-    """Refuse foreign weight files; name other extra files in warnings."""
+def _check_extra(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Refuse foreign pickles, and foreign weight files where others would open them; name other files in warnings."""
     warnings = []
-    for path in sorted(room.rglob("*")) if room.is_dir() else []:
-        name = f"{manifest.room}/{path.relative_to(room).as_posix()}"
-        if path.is_dir() or name in manifest.files:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name in manifest.files or name == MANIFEST:
             continue
-        if path.name.lower().endswith(WEIGHT_SUFFIXES):
+        is_weights = name.startswith(tuple(f"{room}/" for room in ROOMS)) and path.name.lower().endswith(
+            WEIGHT_SUFFIXES
+        )
+        if is_weights or path.name.lower().endswith(PICKLE_SUFFIXES):
             raise DataError(
                 f"{path} was not written with this checkpoint: {len(manifest.files)} files were, it is none of them",
                 f"move it away: mv {path} /tmp",

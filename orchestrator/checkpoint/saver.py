@@ -64,7 +64,8 @@ class Saver:
         """
         agreement = agree(shards, contents, self._policy, self._peers)
         self._last = dataclasses.replace(agreement, held={})
-        on_first(self._peers, lambda: check_space(self._checkpoints, agreement.layout), self._checkpoints)
+        layout = agreement.layout
+        on_first(self._peers, lambda: check_space(self._checkpoints, layout), self._checkpoints, layout.bytes)
 
     def save(self, step: int, shards: Iterable[Shard], contents: Contents) -> None:
         """Save the state after ``step``. The shards may change as soon as this returns.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -34,6 +35,19 @@ FORMAT = {
 }
 
 
+class _Disk(io.BufferedWriter):
+    """A file that remembers why it could not be written: torch's archive hides that behind an error of its own."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 class TorchDistWriter:
     """A new torch_dist folder, as a context: complete and durable when it is left without an error.
 
@@ -47,7 +61,7 @@ class TorchDistWriter:
         self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._files = 0
-        self._file: io.BufferedWriter | None = None
+        self._file: _Disk | None = None
 
     def __enter__(self) -> TorchDistWriter:
         return self
@@ -55,7 +69,8 @@ class TorchDistWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is not None:
             if self._file is not None:
-                self._file.close()
+                with contextlib.suppress(OSError):  # what is still buffered cannot be written either
+                    self._file.close()
             return
         self._close_file()
         metadata = Metadata(self._tensors, storage_data=self._places)
@@ -104,10 +119,15 @@ class TorchDistWriter:
     def _append(self, index: MetadataIndex, value: Any) -> None:
         if self._file is None or self._file.tell() >= self._file_bytes:
             self._close_file()
-            self._file = (self._folder / f"__0_{self._files}{SUFFIX}").open("xb")
+            self._file = _Disk(io.FileIO(self._folder / f"__0_{self._files}{SUFFIX}", "x"))
             self._files += 1
         file, start = self._file, self._file.tell()
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            if file.error is None:
+                raise
+            raise file.error from error
         self._places[index] = _StorageInfo(Path(file.name).name, start, file.tell() - start)
 
     def _close_file(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,8 +57,12 @@ BROKEN = (
 
 
 def load_tensors(file: Path | IO[bytes]) -> Any:
-    """What ``torch.save`` wrote, by torch's weights-only unpickler; a path is mapped, not read. Raises BROKEN."""
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path))
+    """What ``torch.save`` wrote, by torch's weights-only unpickler. Raises BROKEN.
+
+    A path is mapped, not read, but for the form of torch before 1.6, which is no archive and cannot be.
+    """
+    mapped = isinstance(file, Path) and zipfile.is_zipfile(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def reason(error: BaseException) -> str:

@@ -195,7 +195,7 @@ BREAKAGES: dict[str, Callable[[], Callable[[], None]]] = {
 @pytest.mark.parametrize(
     ("breakage", "name", "message", "hint"),
     [
-        ("too-big", "ResourceError", "no space left: ", "set run_dir=DIR on another disk"),
+        ("too-big", "ResourceError", "would be larger than this process or its file system allows", "ulimit -f"),
         ("full", "ResourceError", "/some/disk: No space left on device; ", "run_dir="),
         ("quota", "ResourceError", "Disk quota exceeded", "run_dir="),
         ("full-beforehand", "ResourceError", "bytes are needed, 17 are free", "free some space"),

@@ -29,6 +29,9 @@ def test_a_run_lists_its_checkpoints(command: Command, uninterrupted: Folder, tm
     assert "whole" in command("checkpoints", str(run.path), code=0).out
     done = command("checkpoints", str(run.path), "--verify", code=65)
     assert "6*" in done.out and "verified" in done.out and "is damaged: sha256" in done.out.replace("\n", " ")
+    (run.checkpoint(6) / "state.json").write_text("{}")
+    done = command("checkpoints", str(run.path), code=65)
+    assert "3*" in done.out and "6*" not in done.out  # what a resume would go on from
     (run.checkpoint(3) / "manifest.json").unlink()
     assert "this is no whole checkpoint" in command("checkpoints", str(run.path), "--json", code=65).out
 

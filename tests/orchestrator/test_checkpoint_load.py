@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from orchestrator.checkpoint.folder import list_steps, read_latest
+from orchestrator.checkpoint.listing import list_checkpoints
 from orchestrator.checkpoint.load import CheckpointReader, find_latest_good, open_checkpoint
 from orchestrator.checkpoint.publish import Contents
 from orchestrator.checkpoint.retention import Retention
@@ -205,6 +206,30 @@ def test_foreign_weights_are_refused_and_other_files_warned_of(tmp_path: Path, n
     with pytest.raises(DataError, match=f"{name} was not written with this checkpoint") as error:
         open_checkpoint(tmp_path)
     assert error.value.hint.startswith("move it away: mv ")
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer/optimizer.pt", "training_args.pkl", "model/model.safetensors", "model/x.safetensors.index.json"]
+)
+def test_pickles_anywhere_and_weights_in_the_other_room_are_refused(tmp_path: Path, name: str) -> None:
+    folder = save_step(tmp_path, 1)
+    for other in ("notes.txt", "optimizer/more.safetensors"):
+        (folder / other).write_text("mine")
+    assert [line.rpartition("/")[2] for line in open_checkpoint(tmp_path).warnings] == [
+        "notes.txt was not written with this checkpoint",
+        "more.safetensors was not written with this checkpoint",
+    ]
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"{name} was not written with this checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none is no folder"):
+        open_checkpoint(tmp_path / "none")
+    with pytest.raises(ConfigError, match="none is no folder"):
+        list_checkpoints(tmp_path / "none")
 
 
 def test_without_latest_the_newest_whole_checkpoint_is_opened(tmp_path: Path) -> None:

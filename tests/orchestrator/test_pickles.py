@@ -101,6 +101,16 @@ def test_generate_opens_no_pickle_either(tiny_model: Any, tmp_path: Path, capsys
     assert not proof.exists()
 
 
+def test_torchs_form_before_its_archives_comes_in_too(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    tensors = {"w": torch.arange(6.0).reshape(2, 3)}
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    convert(folder, tmp_path / "out", allow_pickle=True)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], tensors["w"])
+
+
 def in_state(path: Path, proof: Path) -> None:
     torch.save({"w": torch.ones(1), "x": Payload(proof)}, path)
 

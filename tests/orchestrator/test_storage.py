@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import sys
@@ -143,6 +144,10 @@ def test_what_cannot_pass_is_not_tried_again(checkpoint: Path) -> None:
     Flaky.failures = itertools.repeat(PermissionError("denied"))
     with pytest.raises(ConfigError, match=r"flaky://b/x cannot take \S+: denied"):
         copy_checkpoint(str(checkpoint), "flaky://b/x", RETRY)
+    Flaky.failures = itertools.repeat(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(ResourceError, match=r"flaky://b/x cannot take \S+: No space left on device") as error:
+        copy_checkpoint(str(checkpoint), "flaky://b/x", RETRY)
+    assert error.value.hint.startswith("free some space there or name another place")
     assert not SLEPT
 
 

@@ -69,6 +69,10 @@ def test_a_full_disk_is_said_with_the_place_and_what_is_free(tmp_path: Path) -> 
     assert str(tmp_path / "gone" / "file") in explain(error).message and "MiB free" in explain(error).message
 
 
+def test_a_full_disk_that_is_not_named_is_not_guessed() -> None:
+    assert explain(OSError(errno.ENOSPC, "No space left on device")).message == "No space left on device"
+
+
 def test_a_real_full_device_is_no_space() -> None:
     with pytest.raises(OSError) as raised, Path("/dev/full").open("w") as full:
         full.write("x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -39,6 +40,18 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "dcp"
     dcp.save(dict(TENSORS), checkpoint_id=path, no_dist=True)
     return path
+
+
+def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
+    """torch's archive says "unexpected pos" of it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError) as raised, TorchDistWriter(tmp_path, {}) as writer:
+            writer.add("w", (), (), torch.ones(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.errno == errno.EFBIG
 
 
 def metadata(folder: Path) -> Metadata:
