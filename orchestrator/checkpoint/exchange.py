@@ -15,6 +15,7 @@ from orchestrator.checkpoint.tensor_file import TORCH_DTYPES, item_bytes
 from orchestrator.errors import IsotrainError
 from parallel.shards import Box, Shard, flat_boxes
 
+ALIGNMENT = 16  # bytes, of the widest type that a view may have
 Value = TypeVar("Value")
 
 
@@ -98,23 +99,24 @@ class Task:
                 sizes[move.sender] = sizes.get(move.sender, 0) + move.bytes
         return sizes
 
-    def staged_bytes(self) -> dict[int, int]:
-        """Bytes of buffers that the task needs on each rank: the owner's block and messages, the senders' messages."""
-        staged = self.sent_bytes()
-        staged[self.block.owner] = self.block.stop - self.block.start + sum(staged.values())
-        return staged
+    def message_bytes(self) -> dict[int, int]:
+        """Bytes of messages on each rank: the owner's that arrive, and the senders'."""
+        messages = self.sent_bytes()
+        messages[self.block.owner] = sum(messages.values())
+        return messages
 
 
 def plan_rounds(layout: Layout, holdings: Holdings, ranks: int, buffer_bytes: int) -> Iterator[list[Task]]:
     """Cut the files into blocks and the blocks into rounds; equal on every rank.
 
     A round has at most one block per owner, each owner's blocks come in the order of writing, and no rank stages more
-    than ``buffer_bytes``: of these a quarter is for the block before, which is still being written. All ranks finish a
-    round before the next: nothing can deadlock.
+    than ``buffer_bytes``: a quarter for a block, a quarter for the one before, which is still being written, and a half
+    for messages. All ranks finish a round before the next: nothing can deadlock.
     """
-    block_bytes = max(1, buffer_bytes // 4)
-    buffer_bytes -= block_bytes
-    waiting = [(_task(block, holdings) for block in cut_blocks(layout, owner, block_bytes)) for owner in range(ranks)]
+    waiting = [
+        (_task(block, holdings) for block in cut_blocks(layout, owner, max(1, buffer_bytes // 4)))
+        for owner in range(ranks)
+    ]
     heads = [next(tasks, None) for tasks in waiting]
     turn = 0
     while any(head is not None for head in heads):
@@ -124,8 +126,8 @@ def plan_rounds(layout: Layout, holdings: Holdings, ranks: int, buffer_bytes: in
             task = heads[owner]
             if task is None:
                 continue
-            need = task.staged_bytes()
-            if chosen and any(staged[rank] + count > buffer_bytes for rank, count in need.items()):
+            need = task.message_bytes()
+            if chosen and any(staged[rank] + count > buffer_bytes // 2 for rank, count in need.items()):
                 continue
             for rank, count in need.items():
                 staged[rank] += count
@@ -168,19 +170,56 @@ def sent_keys(layout: Layout, holdings: Holdings, rank: int) -> set[tuple[str, s
     }
 
 
+class Staging:
+    """One piece of memory for all blocks and messages of a save.
+
+    Blocks come and go by the dozen; an allocator would keep three times as much as is in use at any moment.
+    """
+
+    def __init__(self, buffer_bytes: int) -> None:
+        self._block_bytes = buffer_bytes // 4 // ALIGNMENT * ALIGNMENT
+        self._memory = torch.empty(buffer_bytes, dtype=torch.uint8)
+        self._turn = 0
+        self._at = 0
+
+    def begin(self) -> None:
+        """A round begins: the messages of the one before are gone."""
+        self._at = 2 * self._block_bytes
+
+    def message(self, size: int) -> torch.Tensor:
+        """Room for a message of this round."""
+        start = self._at
+        self._at += -(-size // ALIGNMENT) * ALIGNMENT
+        return self._part(start, size, self._memory.numel())
+
+    def block(self, size: int) -> torch.Tensor:
+        """Room for a block; that of the block before the last one is used again."""
+        self._turn = 1 - self._turn
+        start = self._turn * self._block_bytes
+        return self._part(start, size, start + self._block_bytes)
+
+    def _part(self, start: int, size: int, stop: int) -> torch.Tensor:
+        """Memory of its own for what is larger than it should be: an element, at least, is a block."""
+        fits = start + size <= stop
+        return self._memory[start : start + size] if fits else torch.empty(size, dtype=torch.uint8)
+
+
 def exchange(
     rounds: Iterable[Sequence[Task]],
     shards: Mapping[tuple[str, str, Box], Shard],
     peers: Peers,
     receive: Callable[[Block, torch.Tensor], None],
+    buffer_bytes: int,
 ) -> None:
-    """Run the rounds; every rank of ``peers`` must call it with equal rounds.
+    """Run the rounds; every rank of ``peers`` must call it with equal rounds, of :func:`plan_rounds`.
 
-    ``receive`` gets this rank's blocks in the order of writing, each with its bytes (uint8). It must not raise: the
-    other ranks would wait for this one.
+    ``receive`` gets this rank's blocks in the order of writing, each with its bytes (uint8), which it may use until it
+    gets the block after the next. It must not raise: the other ranks would wait for this one.
     """
+    staging = Staging(buffer_bytes)
     for tasks in rounds:
-        _run_round(tasks, shards, peers, receive)
+        staging.begin()
+        _run_round(tasks, shards, peers, receive, staging)
 
 
 def _run_round(
@@ -188,6 +227,7 @@ def _run_round(
     shards: Mapping[tuple[str, str, Box], Shard],
     peers: Peers,
     receive: Callable[[Block, torch.Tensor], None],
+    staging: Staging,
 ) -> None:
     messages, works = [], []
     mine: tuple[Task, dict[int, torch.Tensor]] | None = None
@@ -195,21 +235,21 @@ def _run_round(
         owner = task.block.owner
         sizes = task.sent_bytes()
         if owner == peers.rank:
-            arrived = {sender: torch.empty(size, dtype=torch.uint8) for sender, size in sizes.items()}
+            arrived = {sender: staging.message(size) for sender, size in sizes.items()}
             works += [dist.irecv(part, group=peers.group, group_src=sender) for sender, part in arrived.items()]
             mine = (task, arrived)
         elif peers.rank in sizes:
-            messages.append(_pack(task, shards, peers.rank, sizes[peers.rank]))
+            messages.append(_pack(task, shards, peers.rank, staging.message(sizes[peers.rank])))
             works.append(dist.isend(messages[-1], group=peers.group, group_dst=owner))
     for work in works:
         if work is not None:
             work.wait()
     if mine is not None:
-        receive(mine[0].block, _fill(*mine, shards))
+        block = mine[0].block
+        receive(block, _fill(*mine, shards, staging.block(block.stop - block.start)))
 
 
-def _pack(task: Task, shards: Mapping[tuple[str, str, Box], Shard], sender: int, size: int) -> torch.Tensor:
-    message = torch.empty(size, dtype=torch.uint8)
+def _pack(task: Task, shards: Mapping[tuple[str, str, Box], Shard], sender: int, message: torch.Tensor) -> torch.Tensor:
     at = 0
     for move in task.moves:
         if move.sender == sender:
@@ -219,9 +259,11 @@ def _pack(task: Task, shards: Mapping[tuple[str, str, Box], Shard], sender: int,
 
 
 def _fill(
-    task: Task, arrived: Mapping[int, torch.Tensor], shards: Mapping[tuple[str, str, Box], Shard]
+    task: Task,
+    arrived: Mapping[int, torch.Tensor],
+    shards: Mapping[tuple[str, str, Box], Shard],
+    buffer: torch.Tensor,
 ) -> torch.Tensor:
-    buffer = torch.empty(task.block.stop - task.block.start, dtype=torch.uint8)
     taken = dict.fromkeys(arrived, 0)
     for move in task.moves:
         if move.sender == task.block.owner:

@@ -156,7 +156,7 @@ def write(
         on_first(peers, begun, checkpoints, layout.bytes)
         files = RankFiles(temporary, layout, peers.rank)
         rounds = plan_rounds(layout, agreement.holdings, peers.size, policy.buffer_bytes)
-        exchange(rounds, agreement.held, peers, files.receive)
+        exchange(rounds, agreement.held, peers, files.receive, policy.buffer_bytes)
         written = peers.agree(*files.finish(policy.reads_back(agreement.contents.room)))
 
         def finished() -> None:

@@ -110,9 +110,10 @@ def test_rounds_fill_every_file_once_in_order_within_the_buffer(
                     for byte in range(place, place + item):
                         filled[byte] += 1
             assert filled == [1] * len(filled)
-            for rank, count in task.staged_bytes().items():
+            assert block.stop - block.start <= buffer_bytes // 4
+            for rank, count in task.message_bytes().items():
                 staged[rank] += count
-        assert max(staged) <= buffer_bytes
+        assert max(staged) <= buffer_bytes // 2
     assert written == {file.path: file.data_bytes for file in layout.files}
 
 
