@@ -137,6 +137,7 @@ def _save(run: Run, saver: Saver, step: int, result: StepResult, *, last: bool) 
 
 def _contents(run: Run, step: int, metrics: Mapping[str, float] | None = None) -> Contents:
     """What a checkpoint says beside its tensors. ``state`` is equal on every topology; ``about`` tells of this one."""
+    data = {"path": run.job.data.path, "sha256": run.data.summary.source_sha256, "rows": run.data.rows}
     state = {
         "step": step,
         "samples_consumed": step * run.plan.global_sequences,
@@ -144,12 +145,14 @@ def _contents(run: Run, step: int, metrics: Mapping[str, float] | None = None) -
         "seed": run.job.seed,
         "rng": "derived from the seed, the sample and the tensor's name: there is no generator state",
         "schedule": asdict(run.job.optimizer) | {"steps": run.job.steps},
-        "data": {"path": run.job.data.path, "sha256": run.data.summary.source_sha256, "rows": run.data.rows},
+        "data": data,
     }
     about = {
         "topology": asdict(run.plan.topology),
         "precision": run.plan.precision,
         "model": run.job.model.path,
+        "seed": run.job.seed,
+        "data": data,
         "quantise": run.job.tuner.quantise,
         "plan": {name: getattr(run.plan, name) for name in TOLD_OF_PLAN},
         "metrics": dict(metrics or {}),
