@@ -36,7 +36,8 @@ demo: setup  ## plan, train, resume elsewhere, export, compare; checks its own r
 
 test: setup  ## all tests but the finer grid and Slurm's, with coverage; ARGS="-k name" for some
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest -m "not grid and not slurm" --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+	@$(BIN)/python -m pytest -m "not grid and not slurm" --durations=40 --cov --cov-report=term:skip-covered \
+	  --cov-report=html $(ARGS)
 
 # Debian's own packages, where this user may install; elsewhere the tests say what is missing, and are skipped.
 SLURM := slurm-wlm munge shellcheck

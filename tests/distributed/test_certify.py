@@ -30,6 +30,9 @@ PLANTED: list[tuple[Callable[..., Any], str, str]] = [
 ]
 
 
+FINER = pytest.mark.grid
+
+
 def cells(pool: Pool, tuner: str, layout: str, ranks: int = 2, **more: Any) -> dict[str, Cell]:
     """The cells of one tuner on topologies of so many processes with ``layout`` in their name, by name."""
     job = compose_job([f"model={EXPERTS if 'ep2' in layout or 'etp2' in layout else DENSE}"])
@@ -43,10 +46,10 @@ def cells(pool: Pool, tuner: str, layout: str, ranks: int = 2, **more: Any) -> d
     [
         ("lora", "tp2·pp2+all", 4, {"tp2·pp2+all"}),
         ("full", "tp2·dp2+all", 4, {"tp2·dp2+all"}),
-        ("lora", "cp2", 2, {"cp2", "cp2+ulysses", "cp2+distributed", "cp2+recompute"}),
         ("lora", "dp2·ep2", 2, {"dp2·ep2", "dp2·ep2+distributed"}),
-        ("full", "pp2", 2, {"pp2", "pp2+vpp2", "pp2+recompute"}),
         ("qlora", "tp2+sp", 2, {"tp2+sp"}),
+        pytest.param("lora", "cp2", 2, {"cp2", "cp2+ulysses", "cp2+distributed", "cp2+recompute"}, marks=FINER),
+        pytest.param("full", "pp2", 2, {"pp2", "pp2+vpp2", "pp2+recompute"}, marks=FINER),
     ],
 )
 def test_what_is_right_is_green(pool: Pool, tuner: str, layout: str, ranks: int, cells_there: set[str]) -> None:

@@ -29,7 +29,7 @@ LORA = Run(tokens=24, dropout=0.3, changes=GROUPED)
 FULL = Run(tokens=24, full=True, changes=GROUPED)
 
 
-FINER = ("cp3", "cp4-ulysses", "cp2-pp2")  # of the topologies: for make grid
+FINER = ("cp2", "cp3", "cp4-ulysses", "cp2-pp2", "cp2-tp2-ulysses")  # of the topologies: for make grid
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_resume_explains_that_it_goes_on_before_a_damaged_checkpoint_and_tells
 ) -> None:
     run = uninterrupted.copied(tmp_path / "run")
     flip(run.checkpoint(6) / "adapter" / "adapter_model.safetensors")
-    monkeypatch.setattr("orchestrator.explaining.importlib.metadata.version", lambda name: "9.9")
+    monkeypatch.setattr("orchestrator.checkpoint.manifest.importlib.metadata.version", lambda name: "9.9")
     done = command("resume", str(run.path), "--explain", code=0)
     assert "step-000006 is not usable" in done.out and f"would go on from {run.checkpoint(3)}, to step 6" in done.out
     assert "9.9" in done.out and "as far as both versions compute alike" in done.out.replace("\n", " ")
