@@ -115,7 +115,7 @@ def test_silence_is_told_from_life_and_from_leaving(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("marker", "cause"), [("touch states/preparing-0; sleep 3", "Unsaid"), ("sleep 30", "Stalled")]
+    ("marker", "cause"), [("touch states/preparing-0; sleep 3", "Unsaid"), ("exec sleep 30", "Stalled")]
 )
 def test_tokenising_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str, cause: str) -> None:
     """srun is a stand-in that ends with 3 where it is left alone."""
