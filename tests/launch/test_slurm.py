@@ -125,6 +125,7 @@ def test_tokenising_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}:/usr/bin:/bin")
     monkeypatch.setattr(step, "LISTEN_EVERY_S", 0.01)
+    monkeypatch.setattr(step, "ENDING_S", 1.0)
     request = StepRequest(Allocation("9", 1, "n1"), ("n1",), 1, ("rank",), {}, tmp_path, Patience(stalled_s=2))
     ended = step.run_step(request, Signals(()), lambda: None, lambda text: None)
     assert ended.cause is not None and ended.cause.cause == cause
