@@ -193,7 +193,7 @@ class Staging:
         return self._part(start, size, self._memory.numel())
 
     def block(self, size: int) -> torch.Tensor:
-        """Room for a block; that of the block before the last one is used again."""
+        """Room for a block; that of the last but one is used again."""
         self._turn = 1 - self._turn
         start = self._turn * self._block_bytes
         return self._part(start, size, start + self._block_bytes)
@@ -214,7 +214,7 @@ def exchange(
     """Run the rounds; every rank of ``peers`` must call it with equal rounds, of :func:`plan_rounds`.
 
     ``receive`` gets this rank's blocks in the order of writing, each with its bytes (uint8), which it may use until it
-    gets the block after the next. It must not raise: the other ranks would wait for this one.
+    has returned from the next. It must not raise: the other ranks would wait for this one.
     """
     staging = Staging(buffer_bytes)
     for tasks in rounds:

@@ -21,7 +21,7 @@ from parallel.shards import Box
 # Files that a loader would take for weights, some of which may hold code: what the manifest does not name is not ours.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npz", ".npy")
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".index.json", ".h5", ".msgpack", ".gguf")
-ROOMS = ("adapter", "model")  # which peft and transformers open
+ROOMS = ("adapter/", "model/")  # which peft and transformers open
 
 Answer = TypeVar("Answer")
 
@@ -84,14 +84,14 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
         if not path.is_dir():
             raise ConfigError(f"there is no checkpoint {path}", "name a run folder or one of its checkpoints")
         return CheckpointReader(path, verify=verify)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder", "name a run folder or one of its checkpoints")
     checkpoints = checkpoints_folder(path)
     steps = dict(list_steps(checkpoints))
     if step is None:
         name = read_latest(checkpoints)
         if name is None and steps:
             return _newest_whole(checkpoints, steps, verify)
-        if not path.is_dir():
-            raise ConfigError(f"{path} is no folder", "name a run folder or one of its checkpoints")
         if name is None:
             raise ConfigError(f"{checkpoints} has no {LATEST}: nothing was saved there", _hint_steps(steps))
         step = int(name.removeprefix("step-"))
@@ -225,10 +225,7 @@ def _check_extra(folder: Path, manifest: Manifest) -> tuple[str, ...]:
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or name in manifest.files or name == MANIFEST:
             continue
-        is_weights = name.startswith(tuple(f"{room}/" for room in ROOMS)) and path.name.lower().endswith(
-            WEIGHT_SUFFIXES
-        )
-        if is_weights or path.name.lower().endswith(PICKLE_SUFFIXES):
+        if path.name.lower().endswith(WEIGHT_SUFFIXES if name.startswith(ROOMS) else PICKLE_SUFFIXES):
             raise DataError(
                 f"{path} was not written with this checkpoint: {len(manifest.files)} files were, it is none of them",
                 f"move it away: mv {path} /tmp",

@@ -46,14 +46,13 @@ class RankFiles:
         Never raises OSError: other ranks are waiting for this one.
         """
         self._wait()
-        self._pending = self._thread.submit(self._append, block, [data])
+        self._pending = self._thread.submit(self._append, block, data)
 
     def _wait(self) -> None:
         if self._pending is not None:
             self._pending.result()
 
-    def _append(self, block: Block, handed: list[torch.Tensor]) -> None:
-        data = handed.pop()  # the last reference, so that it is gone before the next block is fetched
+    def _append(self, block: Block, data: torch.Tensor) -> None:
         if self._problem is not None:
             return
         try:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.checkpoint.folder import sync_folder
 from orchestrator.config.job import ClusterConfig
 from orchestrator.doctor.finding import Finding
 from orchestrator.doctor.software import on_nodes
@@ -50,7 +51,7 @@ def seen_folder(run_dir: Path, probe_bytes: int = PROBE_BYTES) -> FolderSeen:
             rate = _write_rate(file, probe_bytes)
             clock_s = file.stat().st_mtime - time.time()
             moved = file.replace(file.with_name("moved"))
-            _sync_folder(Path(probes))
+            sync_folder(Path(probes))
             locks = _locks(moved)
     except OSError as error:
         return FolderSeen(folder, kind, error.strerror or str(error))
@@ -84,14 +85,6 @@ def _write_rate(file: Path, size: int) -> float:
         stream.flush()
         os.fsync(stream.fileno())
     return file.stat().st_size / 1e6 / (time.perf_counter() - began)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _locks(file: Path) -> bool:
