@@ -19,6 +19,7 @@ from orchestrator.checkpoint.verify import verify
 from parallel import names
 from parallel.shards import Box, Piece, Shard, flat_boxes
 from parallel.specs import ModelSpec
+from parallel.stages import split_layers, stage_layers
 from tests.parallel.test_names import MOE, SPEC
 
 
@@ -26,11 +27,19 @@ from tests.parallel.test_names import MOE, SPEC
 class Cut:
     """A topology as far as tensors see it; ``flat``: moments lie in flat ranges over dp (distributed optimizer)."""
 
+    pp: int
+    vpp: int | None
     tp: int
     etp: int
     ep: int
     dp: int
     flat: bool
+
+
+PIPELINES = {
+    layers: [(pp, vpp) for pp in range(1, layers + 1) for vpp in (None, 2) if pp * (vpp or 1) <= layers]
+    for layers in range(1, 5)
+}
 
 
 @st.composite
@@ -47,8 +56,12 @@ def cases(draw: st.DrawFn) -> tuple[ModelSpec, Cut, Cut]:
         experts=6 if moe else 0,
         hidden=draw(st.integers(1, 5)),
         vocab=draw(st.integers(1, 20)),
+        layers=draw(st.integers(1, 4)),
     )
-    one, two = (Cut(draw(sizes), draw(sizes), draw(sizes), draw(sizes), draw(st.booleans())) for _ in range(2))
+    one, two = (
+        Cut(*draw(st.sampled_from(PIPELINES[spec.layers])), *(draw(sizes) for _ in range(4)), draw(st.booleans()))
+        for _ in range(2)
+    )
     return spec, one, two
 
 
@@ -61,16 +74,30 @@ def logical(name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def local_tensors(spec: ModelSpec, cut: Cut) -> Iterator[list[Piece]]:
     """The pieces of every local tensor of every rank (of dp: one)."""
+    stages = split_layers(spec.layers, cut.pp, cut.vpp, head_cost=1.0)
     for rank in range(cut.tp):
         yield [names.vocab_piece(names.EMBEDDING, spec, cut.tp, rank)]
-        for linear in names.linears(spec, 0):
+    for layer in itertools.chain.from_iterable(stage_layers(stages, cut.pp, stage) for stage in range(cut.pp)):
+        yield from layer_tensors(spec, cut, layer)
+
+
+def layer_tensors(spec: ModelSpec, cut: Cut, layer: int) -> Iterator[list[Piece]]:
+    for rank in range(cut.tp):
+        for linear in names.linears(spec, layer):
             if not linear.expert:
-                yield list(names.weight_pieces(linear, spec, 0, cut.tp, rank))
+                yield list(names.weight_pieces(linear, spec, layer, cut.tp, rank))
     for ep_rank in range(cut.ep if spec.experts else 0):
         for rank in range(cut.etp):
-            for linear in names.linears(spec, 0, cut.ep, ep_rank):
+            for linear in names.linears(spec, layer, cut.ep, ep_rank):
                 if linear.expert:
-                    yield list(names.weight_pieces(linear, spec, 0, cut.etp, rank))
+                    yield list(names.weight_pieces(linear, spec, layer, cut.etp, rank))
+
+
+def named_layers(spec: ModelSpec) -> set[str]:
+    one = Cut(1, None, 1, 1, 1, 1, False)
+    return {
+        piece.name for layer in range(spec.layers) for pieces in layer_tensors(spec, one, layer) for piece in pieces
+    }
 
 
 def filled(pieces: list[Piece], kind: str) -> torch.Tensor:
@@ -109,6 +136,7 @@ def test_cut_stored_and_cut_elsewhere_is_the_identity(case: tuple[ModelSpec, Cut
         for shard in shards(spec, after):
             there = reader.read(shard.name, shard.kind, shard.box)
             assert torch.equal(there, shard.data), (shard.name, shard.kind, shard.box)
+        assert {name for name in reader.names() if ".layers." in name} == named_layers(spec)
         for name in reader.names():
             whole = reader.read(name, "weight", Box.whole(reader.shape(name)))
             assert torch.equal(whole, logical(name, "weight", reader.shape(name)))
