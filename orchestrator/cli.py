@@ -18,6 +18,7 @@ from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.interview.command import add_init, run_init
 from orchestrator.jobs.cli import ALLOCATION
 from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
+from orchestrator.piping import until_unread
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--json" in words:
             print(json.dumps({"code": explanation.code, "error": explanation.message, "hint": explanation.hint}))
 
-    return outcome(lambda: _dispatch(words[0], words[1:]), say)
+    return outcome(lambda: until_unread(lambda: _dispatch(words[0], words[1:])), say)
 
 
 def _dispatch(name: str, words: list[str]) -> int:

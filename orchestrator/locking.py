@@ -110,7 +110,7 @@ def _me() -> Holder:
 
 def _taken(run_dir: Path, holder: Holder | None) -> ConfigError:
     who = f" ({holder})" if holder is not None else ""
-    return ConfigError(f"another isotrain is training in {run_dir}{who}", "wait for it, or run_dir=ANOTHER")
+    return ConfigError(f"another isotrain is training in {run_dir}{who}", f"wait for it, or run_dir={run_dir}-2")
 
 
 def _flock(stream: IO[str]) -> bool:

@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from orchestrator.checkpoint.folder import MANIFEST, MARKER, NO_SPACE
+from orchestrator.checkpoint.folder import LATEST, MANIFEST, MARKER, NO_SPACE
 from orchestrator.checkpoint.load import hash_file
 from orchestrator.checkpoint.manifest import FileRecord, Manifest, record_of
 from orchestrator.errors import ConfigError, DataError, ResourceError
 
+NEWEST = f"checkpoints/{LATEST}"  # in a run folder
 BLOCK_BYTES = 8 * 2**20
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 # What clients of stores raise for a bad line, where they do not raise OSError as fsspec asks them to.
@@ -198,7 +199,11 @@ def copy_checkpoint(source: str, target: str, retry: Retry | None = None) -> Sen
         ResourceError: a place does not answer.
     """
     here, there = Place(source, retry), Place(target, retry)
-    if MANIFEST not in here.files():
+    files = here.files()
+    if NEWEST in files:
+        newest = f"{source.rstrip('/')}/checkpoints/{here.read(NEWEST).decode().strip()}"
+        raise ConfigError(f"{source} is a run; one checkpoint is copied", f"isotrain copy {newest} {target}")
+    if MANIFEST not in files:
         raise ConfigError(
             f"{source} has no {MANIFEST}: it is no checkpoint, or a copy that did not end",
             "name the folder of one, such as runs/my-run/checkpoints/step-000100",

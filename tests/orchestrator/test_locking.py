@@ -46,7 +46,7 @@ def test_the_second_process_is_told_who_holds_the_folder_and_a_killed_one_leaves
         locked(tmp_path),
     ):
         pass
-    assert caught.value.hint == "wait for it, or run_dir=ANOTHER"
+    assert caught.value.hint == f"wait for it, or run_dir={tmp_path}-2"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert read_holder(tmp_path) is not None

@@ -174,6 +174,14 @@ def test_damage_at_either_end_is_found(checkpoint: Path, tmp_path: Path) -> None
     assert compare(checkpoint, tmp_path / "back").equal
 
 
+def test_a_run_is_refused_with_its_newest_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").write_text("step-000007\n")
+    with pytest.raises(ConfigError, match="is a run; one checkpoint is copied") as refused:
+        copy_checkpoint(str(tmp_path), "memory://b/run")
+    assert refused.value.hint == f"isotrain copy {tmp_path}/checkpoints/step-000007 memory://b/run"
+
+
 def test_what_is_not_ours_is_never_overwritten(checkpoint: Path, tmp_path: Path) -> None:
     system = fsspec.filesystem("memory")
     system.pipe_file("/b/x/thesis.tex", b"mine")
