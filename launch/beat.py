@@ -9,10 +9,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from launch.states import state_file
+from launch.states import state_file, told_file
 from launch.stop import StopRequest
 
-STOP = "stop"
+STOP, TELL = "stop", "tell"
 
 
 def wish_file(run_dir: Path) -> Path:
@@ -25,16 +25,20 @@ def wish_file(run_dir: Path) -> Path:
 
 
 def wish(run_dir: Path, word: str) -> None:
-    """Tell all ranks ``stop``; an empty word before they start. Written in place, for the same reason."""
+    """Tell all ranks ``stop``, or ask what they do (``tell``); an empty word before they start.
+
+    Written in place, for the same reason.
+    """
     file = wish_file(run_dir)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(word, encoding="utf-8")
 
 
-def start_beating(run_dir: Path, rank: int, every_s: float, stop: StopRequest) -> None:
-    """Touch this rank's state file every ``every_s`` seconds until the process ends, and pass on a wish to stop.
+def start_beating(run_dir: Path, rank: int, every_s: float, stop: StopRequest, tell: Callable[[], str]) -> None:
+    """Touch this rank's state file every ``every_s`` seconds until the process ends, and hear the launcher's wishes.
 
     A process that is stopped, or that holds the interpreter for good, beats no more; one that waits for a peer does.
+    ``tell`` says what the process does, in a line.
     """
 
     def beat() -> None:
@@ -42,8 +46,10 @@ def start_beating(run_dir: Path, rank: int, every_s: float, stop: StopRequest) -
             with suppress(OSError):  # it has left, or the file server is away: the next beat counts
                 os.utime(state_file(run_dir, rank))
             with suppress(OSError):
-                if wish_file(run_dir).read_text(encoding="utf-8") == STOP:
-                    stop.requested = True
+                word = wish_file(run_dir).read_text(encoding="utf-8")
+                stop.requested |= word == STOP
+                if word == TELL and not told_file(run_dir, rank).exists():
+                    told_file(run_dir, rank).write_text(tell(), encoding="utf-8")
             time.sleep(every_s)
 
     threading.Thread(target=beat, name="beat", daemon=True).start()

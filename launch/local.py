@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launch.beat import wish
 from launch.environment import TERMINAL_VARIABLE, child_environment
 from launch.exits import INTERNAL, RankExit, clear_exits, explain_end, read_exits
 from launch.parent import dying_with_parent
 from launch.request import Rendered
 from launch.states import clear_states, rank_pids, signal_ranks
+from launch.watch import USUAL, Patience, Watch
 
 ABORTED = 130
 ORPHAN_GRACE_S = 5.0
@@ -27,10 +29,14 @@ ALSO_FAILED = re.compile(r"\(local_rank: (\d+)\)\s+exitcode\s*:\s*(-?\d+)")  # i
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """How a launch ended: the code for the shell, and the first cause (None when all is done)."""
+    """How a launch ended: the code for the shell, and the first cause (None when all is done).
+
+    ``stopped``: the user had asked it to stop.
+    """
 
     code: int
     cause: RankExit | None
+    stopped: bool = False
 
 
 class Stops:
@@ -44,7 +50,14 @@ class Stops:
         self.count += 1
 
 
-def launch(rendered: Rendered, run_dir: Path, world_size: int, say: Callable[[str], None]) -> LaunchResult:
+def launch(
+    rendered: Rendered,
+    run_dir: Path,
+    world_size: int,
+    say: Callable[[str], None],
+    patience: Patience = USUAL,
+    progress: Callable[[], object] = lambda: None,
+) -> LaunchResult:
     """Start a rendered command and wait until all its ranks have ended.
 
     The first Ctrl-C asks the ranks to stop after a step and save (85); the second kills them (130). torchrun's own
@@ -55,18 +68,22 @@ def launch(rendered: Rendered, run_dir: Path, world_size: int, say: Callable[[st
         run_dir: the run folder; exits and states of an earlier launch are removed from it first.
         world_size: how many ranks there will be.
         say: tells the user something, in one line.
+        patience: how long ranks may be silent, or do no step.
+        progress: anything that changes when a step is done.
     """
     clear_exits(run_dir)
     clear_states(run_dir)
+    wish(run_dir, "")
     log = run_dir / "logs" / "launcher.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     kills_before = _out_of_memory_kills()
+    watch = Watch(run_dir, patience, progress)
     with _catching_stops() as stops, log.open("w", encoding="utf-8") as stream:
         process = _start(rendered, stream.fileno())
-        aborted = _wait(process, run_dir, stops, say)
-        _end_orphans(run_dir, at_once=aborted)
-    if aborted:
-        return LaunchResult(ABORTED, None)
+        ending = _wait(process, run_dir, stops, watch, say)
+        _end_orphans(run_dir, at_once=ending is not None)
+    if ending is not None:
+        return ending
     out_of_memory = _out_of_memory_kills() > kills_before
     return _result(run_dir, world_size, process.returncode, log, stops.count > 0, out_of_memory)
 
@@ -85,26 +102,35 @@ def _start(rendered: Rendered, log: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _wait(process: subprocess.Popen[bytes], run_dir: Path, stops: Stops, say: Callable[[str], None]) -> bool:
-    """Wait for the end; True when the user insisted and everything was killed."""
+def _wait(
+    process: subprocess.Popen[bytes], run_dir: Path, stops: Stops, watch: Watch, say: Callable[[str], None]
+) -> LaunchResult | None:
+    """Wait for the end; a result where everything was killed, because the user insisted or a rank hangs."""
     heard = 0
     while True:
         try:
             process.wait(timeout=0.2)
-            return False
+            return None
         except subprocess.TimeoutExpired:
             pass
         if stops.count >= 2:
             say("killing all ranks")
-            _kill_tree(process)
-            signal_ranks(run_dir, signal.SIGKILL)
-            process.wait()
-            return True
+            _kill_all(process, run_dir)
+            return LaunchResult(ABORTED, None, stopped=True)
+        if (hung := watch.hang()) is not None:
+            _kill_all(process, run_dir)
+            return LaunchResult(hung.code, hung, stopped=heard > 0)
         if stops.count > heard:
             heard = stops.count
             say("stopping after this step and saving; press Ctrl-C again to end at once without saving")
             if not signal_ranks(run_dir, signal.SIGTERM):
                 _signal_group(process, signal.SIGTERM)  # no rank is up yet: there is nothing to save
+
+
+def _kill_all(process: subprocess.Popen[bytes], run_dir: Path) -> None:
+    _kill_tree(process)
+    signal_ranks(run_dir, signal.SIGKILL)
+    process.wait()
 
 
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
@@ -168,9 +194,9 @@ def _result(
     if return_code > 0 and not heard:
         hint = f"see {log}"
         cause = RankExit(0, INTERNAL, "Launcher", f"torchrun ended with code {return_code}", hint, None, time.time())
-        return LaunchResult(cause.code, cause)
+        return LaunchResult(cause.code, cause, stopped)
     first = explain_end(run_dir, world_size, codes, stopped=stopped, out_of_memory=out_of_memory)
-    return LaunchResult(first.code if first else 0, first)
+    return LaunchResult(first.code if first else 0, first, stopped)
 
 
 def _codes_in(log: Path) -> dict[int, int]:

@@ -16,6 +16,11 @@ def state_file(run_dir: Path, rank: int) -> Path:
     return run_dir / "states" / f"rank-{rank}.json"
 
 
+def told_file(run_dir: Path, rank: int) -> Path:
+    """Where a rank says what it does, when it is asked."""
+    return run_dir / "states" / f"told-{rank}.txt"
+
+
 def enter(run_dir: Path, rank: int) -> None:
     """Say that this process is ``rank`` and may be sent SIGTERM: it will stop after a step and save."""
     file = state_file(run_dir, rank)
@@ -49,7 +54,7 @@ def someone_prepares(run_dir: Path) -> bool:
 
 def clear_states(run_dir: Path) -> None:
     """Forget the processes of an earlier launch."""
-    for pattern in ("rank-*.json", "preparing-*"):
+    for pattern in ("rank-*.json", "preparing-*", "told-*.txt"):
         for file in (run_dir / "states").glob(pattern):
             file.unlink(missing_ok=True)
 

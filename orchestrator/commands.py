@@ -23,6 +23,7 @@ from orchestrator.config.loading import compose_job, override_job
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.locking import locked
 from orchestrator.models import model_spec, resolve_model
+from orchestrator.recovery import patience, progress, run_ranks
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, write_run
 from parallel.specs import ClusterSpec, ModelSpec, SpecError
 
@@ -194,8 +195,17 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
         say(planned.warning)
     with locked(run_dir):
         write_run(run_dir, dataclasses.replace(job, run_dir=str(run_dir)), planned.plan.to_json())
-        result = launch(rendered, run_dir, planned.plan.ranks_used, say)
-    return ended(run_dir, job.steps, result.code, result.cause)
+        result, given_up = run_ranks(
+            lambda attempt: launch(
+                rendered, run_dir, planned.plan.ranks_used, say, patience(job.recovery), lambda: progress(run_dir)
+            ),
+            run_dir,
+            job.recovery.restarts,
+            say,
+            lambda end: end.stopped,
+        )
+    finished = ended(run_dir, job.steps, result.code, result.cause)
+    return dataclasses.replace(finished, code=ExitCode.GAVE_UP, message=given_up) if given_up else finished
 
 
 def ended(run_dir: Path, steps: int, code: int, cause: RankExit | None) -> Finished:

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.beat import start_beating
-from launch.environment import LaunchError, meeting_place, terminal_descriptor
+from launch.environment import LaunchError, terminal_descriptor
 from launch.exits import RUN_AGAIN, write_exit
 from launch.output import redirect
 from launch.states import enter, leave
 from launch.stop import StopRequest
 from orchestrator.errors import ExitCode, IsotrainError
+from orchestrator.telling import tell
 from parallel.specs import SpecError
 
-BEAT_S = 2.0  # between two signs of life of a rank on Slurm
+BEAT_S = 2.0  # between two signs of life of a rank
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|std::bad_alloc", re.IGNORECASE)
 LOST_PEER = re.compile(
     r"connection (closed|reset)|broken pipe|connection refused|connectFullMesh|timed out waiting|timed out after"
@@ -137,8 +138,8 @@ def guarded(run_dir: Path, rank: int, work: Callable[[], int]) -> int:
     redirect(run_dir, rank, launched)
     stop = StopRequest.installed()
     enter(run_dir, rank)
-    if meeting_place() is not None:
-        start_beating(run_dir, rank, BEAT_S, stop)
+    if launched is not None:
+        start_beating(run_dir, rank, BEAT_S, stop, tell)
     try:
         code = int(work())
         name = ExitCode(code).name.lower() if code in list(ExitCode) else "unknown"

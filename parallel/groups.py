@@ -11,8 +11,7 @@ import torch.distributed as dist
 from parallel.topology import Topology
 
 # What megatron-core calls its groups -> the axes that vary inside one of ours.
-AXES = {
-    "world": "tp-dp-cp-pp",
+AXES = {  # a list of ranks has the first name that means it
     "tp": "tp",
     "pp": "pp",
     "cp": "cp",
@@ -26,6 +25,7 @@ AXES = {
     "tp_ep": "etp-ep",
     "tp_ep_pp": "etp-ep-pp",
     "expt_dp": "edp",
+    "world": "tp-dp-cp-pp",
 }
 
 
@@ -68,15 +68,15 @@ def open_groups(topology: Topology, rank: int) -> Groups:
     """
     cache: dict[tuple[int, ...], Any] = {}
 
-    def open_one(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    def open_one(ranks: tuple[int, ...], name: str) -> dist.ProcessGroup:
         if ranks not in cache:
-            cache[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+            cache[ranks] = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
         return cache[ranks]
 
-    by_name = {name: open_one(_mine(topology.groups(axes), rank)) for name, axes in AXES.items()}
+    by_name = {name: open_one(_mine(topology.groups(axes), rank), name) for name, axes in AXES.items()}
     stages = _mine(topology.groups("pp"), rank)
     ends = (stages[0], stages[-1])
-    embd = open_one(ends) if topology.pp > 1 and rank in ends else None
+    embd = open_one(ends, "embd") if topology.pp > 1 and rank in ends else None
     return Groups(topology, rank, by_name, embd, tuple(cache.values()))
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch.beat import STOP, Listener, wish
+from launch.beat import STOP, wish
 from launch.environment import child_environment
-from launch.exits import INTERRUPTED, PEER_LOST, RUN_AGAIN, RankExit, clear_exits, explain_end, read_exits
+from launch.exits import INTERRUPTED, PEER_LOST, RankExit, clear_exits, explain_end, read_exits
 from launch.parent import dying_with_parent
 from launch.slurm.allocation import Allocation
 from launch.slurm.commands import SlurmError, end_steps
-from launch.states import clear_states, rank_pids, someone_prepares
+from launch.states import clear_states, rank_pids
+from launch.watch import USUAL, Patience, Watch
 
 # "srun: error: node2: task 2: Killed", "srun: error: node1: tasks 0-1,3: Exited with exit code 70"
 TASK_ENDED = re.compile(r"^srun: error: (?P<node>[^\s:]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
@@ -29,17 +30,7 @@ EXITED = re.compile(r"Exited with exit code (\d+)")
 SIGNALS = {signal.strsignal(number): -number for number in signal.valid_signals()}
 OUT_OF_MEMORY = ": Out Of Memory"
 POLL_S = 0.2
-LISTEN_EVERY_S = 2.0  # every rank's file is looked at
 ENDING_S = 20.0
-
-
-@dataclass(frozen=True)
-class Patience:
-    """Seconds: after a rank's bad end until the others are ended, of a rank's silence, and without a new step."""
-
-    last_words_s: float = 3.0
-    silent_s: float = 120.0
-    stalled_s: float = 1800.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class StepRequest:
     program: tuple[str, ...]
     environment: Mapping[str, str]
     run_dir: Path
-    patience: Patience = Patience()
+    patience: Patience = USUAL
 
     @property
     def world_size(self) -> int:
@@ -126,7 +117,7 @@ def run_step(
         preexec_fn=dying_with_parent(signal.SIGTERM),
         start_new_session=True,
     )
-    watch = _Watch(request, process, progress)
+    step, watch = _Step(request, process), Watch(request.run_dir, request.patience, progress)
     hung: RankExit | None = None
     while process.poll() is None and hung is None:
         if len(signals.heard) > asked:
@@ -135,29 +126,25 @@ def run_step(
             wish(request.run_dir, STOP)
             if not rank_pids(request.run_dir):
                 break  # no rank is up yet: there is nothing to save
-        if watch.someone_failed_for(request.patience.last_words_s):
+        if step.someone_failed_for(request.patience.last_words_s):
             break
         hung = watch.hang()
         time.sleep(POLL_S)
-    watch.end()
+    step.end()
     clear_states(request.run_dir)
-    return _result(request, watch, hung, stopped=bool(asked))
+    return _result(request, step, hung, stopped=bool(asked))
 
 
-class _Watch:
+class _Step:
     """Hears what srun says and what ranks leave behind while a step runs."""
 
-    def __init__(self, request: StepRequest, process: subprocess.Popen[bytes], progress: Callable[[], object]) -> None:
+    def __init__(self, request: StepRequest, process: subprocess.Popen[bytes]) -> None:
         self.codes: dict[int, int] = {}
         self.nodes: dict[int, str] = {}
         self.said: list[str] = []
         self._request = request
         self._process = process
-        self._progress = progress
-        self._listener = Listener(request.run_dir)
         self.out_of_memory = False
-        self._last = (progress(), time.monotonic())
-        self._listened = 0.0
         self._failed_at: float | None = None
         self._ending = False
         self._reader = threading.Thread(target=self._read, args=(process.stdout,), name="srun", daemon=True)
@@ -192,24 +179,6 @@ class _Watch:
             if bad or any(code not in (0, INTERRUPTED) for code in dict(self.codes).values()):
                 self._failed_at = now
         return self._failed_at is not None and now - self._failed_at > seconds
-
-    def hang(self) -> RankExit | None:
-        """The rank that is silent too long, or the whole step that makes no progress."""
-        patience, now = self._request.patience, time.monotonic()
-        if now - self._listened < LISTEN_EVERY_S:
-            return None
-        self._listened = now
-        silent = self._listener.silent_s()
-        if silent and max(silent.values()) > patience.silent_s:
-            rank = max(silent, key=lambda one: silent[one])
-            words = f"rank {rank} gives no sign of life for {silent[rank]:.0f} s: stopped, or its node is out of reach"
-            return RankExit(rank, PEER_LOST, "Silent", words, RUN_AGAIN, None, time.time())
-        if (state := self._progress()) != self._last[0] or someone_prepares(self._request.run_dir):
-            self._last = (state, now)
-        if now - self._last[1] > patience.stalled_s:
-            words = f"no step was done for {patience.stalled_s:.0f} s, though all ranks live"
-            return RankExit(0, PEER_LOST, "Stalled", words, RUN_AGAIN, None, time.time())
-        return None
 
     def end(self) -> None:
         """End what is left of the step: srun answers SIGTERM by killing its tasks."""
@@ -254,14 +223,14 @@ def tasks_ended(line: str) -> list[tuple[int, int, str]]:
     return [(task, code, found["node"]) for task in tasks]
 
 
-def _result(request: StepRequest, watch: _Watch, hung: RankExit | None, stopped: bool) -> StepResult:
+def _result(request: StepRequest, step: _Step, hung: RankExit | None, stopped: bool) -> StepResult:
     if hung is not None:
         return StepResult(hung)
-    exits, codes = read_exits(request.run_dir), watch.codes
-    if not exits and not codes and not stopped and watch.said:
-        words = re.sub(r"^srun: (error: )?", "", watch.said[0])
+    exits, codes = read_exits(request.run_dir), step.codes
+    if not exits and not codes and not stopped and step.said:
+        words = re.sub(r"^srun: (error: )?", "", step.said[0])
         hint = f"see {request.run_dir / 'logs' / 'launcher.log'}"
         return StepResult(RankExit(0, PEER_LOST, "Launcher", f"srun: {words}", hint, None, time.time()))
-    cause = explain_end(request.run_dir, request.world_size, codes, stopped=stopped, out_of_memory=watch.out_of_memory)
-    node = watch.nodes.get(cause.rank, "") if cause else ""
+    cause = explain_end(request.run_dir, request.world_size, codes, stopped=stopped, out_of_memory=step.out_of_memory)
+    node = step.nodes.get(cause.rank, "") if cause else ""
     return StepResult(replace(cause, message=f"{cause.message} ({node})") if cause and node else cause, node)

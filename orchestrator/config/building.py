@@ -22,8 +22,8 @@ from orchestrator.errors import ConfigError
 
 # A job that differs only here is the same run: where it runs, how fast, and what is written down about it.
 FREE_KEYS = (
-    *("run_dir", "cluster.", "topology.", "engine.", "metrics.", "memory.", "checkpoint.", "model.download"),
-    *("batch.micro_sequences", "optimizer.distributed"),
+    *("run_dir", "cluster.", "topology.", "engine.", "metrics.", "memory.", "checkpoint.", "recovery."),
+    *("batch.micro_sequences", "optimizer.distributed", "model.download"),
 )
 
 BARE_TEXT = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)  # as Hydra's lexer has it
@@ -186,6 +186,11 @@ def mapping_from_yaml(text: str) -> dict[str, Any]:
     checkpoint = mapping.get("checkpoint")
     if isinstance(checkpoint, dict) and "keep" in checkpoint:  # its name in job files of isotrain 0.1
         checkpoint["keep_last"] = checkpoint.pop("keep")
+    cluster = mapping.get("cluster")
+    slurm = cluster.get("slurm") if isinstance(cluster, dict) else None
+    if isinstance(slurm, dict):
+        for name in {"restarts", "silent_s", "stalled_s"} & slurm.keys():  # where isotrain 0.1 had them
+            mapping.setdefault("recovery", {})[name] = slurm.pop(name)
     return mapping
 
 

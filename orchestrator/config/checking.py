@@ -58,12 +58,12 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
             *("seed", "optimizer.lr", "optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_norm"),
             *("optimizer.warmup_steps", "checkpoint.every_steps", "experts.balancing_loss", "experts.bias_rate"),
             *(f"checkpoint.keep_{which}" for which in ("last", "every", "best")),
-            *("cluster.slurm.signal_s", "cluster.slurm.restarts"),
+            *("cluster.slurm.signal_s", "recovery.restarts"),
         )
     },
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),
-    "cluster.slurm.silent_s": ("above 0", lambda value: value > 0, "120"),
-    "cluster.slurm.stalled_s": ("above 0", lambda value: value > 0, "1800"),
+    "recovery.silent_s": ("above 0", lambda value: value > 0, "120"),
+    "recovery.stalled_s": ("above 0", lambda value: value > 0, "1800"),
     "cluster.slurm.nodes": ("a range such as 2-8", lambda value: _is_range(value), "2-8"),
     "cluster.slurm.time": (
         "a time of Slurm's: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, in quotes",

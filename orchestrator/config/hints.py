@@ -37,6 +37,9 @@ ELSEWHERE = {
     "checkpoint.every_steps": ("save_steps", "save_interval", "save_every"),
     "checkpoint.keep_last": ("save_total_limit", "keep"),
     "checkpoint.asynchronous": ("async_save", "async_mode"),
+    "recovery.restarts": ("max_restarts", "restarts"),
+    "recovery.silent_s": ("silent_s", "heartbeat_timeout", "rank_heartbeat_timeout"),
+    "recovery.stalled_s": ("stalled_s", "distributed_timeout_minutes", "ddp_timeout"),
     "metrics.sinks": ("report_to", "loggers"),
     "memory.recompute": ("gradient_checkpointing", "activation_checkpointing", "recompute_granularity"),
     "topology.tp": ("tensor_model_parallel_size", "tensor_parallel_size", "tp_size"),
@@ -55,6 +58,7 @@ OTHER_VALUES = {
     *("num_train_epochs", "epochs", "max_epochs", "bf16", "fp16", "fp32", "torch_dtype", "dtype"),
     *("gradient_accumulation_steps", "warmup_ratio", "adam_beta1", "adam_beta2", "zero_stage", "report_to"),
     *("gradient_checkpointing", "activation_checkpointing", "recompute_granularity", "target_modules", "lora_target"),
+    "distributed_timeout_minutes",
     *("lora_target_modules", "lr_scheduler_type", "lr_decay_style", "lr_scheduler", "adapters", "datasets"),
 }
 

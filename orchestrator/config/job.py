@@ -27,9 +27,7 @@ class SlurmConfig:
     ``prologue``: what makes ``isotrain`` known on a node: [] (the submitter's PATH), [module, NAME, ...],
     [venv, FOLDER], [conda, NAME], or the ranks' container: [apptainer, IMAGE], [pyxis, IMAGE]. ``secrets``: a file of
     NAME=VALUE lines for the ranks' environment, mode 0600. ``requeue``: go on in a new allocation after preemption,
-    the time limit or a lost node. ``signal_s``: how long before the time limit a run stops and saves. ``restarts``:
-    how often ranks are started again without a new checkpoint. ``silent_s``, ``stalled_s``: how long a rank may give
-    no sign of life, and all of them do no step, before they are started again.
+    the time limit or a lost node. ``signal_s``: how long before the time limit a run stops and saves.
     """
 
     nodes: str | None = None
@@ -51,9 +49,6 @@ class SlurmConfig:
     secrets: str | None = None
     requeue: bool = True
     signal_s: int = 120
-    restarts: int = 3
-    silent_s: float = 120.0
-    stalled_s: float = 1800.0
 
 
 @dataclass(frozen=True)
@@ -213,6 +208,18 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class RecoveryConfig:
+    """What a run does about lost ranks. ``restarts``: how often all are started again without a new checkpoint.
+
+    ``silent_s``, ``stalled_s``: how long a rank may give no sign of life, and all of them do no step, before that.
+    """
+
+    restarts: int = 3
+    silent_s: float = 120.0
+    stalled_s: float = 1800.0
+
+
+@dataclass(frozen=True)
 class MetricsConfig:
     """``sinks``: any of jsonl, tensorboard, wandb. jsonl is always written. ``project``: wandb's."""
 
@@ -241,4 +248,5 @@ class JobConfig:
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

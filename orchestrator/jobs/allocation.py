@@ -18,10 +18,10 @@ from launch.environment import (
     slurm_variables,
     usable_cores,
 )
-from launch.exits import INTERRUPTED, PEER_LOST, RankExit
+from launch.exits import INTERRUPTED, PEER_LOST
 from launch.slurm.allocation import Allocation, read_allocation
 from launch.slurm.commands import SlurmError, host_names, node_address, requeue, was_preempted
-from launch.slurm.step import Patience, Signals, StepRequest, StepResult, run_step
+from launch.slurm.step import Signals, StepRequest, StepResult, run_step
 from orchestrator.commands import Say, check_files, ended, make_folder, run_folder
 from orchestrator.config.building import read_job
 from orchestrator.config.job import ClusterConfig, JobConfig, SlurmConfig
@@ -39,10 +39,9 @@ from orchestrator.jobs.record import (
     write_submission,
 )
 from orchestrator.locking import locked
-from orchestrator.runs import decide_train, latest_step, write_run
+from orchestrator.recovery import patience, progress, run_ranks
+from orchestrator.runs import decide_train, write_run
 
-# Ends of a rank that another try may not meet again: it was killed, crashed, lost a peer, or hangs.
-WORTH_ANOTHER_TRY = frozenset({"Killed", "Crash", "PeerLost", "Silent", "Stalled", "Launcher"})
 STARTS_WITHOUT_PROGRESS = 3
 
 
@@ -129,54 +128,16 @@ def _train(
     run_dir: Path, job: JobConfig, allocation: Allocation, signals: Signals, say: Say, starts: Sequence[int]
 ) -> Verdict:
     """Run the ranks, again after an end that another try may not meet, until that makes no progress."""
-    tries = Tries(job.cluster.slurm.restarts, latest_step(run_dir) or 0)
-    attempt = 0
-    while True:
-        result = run_step(_request(run_dir, job, allocation, attempt), signals, lambda: _progress(run_dir), say)
-        attempt += 1
-        if signals.heard or result.code == INTERRUPTED or not is_worth_another_try(result.cause):
-            return _verdict(run_dir, job, allocation, signals, result, starts)
-        assert result.cause is not None
-        step = latest_step(run_dir) or 0
-        if not tries.again(step):
-            words = (
-                f"{result.cause.message}; {tries.limit + 1} times without a new checkpoint after step {step}: given up"
-            )
-            return Verdict(int(ExitCode.GAVE_UP), result.cause.cause, words)
-        say(f"{result.cause.message}; starting again from step {step}")
-
-
-class Tries:
-    """Counts starts that brought no new checkpoint.
-
-    Example:
-        >>> tries = Tries(1, step=0)
-        >>> [tries.again(step) for step in (5, 5, 5)]
-        [True, True, False]
-    """
-
-    def __init__(self, limit: int, step: int) -> None:
-        self.limit = limit
-        self._step = step
-        self._in_vain = 0
-
-    def again(self, step: int) -> bool:
-        """Whether to start once more, now that the newest checkpoint holds ``step`` steps."""
-        self._in_vain = self._in_vain + 1 if step <= self._step else 0
-        self._step = max(step, self._step)
-        return self._in_vain <= self.limit
-
-
-def is_worth_another_try(cause: RankExit | None) -> bool:
-    """Whether the first cause is one that may not come again.
-
-    Example:
-        >>> is_worth_another_try(RankExit(2, 86, "Killed", "rank 2 was killed", "", None, 0.0))
-        True
-        >>> is_worth_another_try(RankExit(2, 64, "ConfigError", "steps=0", "", None, 0.0)), is_worth_another_try(None)
-        (False, False)
-    """
-    return cause is not None and cause.cause in WORTH_ANOTHER_TRY
+    result, given_up = run_ranks(
+        lambda attempt: run_step(_request(run_dir, job, allocation, attempt), signals, lambda: progress(run_dir), say),
+        run_dir,
+        job.recovery.restarts,
+        say,
+        lambda end: bool(signals.heard),
+    )
+    if given_up and result.cause is not None:
+        return Verdict(int(ExitCode.GAVE_UP), result.cause.cause, given_up)
+    return _verdict(run_dir, job, allocation, signals, result, starts)
 
 
 def _request(run_dir: Path, job: JobConfig, allocation: Allocation, attempt: int) -> StepRequest:
@@ -200,7 +161,7 @@ def _request(run_dir: Path, job: JobConfig, allocation: Allocation, attempt: int
         program=rank_program(run_dir, slurm, job.cluster.device),
         environment=environment,
         run_dir=run_dir,
-        patience=Patience(silent_s=slurm.silent_s, stalled_s=slurm.stalled_s),
+        patience=patience(job.recovery),
     )
 
 
@@ -223,14 +184,6 @@ def rank_program(run_dir: Path, slurm: SlurmConfig, device: str) -> tuple[str, .
         mounts = ",".join(f"{folder}:{folder}" for folder in folders)
         return (f"--container-image={names[0]}", f"--container-mounts={mounts}", *inside)
     return (sys.executable, "-m", "orchestrator", "worker", str(run_dir))
-
-
-def _progress(run_dir: Path) -> object:
-    """Grows with every step."""
-    try:
-        return (run_dir / "metrics.jsonl").stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _verdict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -54,6 +55,7 @@ def test_the_same_command_goes_on_after_ctrl_c_sigterm_and_a_killed_rank(
         run_dir=run.path,
         steps=MANY,
         checkpoint__every_steps=0,
+        recovery__restarts=0,
     )
     process = start(words, run, after=0)
     press_ctrl_c(process)
@@ -91,6 +93,31 @@ def test_the_same_command_goes_on_after_ctrl_c_sigterm_and_a_killed_rank(
     assert process.returncode == 130
     wait_for(lambda: not any(is_alive(pid) for pid in pids), timeout_s=10)
     assert saved(run, also_logged=False) == second and run.metrics
+
+
+def test_lost_ranks_are_started_again_and_the_adapter_is_that_of_an_undisturbed_run(
+    start: Callable[..., subprocess.Popen[str]], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    undisturbed, run = Folder(tmp_path / "undisturbed"), Folder(tmp_path / "run")
+    keys = {"cluster": "laptop", "topology__dp": 2, "steps": 60, "checkpoint__every_steps": 5, "recovery__silent_s": 4}
+    shell.isotrain("train", *tiny_run_model.words(**keys, run_dir=undisturbed.path))
+
+    process = start(tiny_run_model.words(**keys, run_dir=run.path), run, after=8)
+    killed = run.pids()
+    os.kill(killed[1], signal.SIGKILL)
+    wait_for(lambda: len(run.pids()) == 2 and not set(run.pids()) & set(killed))
+    stopped = run.pids()
+    wait_for(lambda: logged(run) >= 20 or process.poll() is not None)
+    os.kill(stopped[0], signal.SIGSTOP)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "rank 1 was killed by SIGKILL and left no word; starting again from step " in err
+    assert re.search(
+        r"rank 0 gives no sign of life for .*; rank 1 waits in \w+ of \w+ \(ranks 0, 1\) at \S+:\d+ in", err
+    )
+    assert not any(is_alive(pid) for pid in killed + stopped)
+    assert run.losses == undisturbed.losses
+    shell.isotrain("verify", str(run.path), str(undisturbed.path))  # 1 where a bit differs
 
 
 def saved(run: Folder, also_logged: bool = True) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from launch.exits import RankExit, first_cause, read_exits
 from launch.launcher import render
 from launch.local import LaunchResult, launch
 from launch.request import LaunchRequest
+from launch.watch import Patience
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
@@ -105,6 +107,27 @@ def test_a_rank_killed_from_outside_is_named_and_the_run_may_be_restarted(tmp_pa
     result = run(tmp_path, 2, "killed-1")
     assert result.code == 86
     assert result.cause is not None and "rank 1 was killed by SIGKILL" in result.cause.message
+
+
+@pytest.mark.parametrize(
+    ("patience", "cause", "words"),
+    [
+        (Patience(silent_s=1), "Silent", r"rank \d gives no sign of life for \d s"),
+        (Patience(stalled_s=1), "Stalled", "no step was done for 1 s, though all ranks live"),
+    ],
+)
+def test_ranks_that_hang_are_killed_and_may_be_started_again(
+    tmp_path: Path, patience: Patience, cause: str, words: str
+) -> None:
+    request = LaunchRequest(tmp_path, fake_rank(tmp_path, "stubborn"), 2, ranks_per_node=2)
+    result = launch(render(request), tmp_path, 2, lambda text: None, patience)
+    assert (result.code, result.cause and result.cause.cause) == (86, cause)
+    assert result.cause is not None and re.match(words, result.cause.message)
+    assert not any(is_alive(pid) for pid in map(int, re.findall(r"process (\d+)", logs(tmp_path))))
+
+
+def logs(run_dir: Path) -> str:
+    return "".join(file.read_text() for file in (run_dir / "logs").glob("rank-*.log"))
 
 
 def test_a_crashed_rank_is_our_fault_and_a_code_without_an_exit_file_still_counts(tmp_path: Path) -> None:

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from launch import watch
 from launch.beat import STOP, Listener, start_beating, wish
 from launch.environment import LaunchError, RankEnvironment, rank_environment
 from launch.meeting import meet
 from launch.slurm import step
 from launch.slurm.allocation import Allocation, read_allocation
 from launch.slurm.script import EXTRA, PLAIN
-from launch.slurm.step import Patience, Signals, StepRequest, srun_command, tasks_ended
+from launch.slurm.step import Signals, StepRequest, srun_command, tasks_ended
 from launch.states import enter, leave, someone_prepares
 from launch.stop import StopRequest
+from launch.watch import Patience
 
 TASK = {
     "SLURM_PROCID": "5",
@@ -124,7 +126,7 @@ def test_tokenising_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     command.write_text(f"#!/bin/sh\ncd {tmp_path}\n{marker}\necho 'srun: error: n1: task 0: Exited with exit code 3'\n")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}:/usr/bin:/bin")
-    monkeypatch.setattr(step, "LISTEN_EVERY_S", 0.01)
+    monkeypatch.setattr(watch, "LISTEN_EVERY_S", 0.01)
     monkeypatch.setattr(step, "ENDING_S", 1.0)
     request = StepRequest(Allocation("9", 1, "n1"), ("n1",), 1, ("rank",), {}, tmp_path, Patience(stalled_s=2))
     ended = step.run_step(request, Signals(()), lambda: None, lambda text: None)
@@ -137,7 +139,7 @@ def test_a_rank_beats_and_hears_the_wish_to_stop(tmp_path: Path) -> None:
     enter(tmp_path, 0)
     os.utime(tmp_path / "states" / "rank-0.json", ns=(1, 1))
     wish(tmp_path, "")
-    start_beating(tmp_path, 0, 0.02, stop)
+    start_beating(tmp_path, 0, 0.02, stop, lambda: "waits in x")
     deadline = time.monotonic() + 10
     while (tmp_path / "states" / "rank-0.json").stat().st_mtime_ns == 1:
         assert time.monotonic() < deadline
@@ -147,6 +149,20 @@ def test_a_rank_beats_and_hears_the_wish_to_stop(tmp_path: Path) -> None:
     while not stop.requested:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_where_no_step_is_done_the_one_that_waits_for_nobody_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "LISTEN_EVERY_S", 0.0)
+    wish(tmp_path, "")
+    for rank, story in enumerate(["waits in barrier", "is at data.py:7 in read", "waits in barrier"]):
+        enter(tmp_path, rank)
+        start_beating(tmp_path, rank, 0.02, StopRequest(), lambda story=story: story)  # type: ignore[misc]
+    hung = watch.Watch(tmp_path, Patience(stalled_s=-1), lambda: None).hang()
+    assert hung is not None and (hung.cause, hung.rank) == ("Stalled", 1)
+    words = "though all ranks live; rank 1 is at data.py:7 in read; rank 0, 2 waits in barrier"
+    assert hung.message.endswith(words)
 
 
 @pytest.mark.parametrize("value", ["a b", "$(id)", "`id`", "a'b", 'a"b', "a\nb", "a\\b", "a$b", "a;b\n#SBATCH --x", ""])

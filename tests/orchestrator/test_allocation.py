@@ -93,7 +93,7 @@ def test_ranks_are_started_again_while_that_brings_checkpoints(stage: Stage, wor
 
 def test_a_crash_loop_is_given_up(stage: Stage, words: list[str]) -> None:
     stage.script = [(KILLED, 5, None), *[(KILLED, 0, None)] * 3]
-    code, ended = stage.run([*words, "cluster.slurm.restarts=2"])
+    code, ended = stage.run([*words, "recovery.restarts=2"])
     assert code == ended.code == 93
     assert "rank 1 was killed; 3 times without a new checkpoint after step 5: given up" in ended.message
 

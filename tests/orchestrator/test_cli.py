@@ -30,7 +30,7 @@ TINY = [
 
 # A rank that saves a checkpoint of the last step, as far as anyone but a reader of tensors can tell.
 RANK = """
-import sys
+import os, sys
 from pathlib import Path
 from orchestrator.config.building import read_job
 from orchestrator.supervise import guarded, leave_process
@@ -40,6 +40,8 @@ def work():
     steps = read_job(run_dir).steps
     if steps == 11:
         return 85
+    if steps == 15:
+        os.kill(os.getpid(), 9)
     if steps == 13:
         raise DataError("the data end with a bang", "data.on_bad_row=skip")
     folder = run_dir / "checkpoints" / f"step-{steps:06d}"
@@ -198,6 +200,13 @@ def test_the_life_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     code, value, err = run_json(capsys, "resume", str(run_dir), "steps=13")
     assert (code, value["cause"], value["step"]) == (65, "DataError", 9)
     assert "the data end with a bang\nhint: data.on_bad_row=skip" in err
+
+    code, value, err = run_json(capsys, "resume", str(run_dir), "steps=15", "recovery.restarts=1")
+    assert (code, value["cause"], value["step"]) == (93, "Killed", 9)
+    assert "rank 0 was killed by SIGKILL and left no word; starting again from step 9" in err
+    assert value["message"].endswith("; 2 times without a new checkpoint after step 9: given up")
+    code, value, err = run_json(capsys, "resume", str(run_dir), "steps=15", "recovery.restarts=0")
+    assert code == 86 and "starting again" not in err
 
 
 @pytest.mark.usefixtures("fake_ranks")

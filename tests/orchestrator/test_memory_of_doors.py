@@ -104,12 +104,12 @@ def to_torch_dist(model: Path, tmp_path: Path) -> str:
     return f"orchestrator.exporting.export(Path({str(model)!r}), 'torch_dist', Path({str(tmp_path / 'out')!r}))"
 
 
-def from_torch_dist(model: Path, tmp_path: Path) -> str:
+def from_torch_dist(model: Path, tmp_path: Path, run: Path | None = None) -> str:
     from orchestrator.exporting import export
 
-    export(model, "torch_dist", tmp_path / "megatron")
+    export(run or model, "torch_dist", tmp_path / "megatron")
     words = f"Path({str(tmp_path / 'megatron')!r}), Path({str(tmp_path / 'out')!r}), model={str(model)!r}"
-    return f"orchestrator.convert.convert({words})"
+    return f"orchestrator.convert.convert({words}, moments={run is not None})"
 
 
 def from_pickle(model: Path, tmp_path: Path) -> str:
@@ -122,8 +122,32 @@ def from_pickle(model: Path, tmp_path: Path) -> str:
     return f"orchestrator.convert.convert({words})"
 
 
-@pytest.mark.grid  # each writes a GiB or two
-@pytest.mark.parametrize("door", [merge, to_torch_dist, from_torch_dist, from_pickle])
+def a_run(model: Path, run: Path) -> Path:
+    """A checkpoint of full tuning with moments, all of one stored zero."""
+    shapes = {piece.name: piece.shape for whole in wholes(read_model(CONFIG)) for piece in whole.pieces}
+    shards = [
+        Shard(name, kind, size, Box.whole(size), torch.zeros(1).expand(size))
+        for name, size in shapes.items()
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
+    ]
+    schedule = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "schedule": "constant"}
+    state = {"step": 6, "samples_consumed": 48, "optimizer_steps": 6, "schedule": schedule | {"steps": 10}}
+    save(run / "checkpoints", 6, shards, Contents("model", state, {"config.json": model / "config.json"}))
+    return run
+
+
+def run_to_torch_dist(model: Path, tmp_path: Path) -> str:
+    return to_torch_dist(a_run(model, tmp_path / "run"), tmp_path)
+
+
+def run_from_torch_dist(model: Path, tmp_path: Path) -> str:
+    return from_torch_dist(model, tmp_path, a_run(model, tmp_path / "run"))
+
+
+@pytest.mark.grid  # each writes a GiB to six
+@pytest.mark.parametrize(
+    "door", [merge, to_torch_dist, from_torch_dist, from_pickle, run_to_torch_dist, run_from_torch_dist]
+)
 def test_a_model_larger_than_what_it_may_use_passes(
     model: Path, tmp_path: Path, door: Callable[[Path, Path], str]
 ) -> None:

@@ -1,0 +1,107 @@
+"""Whether ranks still live and get on: a silent one, and a launch without a new step, are taken for lost.
+
+What the others do then is asked of them, so that the report says who waits for whom, where.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.beat import TELL, Listener, wish
+from launch.exits import PEER_LOST, RUN_AGAIN, RankExit
+from launch.states import someone_prepares, told_file
+
+LISTEN_EVERY_S = 2.0  # every rank's file is looked at
+ANSWER_S = 6.0  # for ranks to say what they do
+WAITS = "waits in "  # how a rank's words begin that waits for others
+SHOWN_STORIES, SHOWN_RANKS = 4, 8
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds: after a rank's bad end until the others are ended, of a rank's silence, and without a new step."""
+
+    last_words_s: float = 3.0
+    silent_s: float = 120.0
+    stalled_s: float = 1800.0
+
+
+USUAL = Patience()
+
+
+class Watch:
+    """Watches the ranks of one launch from outside of them.
+
+    Args:
+        run_dir: the run folder.
+        patience: how long what is borne.
+        progress: anything that changes when a step is done.
+    """
+
+    def __init__(self, run_dir: Path, patience: Patience, progress: Callable[[], object]) -> None:
+        self._run_dir = run_dir
+        self._patience = patience
+        self._progress = progress
+        self._listener = Listener(run_dir)
+        self._last = (progress(), time.monotonic())
+        self._listened = 0.0
+
+    def hang(self) -> RankExit | None:
+        """The rank that is silent too long, or the whole launch that makes no progress; cheap to ask often."""
+        now = time.monotonic()
+        if now - self._listened < LISTEN_EVERY_S:
+            return None
+        self._listened = now
+        silent = self._listener.silent_s()
+        if silent and max(silent.values()) > self._patience.silent_s:
+            rank = max(silent, key=lambda one: silent[one])
+            words = f"rank {rank} gives no sign of life for {silent[rank]:.0f} s: stopped, or its node is out of reach"
+            return self._hanging("Silent", rank, words, set(silent) - {rank})
+        if (state := self._progress()) != self._last[0] or someone_prepares(self._run_dir):
+            self._last = (state, now)
+        if now - self._last[1] > self._patience.stalled_s:
+            words = f"no step was done for {self._patience.stalled_s:.0f} s, though all ranks live"
+            return self._hanging("Stalled", 0, words, set(silent))
+        return None
+
+    def _hanging(self, cause: str, rank: int, words: str, others: set[int]) -> RankExit:
+        told = ask(self._run_dir, others)
+        busy = [one for one, story in sorted(told.items()) if not story.startswith(WAITS)]
+        if cause == "Stalled" and len(busy) == 1:
+            rank = busy[0]  # the others wait for it
+        return RankExit(rank, PEER_LOST, cause, "; ".join([words, *_stories(told)]), RUN_AGAIN, None, time.time())
+
+
+def ask(run_dir: Path, ranks: set[int]) -> dict[int, str]:
+    """What ranks do, by their own words; those that do not answer in time are left out."""
+    wish(run_dir, TELL)
+    deadline, told = time.monotonic() + ANSWER_S, dict[int, str]()
+    while time.monotonic() < deadline and told.keys() != ranks:
+        time.sleep(0.1)
+        for rank in ranks - told.keys():
+            file = told_file(run_dir, rank)
+            if file.exists() and (story := file.read_text(encoding="utf-8")):
+                told[rank] = story
+    return told
+
+
+def _stories(told: dict[int, str]) -> list[str]:
+    """The same stories together, those of most ranks last.
+
+    Example:
+        >>> _stories({0: "waits in x", 1: "is at y", 2: "waits in x"})
+        ['rank 1 is at y', 'rank 0, 2 waits in x']
+    """
+    ranks: dict[str, list[str]] = {}
+    for rank, story in sorted(told.items()):
+        ranks.setdefault(story, []).append(str(rank))
+    told_by = sorted(ranks.items(), key=lambda one: len(one[1]))
+    shown = [f"rank {_some(those)} {story}" for story, those in told_by[:SHOWN_STORIES]]
+    return shown + ["more in logs/"] * (len(told_by) > SHOWN_STORIES)
+
+
+def _some(ranks: list[str]) -> str:
+    return ", ".join(ranks[:SHOWN_RANKS]) + " ..." * (len(ranks) > SHOWN_RANKS)
