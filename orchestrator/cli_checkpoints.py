@@ -21,10 +21,10 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """``isotrain verify A [B]``: 65 for damage, 1 where two differ."""
-    from orchestrator.checkpoint.load import open_checkpoint
+    from orchestrator.checkpoint.load import locate_checkpoint
     from orchestrator.checkpoint.verify import compare, verify
 
-    folders = [open_checkpoint(path.expanduser()).folder for path in (arguments.path, arguments.other) if path]
+    folders = [locate_checkpoint(path.expanduser())[0] for path in (arguments.path, arguments.other) if path]
     reports = [verify(folder) for folder in folders]
     if not arguments.json:
         for report in reports:

@@ -37,12 +37,13 @@ class CheckpointReader:
         """
         self.folder = folder
         self.manifest = Manifest.read(folder / MANIFEST)
-        self.warnings = _check_extra(folder, self.manifest)
+        _check_name(folder, self.manifest.step)
+        self.warnings = check_extra(folder, self.manifest)
         for path, record in self.manifest.files.items():
             check_file(folder / path, record, verify=verify)
         self.state: Mapping[str, Any] = read_json(folder / STATE)
         files = {record.file for record in self.manifest.tensors.values()}
-        self._files = {path: TensorFiles([folder / path]) for path in sorted(files)}
+        self._files = {path: _open_file(folder / path, self.manifest.files[path]) for path in sorted(files)}
 
     @property
     def step(self) -> int:
@@ -80,10 +81,21 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
         ConfigError: there is no checkpoint there, or none of this step.
         DataError: the checkpoint is damaged; the message names file, expected and actual.
     """
+    folder, faults = locate_checkpoint(path, step)
+    reader = CheckpointReader(folder, verify=verify)
+    reader.warnings = (*faults, *reader.warnings)
+    return reader
+
+
+def locate_checkpoint(path: Path, step: int | None = None) -> tuple[Path, tuple[str, ...]]:
+    """The folder that :func:`open_checkpoint` opens, damaged or not, and what is to be said of the choice.
+
+    Raises: as :func:`open_checkpoint`, but for damage of the checkpoint itself.
+    """
     if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         if not path.is_dir():
             raise ConfigError(f"there is no checkpoint {path}", "name a run folder or one of its checkpoints")
-        return CheckpointReader(path, verify=verify)
+        return path, ()
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder", "name a run folder or one of its checkpoints")
     checkpoints = checkpoints_folder(path)
@@ -91,7 +103,7 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
     if step is None:
         name = read_latest(checkpoints)
         if name is None and steps:
-            return _newest_whole(checkpoints, steps, verify)
+            return _newest_whole(checkpoints, steps)
         if name is None:
             raise ConfigError(f"{checkpoints} has no {LATEST}: nothing was saved there", _hint_steps(steps))
         step = int(name.removeprefix("step-"))
@@ -99,20 +111,19 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
             raise DataError(f"{checkpoints / LATEST} names {name}, which is missing", _hint_steps(steps))
     if step not in steps:
         raise ConfigError(f"{checkpoints} has no {step_name(step)}", _hint_steps(steps))
-    return CheckpointReader(steps[step], verify=verify)
+    return steps[step], ()
 
 
-def _newest_whole(checkpoints: Path, steps: Mapping[int, Path], verify: bool) -> CheckpointReader:
+def _newest_whole(checkpoints: Path, steps: Mapping[int, Path]) -> tuple[Path, tuple[str, ...]]:
     """The newest checkpoint that can be opened. Raises DataError, with what is wrong with each, where none can."""
     faults = [f"{checkpoints} has no {LATEST}"]
     for step in sorted(steps, reverse=True):
         try:
-            reader = CheckpointReader(steps[step], verify=verify)
+            CheckpointReader(steps[step])
         except DataError as error:
             faults.append(f"{step_name(step)} is not usable: {error}")
             continue
-        reader.warnings = (*faults, f"opened {reader.folder}", *reader.warnings)
-        return reader
+        return steps[step], (*faults, f"opened {steps[step]}")
     raise DataError("\n  ".join([*faults, "none is left"]), "restore one from a copy")
 
 
@@ -212,17 +223,34 @@ def check_file(path: Path, record: FileRecord, *, verify: bool) -> None:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def _open_file(path: Path, record: FileRecord) -> TensorFiles:
+    """A file of the checkpoint; where its header is broken, the digests say it better than the header."""
+    try:
+        return TensorFiles([path])
+    except DataError:
+        check_file(path, record, verify=True)
+        raise
+
+
 def hash_file(path: Path) -> str:
     """The sha256 of a file. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_extra(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+def _check_name(folder: Path, step: int) -> None:
+    """A folder that is named after another step would have a run go on from the wrong place."""
+    if STEP_NAME.fullmatch(folder.name) and folder.name != step_name(step):
+        raise DataError(f"{folder} holds step {step}", f"mv {folder} {folder.with_name(step_name(step))}")
+
+
+def check_extra(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     """Refuse foreign pickles, and foreign weight files where others would open them; name other files in warnings."""
     warnings = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.is_symlink() and path.is_dir():
+            raise DataError(f"{path} is a link to a folder, which no checkpoint has", f"move it away: mv {path} /tmp")
         if path.is_dir() or name in manifest.files or name == MANIFEST:
             continue
         if path.name.lower().endswith(WEIGHT_SUFFIXES if name.startswith(ROOMS) else PICKLE_SUFFIXES):

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from orchestrator.checkpoint.layout import LogicalTensor
+from orchestrator.checkpoint.tensor_file import item_bytes
 from orchestrator.errors import DataError
 
 FORMAT_VERSION = 1
@@ -75,7 +76,7 @@ class Manifest:
             table = json.loads(path.read_bytes())
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}: this is no whole checkpoint") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is damaged: {error}") from error
         version = table.get("format_version") if isinstance(table, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -89,20 +90,27 @@ class Manifest:
         actual = _digest(table)
         if expected != actual:
             raise DataError(f"{path} is damaged: it says sha256 {expected}, its content has {actual}")
-        for name in [table["room"], *table["files"], *(item["file"] for item in table["tensors"])]:
-            parts = PurePosixPath(name)
-            if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-                raise DataError(f"{path} names {name!r}, which lies outside of the checkpoint")
-        return cls._from_table(table)
+        try:
+            for name in [table["room"], *table["files"], *(item["file"] for item in table["tensors"])]:
+                parts = PurePosixPath(name)
+                if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
+                    raise DataError(f"{path} names {name!r}, which lies outside of the checkpoint")
+            return cls._from_table(table)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path} is damaged: it is no manifest: {error!r}") from error
 
     @classmethod
     def _from_table(cls, table: Mapping[str, Any]) -> Manifest:
+        files = {name: FileRecord(**record) for name, record in table["files"].items()}
         tensors = {}
         for item in table["tensors"]:
             tensor = LogicalTensor(item["name"], item["kind"], tuple(item["shape"]), item["dtype"])
+            item_bytes(tensor.dtype)  # KeyError: no type of ours
             tensors[tensor.name, tensor.kind] = TensorRecord(tensor, item["file"], item["sha256"])
-        files = {name: FileRecord(**record) for name, record in table["files"].items()}
-        return cls(table["step"], table["room"], table["versions"], table["about"], files, tensors)
+            if item["file"] not in files or min(tensor.shape, default=0) < 0:
+                raise ValueError(f"tensor {tensor.name} of shape {list(tensor.shape)} in {item['file']}")
+        step, about, versions = int(table["step"]), dict(table["about"]), dict(table["versions"])
+        return cls(step, str(table["room"]), versions, about, files, tensors)
 
 
 def record_of(data: bytes) -> FileRecord:

@@ -132,7 +132,7 @@ def read_header(path: Path) -> tuple[TensorEntry, ...]:
             ),
             key=lambda entry: entry.start,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} has a broken safetensors header: {error!r}") from error
     _check_places(path, entries, size - 8 - length)
     return tuple(entries)
@@ -142,7 +142,12 @@ def _check_places(path: Path, entries: Sequence[TensorEntry], data_bytes: int) -
     at = 0
     for entry in entries:
         known = entry.dtype in TORCH_DTYPES
-        if entry.start != at or entry.stop < at or (known and entry.stop - entry.start != entry.bytes):
+        if (
+            entry.start != at
+            or entry.stop < at
+            or min(entry.shape, default=0) < 0
+            or (known and entry.stop - entry.start != entry.bytes)
+        ):
             raise DataError(f"{path} has a broken safetensors header: {entry.key} at bytes {entry.start}..{entry.stop}")
         at = entry.stop
     if at != data_bytes:

@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.checkpoint.folder import MANIFEST, STATE
 from orchestrator.checkpoint.hf_reader import read_json
-from orchestrator.checkpoint.load import CheckpointReader, check_file
+from orchestrator.checkpoint.load import CheckpointReader, check_extra, check_file
 from orchestrator.checkpoint.manifest import Manifest, TensorRecord
 from orchestrator.checkpoint.tensor_file import item_bytes
 from orchestrator.errors import DataError
@@ -81,13 +81,13 @@ def verify(folder: Path) -> Report:
         except DataError as error:
             problems.append(str(error))
     warnings: tuple[str, ...] = ()
-    if not problems:
-        try:
+    try:
+        warnings = check_extra(folder, manifest)
+        if not problems:
             reader = CheckpointReader(folder)
-            warnings = reader.warnings
             problems += [problem for record in manifest.tensors.values() for problem in _prove(reader, record)]
-        except DataError as error:
-            problems.append(str(error))
+    except DataError as error:
+        problems.append(str(error))
     total = sum(record.bytes for record in manifest.files.values())
     return Report(folder, manifest.step, len(manifest.files), len(manifest.tensors), total, tuple(problems), warnings)
 

@@ -20,7 +20,9 @@ from orchestrator.checkpoint.load import CheckpointReader, find_latest_good, ope
 from orchestrator.checkpoint.publish import Contents
 from orchestrator.checkpoint.retention import Retention
 from orchestrator.checkpoint.save import SavePolicy, save
+from orchestrator.checkpoint.tensor_file import read_header
 from orchestrator.checkpoint.verify import compare, verify
+from orchestrator.cli import main
 from orchestrator.errors import ConfigError, DataError
 from parallel.shards import Box, Shard
 
@@ -191,10 +193,85 @@ def test_a_later_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     path = save_step(tmp_path, 1) / "manifest.json"
-    for name in ("../x", "/etc/passwd", "a/../../x"):
+    for name in ("../x", "/etc/passwd", "a/../../x", "a\0b"):
         rewrite_manifest(path, files={name: {"bytes": 1, "sha256": ""}})
         with pytest.raises(DataError, match="lies outside of the checkpoint"):
             open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"room": None},
+        {"files": []},
+        {"tensors": {"a": 1}},
+        {"tensors": [{"name": "a"}]},
+        {"step": "two"},
+        {"about": 3},
+        {"files": {"state.json": {"bytes": 1}}},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_another_shape_is_damage_and_the_one_before_is_taken(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    save_step(tmp_path, 1)
+    rewrite_manifest(save_step(tmp_path, 2) / "manifest.json", **changes)
+    reader, said = find_latest_good(tmp_path)
+    assert reader is not None and reader.step == 1
+    assert "step-000002 is not usable" in said[0] and "manifest.json is damaged: it is no manifest" in said[0]
+    assert [row.good for row in list_checkpoints(tmp_path)] == [True, False]
+
+
+def test_a_deep_manifest_and_a_deep_header_are_damage(tmp_path: Path) -> None:
+    folder = save_step(tmp_path, 1)
+    (folder / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged: maximum recursion depth"):
+        open_checkpoint(tmp_path)
+    for text in ("[" * 200_000, '{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}'):
+        (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(4))
+        with pytest.raises(DataError, match=r"broken safetensors header: (Recursion|Overflow)Error"):
+            read_header(tmp_path / "x.safetensors")
+    text = '{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}'
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(4))
+    with pytest.raises(DataError, match=r"broken safetensors header: a at bytes 0\.\.4"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_gone_on_from(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    renamed = save_step(tmp_path, 2).rename(tmp_path / "step-000008")
+    (tmp_path / "latest").write_text("step-000008\n")
+    with pytest.raises(DataError, match="step-000008 holds step 2") as error:
+        open_checkpoint(tmp_path)
+    assert error.value.hint == f"mv {renamed} {tmp_path / 'step-000002'}"
+    reader, _ = find_latest_good(tmp_path)
+    assert reader is not None and reader.step == 1
+    assert "holds step 2" in verify(renamed).problems[0]
+
+
+def test_a_linked_room_is_refused(tmp_path: Path) -> None:
+    folder = save_step(tmp_path, 1)
+    (folder / "adapter").rename(tmp_path / "elsewhere")
+    (folder / "adapter").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="adapter is a link to a folder, which no checkpoint has"):
+        open_checkpoint(tmp_path)
+    assert not verify(folder).good
+
+
+def test_verify_lists_every_fault_with_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_step(tmp_path, 1)
+    flip(folder / "adapter" / "adapter_model.safetensors", 12)  # in the header
+    with pytest.raises(DataError, match=r"adapter_model\.safetensors is damaged: sha256 \w{64}, \w{64} was written"):
+        CheckpointReader(folder)
+    (folder / "state.json").write_text("{")
+    (folder / "adapter" / "more.safetensors").write_bytes(b"")
+    assert main(["verify", str(tmp_path), "--json"]) == 65
+    (report,) = json.loads(capsys.readouterr().out)["checkpoints"]
+    said = "\n".join(report["problems"])
+    assert len(report["problems"]) == 3, said
+    assert "adapter_model.safetensors is damaged: sha256" in said and "state.json is damaged: 1 bytes" in said
+    assert "more.safetensors was not written" in said
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "extra.pt", "more.safetensors", "x.safetensors.index.json"])
