@@ -12,6 +12,7 @@ from orchestrator.checkpoint.manifest import installed_versions
 from orchestrator.config.building import FREE_KEYS, as_override, differences, flatten
 from orchestrator.config.job import JobConfig
 from orchestrator.data.sources import resolve
+from orchestrator.models import resolve_model
 
 if TYPE_CHECKING:
     from orchestrator.checkpoint.load import CheckpointReader
@@ -74,7 +75,8 @@ def explain_resume(run_dir: Path, before: JobConfig, job: JobConfig, plan: Plan)
     reader, notes = find_latest_good(run_dir)
     if reader is None:
         raise ConfigError(f"{run_dir} has no checkpoint to resume from", f"isotrain train ... run_dir={run_dir}")
-    changes = [*_topology(reader, plan), *_keys(reader, before, job), *_data(reader, job), *_versions(reader)]
+    changes = [*_topology(reader, plan), *_keys(reader, before, job), *_data(reader, job)]
+    changes += [*_base(reader, job), *_versions(reader)]
     return Explanation(reader.folder, reader.step, job.steps, _restored(reader, job), tuple(changes), notes)
 
 
@@ -139,6 +141,22 @@ def _data(reader: CheckpointReader, job: JobConfig) -> list[Change]:
         return []
     effect = "refused: the file has changed under its name; restore it, or name another data.path"
     return [Change("data", then["sha256"][:12], now[:12], False, effect)]
+
+
+def _base(reader: CheckpointReader, job: JobConfig) -> list[Change]:
+    """Whether an adapter still finds the weights that it was trained on; a resume refuses others under the old name."""
+    from orchestrator.checkpoint.base import fingerprint
+
+    then = reader.manifest.about.get("base")
+    if not then:
+        return []
+    now = fingerprint(resolve_model(job.model.path))
+    if now == then:
+        return []
+    effect = "another run from here: an adapter of other weights"
+    if reader.manifest.about.get("model") == job.model.path:
+        effect = "refused: the weights have changed under their name; restore them, or name another model.path"
+    return [Change("base", then[:12], now[:12], False, effect)]
 
 
 def _effect(key: str, job: JobConfig) -> tuple[bool, str]:

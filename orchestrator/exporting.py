@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from orchestrator.checkpoint.folder import MANIFEST
 from orchestrator.config.building import read_job
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.models import resolve_model
@@ -77,7 +78,17 @@ def base_folder(checkpoint: Path) -> Path:
 
     Raises:
         ConfigError: neither names one, or it is not on this machine.
+        DataError: the weights there are not those that the adapter was trained on.
     """
+    from orchestrator.checkpoint.base import check_base
+
+    base = _named_base(checkpoint)
+    if (checkpoint / MANIFEST).is_file() and (checkpoint / "adapter").is_dir():
+        check_base(checkpoint, base)
+    return base
+
+
+def _named_base(checkpoint: Path) -> Path:
     import json
 
     run_dir = checkpoint.absolute().parent.parent

@@ -42,7 +42,7 @@ TOLD_OF_PLAN = (
 class Run:
     """Everything that a rank trains with. ``cpu_group`` carries CPU tensors; ``metrics`` is there on the first rank.
 
-    ``guard``: raises when the run folder has become another launch's.
+    ``guard``: raises when the run folder has become another launch's. ``base``: the fingerprint of an adapter's model.
     """
 
     job: JobConfig
@@ -55,34 +55,53 @@ class Run:
     room: Room
     metrics: Metrics | None
     guard: Callable[[], None] = lambda: None
+    base: str | None = None
 
 
-def train(run: Run, completed: int, stop: StopRequest) -> ExitCode:
-    """Train from the step after ``completed`` to the last one, saving on the way, at the end and when asked to stop.
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands: after ``steps`` optimizer steps, at position ``samples`` of the order of its samples."""
+
+    steps: int = 0
+    samples: int = 0
+
+    def after(self, step: int, global_sequences: int) -> Cursor:
+        """Where it stands after ``step``, with so many samples in each step from here on.
+
+        Example:
+            >>> Cursor(6, 24).after(7, 8)
+            Cursor(steps=7, samples=32)
+        """
+        return Cursor(step, self.samples + (step - self.steps) * global_sequences)
+
+
+def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
+    """Train from the step after ``start`` to the last one, saving on the way, at the end and when asked to stop.
 
     Returns:
         DONE, or INTERRUPTED when all ranks agreed to stop after saving.
     Raises:
         GaveUp: the loss is no number any more.
     """
-    order = SampleOrder(run.data.rows, run.job.seed)
+    order, sequences = SampleOrder(run.data.rows, run.job.seed), run.plan.global_sequences
     with _saver(run) as saver:
-        saver.prepare(run.engine.shards(), _contents(run, completed))
-        for step in range(completed + 1, run.job.steps + 1):
+        saver.prepare(run.engine.shards(), _contents(run, start))
+        for step in range(start.steps + 1, run.job.steps + 1):
             started = time.perf_counter()
-            batches = step_microbatches(run.data, order, step - 1, batch_shape(run.plan), run.groups.coordinate("dp"))
+            first, done = start.after(step - 1, sequences).samples, start.after(step, sequences)
+            batches = step_microbatches(run.data, order, first, batch_shape(run.plan), run.groups.coordinate("dp"))
             rate = learning_rate(run.job.optimizer, step, run.job.steps)
             result = run.engine.train_step(batches, rate)
             _check_finite(run, result, step)
             if run.metrics is not None:
-                rows = order.rows_at((step - 1) * run.plan.global_sequences, run.plan.global_sequences)
+                rows = order.rows_at(first, sequences)
                 run.metrics.log(step, _values(result, rate, run.data.lengths(rows), time.perf_counter() - started))
             stopping = _agree_to_stop(run, stop)
             every = run.job.checkpoint.every_steps
             if stopping or step == run.job.steps:
-                _save(run, saver, step, result, last=True)
+                _save(run, saver, done, result, last=True)
             elif every and step % every == 0:
-                _save(run, saver, step, result, last=False)
+                _save(run, saver, done, result, last=False)
             if stopping and step < run.job.steps:
                 return ExitCode.INTERRUPTED
     return ExitCode.DONE
@@ -112,17 +131,17 @@ def _saver(run: Run) -> Saver:
     )
 
 
-def _save(run: Run, saver: Saver, step: int, result: StepResult, *, last: bool) -> None:
-    """Save the training state after ``step`` completed steps; every rank calls it.
+def _save(run: Run, saver: Saver, done: Cursor, result: StepResult, *, last: bool) -> None:
+    """Save the training state at ``done``; every rank calls it.
 
     Raises:
         ResourceError: the disk refuses this save or (asynchronous) the one before, and the job says to stop then, or
             there is no later save.
     """
-    contents = _contents(run, step, {"loss": result.loss, "grad_norm": result.grad_norm})
+    contents = _contents(run, done, {"loss": result.loss, "grad_norm": result.grad_norm})
     saves = (
         (saver.last_step, saver.finish, False),
-        (step, lambda: saver.save(step, run.engine.shards(), contents), last),
+        (done.steps, lambda: saver.save(done.steps, run.engine.shards(), contents), last),
     )
     for failed, action, counts in saves:
         try:
@@ -135,12 +154,12 @@ def _save(run: Run, saver: Saver, step: int, result: StepResult, *, last: bool) 
                 print(words, file=sys.stderr, flush=True)
 
 
-def _contents(run: Run, step: int, metrics: Mapping[str, float] | None = None) -> Contents:
+def _contents(run: Run, done: Cursor, metrics: Mapping[str, float] | None = None) -> Contents:
     """What a checkpoint says beside its tensors. ``state`` is equal on every topology; ``about`` tells of this one."""
     data = {"path": run.job.data.path, "sha256": run.data.summary.source_sha256, "rows": run.data.rows}
     state = {
-        "step": step,
-        "samples_consumed": step * run.plan.global_sequences,
+        "step": done.steps,
+        "samples_consumed": done.samples,
         "optimizer_steps": run.engine.optimizer_steps,
         "seed": run.job.seed,
         "rng": "derived from the seed, the sample and the tensor's name: there is no generator state",
@@ -151,6 +170,7 @@ def _contents(run: Run, step: int, metrics: Mapping[str, float] | None = None) -
         "topology": asdict(run.plan.topology),
         "precision": run.plan.precision,
         "model": run.job.model.path,
+        "base": run.base,
         "seed": run.job.seed,
         "data": data,
         "quantise": run.job.tuner.quantise,

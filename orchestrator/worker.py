@@ -20,17 +20,17 @@ from launch.meeting import meet
 from launch.states import preparing
 from launch.stop import StopRequest
 from orchestrator.assemble import load_adapter, open_engine, room
-from orchestrator.checkpoint.exchange import Peers
-from orchestrator.checkpoint.load import CheckpointReader, find_latest_good
+from orchestrator.checkpoint.base import fingerprint
 from orchestrator.config.building import read_job
 from orchestrator.config.job import JobConfig
 from orchestrator.data import TokenisedData, prepare
-from orchestrator.errors import ConfigError, DataError, ExitCode, IsotrainError
+from orchestrator.errors import ConfigError, ExitCode, IsotrainError
 from orchestrator.locking import still_mine
 from orchestrator.loop import Run, train
 from orchestrator.metrics import Metrics
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.plan import Plan
+from orchestrator.restoring import Restoring, restore
 from parallel.device import backend
 from parallel.groups import open_groups
 
@@ -140,7 +140,9 @@ def _open_world(me: RankEnvironment, device: str, ranks: int, store: dist.Store)
     dist.init_process_group(backend(device), store=store, rank=me.rank, world_size=ranks, timeout=PEER_TIMEOUT)
 
 
-def _share(me: RankEnvironment, decide: Callable[[], Value], otherwise: Value) -> tuple[Value, Exception | None]:
+def _share(
+    me: RankEnvironment, decide: Callable[[], Value], otherwise: Value, group: dist.ProcessGroup | None = None
+) -> tuple[Value, Exception | None]:
     """Decide on the first rank: every rank gets the answer, or ``otherwise`` and the error."""
     answer: list[Any] = [otherwise, None]
     if me.rank == 0:
@@ -148,7 +150,7 @@ def _share(me: RankEnvironment, decide: Callable[[], Value], otherwise: Value) -
             answer[0] = decide()
         except (IsotrainError, ValueError, OSError) as error:
             answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, src=0, group=group)
     return answer[0], answer[1]
 
 
@@ -160,13 +162,15 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, 
     cpu_group = dist.new_group(backend="gloo", timeout=PEER_TIMEOUT)
     data = _open_data(me, job, run_dir, cpu_group)
     engine = open_engine(job, plan, groups)
-    completed = _restore(engine, me, job, run_dir, data, cpu_group)
-    if not completed:
+    base = _base(me, job, cpu_group)
+    start = restore(engine, me.rank, Restoring(job, run_dir, data.summary.source_sha256, base, cpu_group))
+    if not start.steps:
         load_adapter(job, engine)
-    metrics = Metrics(job.metrics, run_dir, job.steps, completed + 1) if me.rank == 0 else None
-    run = Run(job, plan, run_dir, groups, cpu_group, engine, data, room(job, model_spec(job.model)), metrics, guard)
+    metrics = Metrics(job.metrics, run_dir, job.steps, start.steps + 1) if me.rank == 0 else None
+    beside = room(job, model_spec(job.model))
+    run = Run(job, plan, run_dir, groups, cpu_group, engine, data, beside, metrics, guard, base)
     try:
-        code = train(run, completed, stop)
+        code = train(run, start, stop)
     finally:
         if metrics is not None:
             metrics.close()
@@ -193,32 +197,11 @@ def _open_data(me: RankEnvironment, job: JobConfig, run_dir: Path, cpu_group: di
     return data
 
 
-def _restore(
-    engine: Any, me: RankEnvironment, job: JobConfig, run_dir: Path, data: TokenisedData, cpu_group: dist.ProcessGroup
-) -> int:
-    """Load the newest good checkpoint, if there is one; returns the steps that it has completed."""
-
-    checkpoint, messages = find_latest_good(run_dir / "checkpoints", peers=Peers.of(cpu_group))
-    for line in messages if me.rank == 0 else ():
-        print(line, file=sys.stderr, flush=True)
-    if checkpoint is None:
-        return 0
-    _check_same_data(checkpoint, job, data, run_dir)
-    engine.load(checkpoint, moments=True)
-    engine.set_optimizer_steps(int(checkpoint.state["optimizer_steps"]))
-    if me.rank == 0:
-        print(f"loaded {checkpoint.folder}", file=sys.stderr, flush=True)
-    return checkpoint.step
-
-
-def _check_same_data(checkpoint: CheckpointReader, job: JobConfig, data: TokenisedData, run_dir: Path) -> None:
-    """The cursor of a checkpoint means nothing in other data: refuse a file that was changed under its name."""
-    before = checkpoint.state["data"]
-    if before is None:  # it comes from another tool's run, of other data
-        return
-    if before["path"] == job.data.path and before["sha256"] != data.summary.source_sha256:
-        raise DataError(
-            f"data.path={job.data.path} has changed since step {checkpoint.step}: sha256 "
-            f"{before['sha256'][:12]} then, {data.summary.source_sha256[:12]} now",
-            f"restore the file, or go on with another one: isotrain resume {run_dir} data.path=OTHER_FILE",
-        )
+def _base(me: RankEnvironment, job: JobConfig, cpu_group: dist.ProcessGroup) -> str | None:
+    """Which weights the adapter belongs to; None where the run has no other weights than its own or random ones."""
+    if job.tuner.name == "full" or job.model.weights == "random":
+        return None
+    base, problem = _share(me, lambda: fingerprint(resolve_model(job.model.path)), "", cpu_group)
+    if problem is not None:
+        raise problem
+    return base

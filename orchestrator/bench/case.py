@@ -79,7 +79,7 @@ def step_batches(case: Case) -> list[MicroBatch]:
     if case.labels == "all":
         return packed_batches(data, job.steps, sequences, tokens)
     order, shape = SampleOrder(data.rows, SEED), BatchShape(micro_sequences=sequences)
-    return [step_microbatches(data, order, step, shape, 0)[0] for step in range(job.steps)]
+    return [step_microbatches(data, order, step * shape.global_sequences, shape, 0)[0] for step in range(job.steps)]
 
 
 def packed_batches(data: Any, steps: int, sequences: int, tokens: int) -> list[MicroBatch]:

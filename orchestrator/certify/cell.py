@@ -42,7 +42,7 @@ def train_cell(run_dir: str, rows: str, probe: list[list[int]]) -> Any:
     from launch.stop import StopRequest
     from orchestrator.assemble import load_adapter, open_engine, room
     from orchestrator.config.building import read_job
-    from orchestrator.loop import Run, train
+    from orchestrator.loop import Cursor, Run, train
     from orchestrator.metrics import Metrics
     from orchestrator.models import model_spec
     from orchestrator.planning.plan import Plan
@@ -57,7 +57,7 @@ def train_cell(run_dir: str, rows: str, probe: list[list[int]]) -> Any:
     metrics = Metrics(job.metrics, folder, job.steps) if rank == 0 else None
     data = TokenisedData.open(Path(rows))
     files = room(job, model_spec(job.model))
-    train(Run(job, plan, folder, groups, cpu_group, engine, data, files, metrics), 0, StopRequest())
+    train(Run(job, plan, folder, groups, cpu_group, engine, data, files, metrics), Cursor(), StopRequest())
     if metrics is not None:
         metrics.close()
     logits = engine.logits(torch.tensor(probe))

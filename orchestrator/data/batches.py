@@ -75,19 +75,18 @@ class BatchShape:
 
 
 def step_microbatches(
-    data: TokenisedData, order: SampleOrder, step: int, shape: BatchShape, dp_rank: int
+    data: TokenisedData, order: SampleOrder, first: int, shape: BatchShape, dp_rank: int
 ) -> list[MicroBatch]:
-    """The micro-batches of one data-parallel rank for the step after ``step`` completed ones, longest first.
+    """The micro-batches of one data-parallel rank for the step that begins at position ``first``, longest first.
 
-    The step takes positions ``step * G .. (step + 1) * G`` of the order, with ``G = shape.global_sequences``, whatever
-    the layout. Rows of similar length share a micro-batch, and ranks get about the same number of tokens.
+    The step takes positions ``first .. first + G`` of the order, with ``G = shape.global_sequences``, whatever the
+    layout. Rows of similar length share a micro-batch, and ranks get about the same number of tokens.
 
     Returns:
         ``shape.micro_batches`` micro-batches of ``shape.micro_sequences`` rows; ``sample_ids`` are positions.
     """
     if not 0 <= dp_rank < shape.dp:
         raise ValueError(f"dp_rank {dp_rank} is not below dp {shape.dp}")
-    first = step * shape.global_sequences
     rows = order.rows_at(first, shape.global_sequences)
     lengths = data.lengths(rows)
     groups = deal(lengths, shape)[dp_rank]

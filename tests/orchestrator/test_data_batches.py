@@ -44,7 +44,7 @@ def layouts(draw: st.DrawFn) -> tuple[list[int], BatchShape, BatchShape, int]:
 
 def whole_step(data: TokenisedData, shape: BatchShape, step: int, seed: int = 3) -> list[list[MicroBatch]]:
     order = SampleOrder(data.rows, seed)
-    return [step_microbatches(data, order, step, shape, rank) for rank in range(shape.dp)]
+    return [step_microbatches(data, order, step * shape.global_sequences, shape, rank) for rank in range(shape.dp)]
 
 
 def labels_by_sample(ranks: list[list[MicroBatch]]) -> dict[int, list[int]]:

@@ -23,7 +23,7 @@ from orchestrator.checkpoint import publish
 from orchestrator.checkpoint.layout import Layout
 from orchestrator.config.job import CheckpointConfig, JobConfig, OptimizerConfig
 from orchestrator.errors import ExitCode, GaveUp, ResourceError
-from orchestrator.loop import Run, train
+from orchestrator.loop import Cursor, Run, train
 from parallel.engine import MicroBatch, StepResult
 from parallel.shards import Box, Shard
 from parallel.topology import Topology
@@ -120,7 +120,7 @@ def saved(tmp_path: Path) -> dict[str, dict[str, Any]]:
 def test_every_step_is_logged_once_and_saved_in_time_and_at_the_end(tmp_path: Path) -> None:
     engine = CountingEngine()
     run = make_run(tmp_path, engine)
-    assert train(run, 0, StopRequest()) == ExitCode.DONE
+    assert train(run, Cursor(), StopRequest()) == ExitCode.DONE
     lines = run.metrics.lines  # type: ignore[union-attr]
     assert sorted(lines) == [1, 2, 3, 4, 5] and engine.rates == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert [set(engine.samples[at : at + 2]) for at in range(0, 10, 2)] == [{at, at + 1} for at in range(0, 10, 2)]
@@ -136,8 +136,15 @@ def test_every_step_is_logged_once_and_saved_in_time_and_at_the_end(tmp_path: Pa
 def test_going_on_takes_the_next_samples_and_rates(tmp_path: Path) -> None:
     engine = CountingEngine(optimizer_steps=3)
     run = make_run(tmp_path, engine)
-    assert train(run, 3, StopRequest()) == ExitCode.DONE
+    assert train(run, Cursor(3, 6), StopRequest()) == ExitCode.DONE
     assert sorted(engine.samples) == [6, 7, 8, 9] and engine.rates == pytest.approx([0.4, 0.2])
+
+
+def test_another_global_batch_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
+    engine = CountingEngine(optimizer_steps=3)
+    assert train(make_run(tmp_path, engine), Cursor(3, 12), StopRequest()) == ExitCode.DONE  # three steps of 4
+    assert sorted(engine.samples) == [12, 13, 14, 15]
+    assert [state["samples_consumed"] for state in saved(tmp_path).values()] == [14, 16]
 
 
 @pytest.mark.parametrize(("after", "code"), [(1, ExitCode.INTERRUPTED), (5, ExitCode.DONE)])
@@ -145,7 +152,7 @@ def test_asked_to_stop_it_saves_the_step_and_ends(tmp_path: Path, after: int, co
     stop = StopRequest()
     engine = CountingEngine(stop=stop, stop_after=after)
     run = make_run(tmp_path, engine, checkpoint=CheckpointConfig(0, 0))
-    assert train(run, 0, stop) == code
+    assert train(run, Cursor(), stop) == code
     assert list(saved(tmp_path)) == [f"step-{after:06d}"]
 
 
@@ -154,7 +161,7 @@ def test_it_gives_up_on_a_loss_that_is_no_number_and_does_not_save_it(tmp_path: 
     engine = CountingEngine(losses={4: loss})
     run = make_run(tmp_path, engine)
     with pytest.raises(GaveUp, match=f"step 4: loss {loss}, grad_norm 1.0; nothing of this step was saved") as caught:
-        train(run, 0, StopRequest())
+        train(run, Cursor(), StopRequest())
     assert caught.value.hint.startswith(f"isotrain resume {tmp_path} optimizer.lr=0.1 ")
     assert list(saved(tmp_path)) == ["step-000002"] and 4 not in run.metrics.lines  # type: ignore[union-attr]
 
@@ -181,18 +188,18 @@ def test_a_full_disk_stops_the_run_or_is_said_and_training_goes_on(
     fail_saves(monkeypatch, 2)
     run = make_run(tmp_path / "stop", CountingEngine(), checkpoint=config)
     with pytest.raises(ResourceError, match=r"no space left: .*step-000002.*What was saved before is untouched"):
-        train(run, 0, StopRequest())
+        train(run, Cursor(), StopRequest())
     assert list(saved(tmp_path / "stop")) == ["step-000001"]
     fail_saves(monkeypatch, 2)
     run = make_run(tmp_path / "go", CountingEngine(), checkpoint=replace(config, on_failure="continue"))
-    assert train(run, 0, StopRequest()) == ExitCode.DONE
+    assert train(run, Cursor(), StopRequest()) == ExitCode.DONE
     assert list(saved(tmp_path / "go")) == [f"step-00000{step}" for step in (1, 3, 4, 5)]
     said = "step 2: a checkpoint could not be saved, and checkpoint.on_failure=continue: no space left"
     assert capsys.readouterr().err.startswith(said)
     fail_saves(monkeypatch, 5)  # the last one has no later one that could make up for it
     run = make_run(tmp_path / "last", CountingEngine(), checkpoint=replace(config, on_failure="continue"))
     with pytest.raises(ResourceError, match="step-000005"):
-        train(run, 0, StopRequest())
+        train(run, Cursor(), StopRequest())
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -202,7 +209,7 @@ def test_whatever_the_disk_says_training_goes_on_where_it_shall(
 ) -> None:
     config = CheckpointConfig(every_steps=1, keep_last=0, asynchronous=asynchronous, on_failure="continue")
     fail_saves(monkeypatch, 2, code=code)
-    assert train(make_run(tmp_path, CountingEngine(), checkpoint=config), 0, StopRequest()) == ExitCode.DONE
+    assert train(make_run(tmp_path, CountingEngine(), checkpoint=config), Cursor(), StopRequest()) == ExitCode.DONE
     assert list(saved(tmp_path)) == [f"step-00000{step}" for step in (1, 3, 4, 5)]
     said = capsys.readouterr().err
     assert said.startswith("step 2: a checkpoint could not be saved") and os.strerror(code) in said
@@ -213,14 +220,14 @@ def test_too_little_space_is_found_before_the_first_step(tmp_path: Path, monkeyp
     monkeypatch.setattr("orchestrator.checkpoint.publish.free_bytes", lambda folder: 17)
     engine = CountingEngine()
     with pytest.raises(ResourceError, match=r"no space left: .*bytes are needed"):
-        train(make_run(tmp_path, engine), 0, StopRequest())
+        train(make_run(tmp_path, engine), Cursor(), StopRequest())
     assert engine.optimizer_steps == 0
 
 
 def test_the_best_by_loss_stay_and_the_manifest_says_their_loss(tmp_path: Path) -> None:
     engine = CountingEngine(losses={1: 3.0, 2: 0.5, 3: 2.0, 4: 2.5, 5: 2.2})
     run = make_run(tmp_path, engine, checkpoint=CheckpointConfig(every_steps=1, keep_last=1, keep_best=2))
-    train(run, 0, StopRequest())
+    train(run, Cursor(), StopRequest())
     assert list(saved(tmp_path)) == ["step-000002", "step-000003", "step-000005"]
     manifest = json.loads((tmp_path / "checkpoints/step-000002/manifest.json").read_text())
     assert manifest["about"]["metrics"] == {"loss": 0.5, "grad_norm": 1.0}
