@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(shell (pwd; cat constraints.txt pyproject.toml
 DEMO_DIR ?= runs/demo
 ARGS ?=
 
-.PHONY: help setup model demo test test-slurm grid lint format certify bench-train bench-checkpoint bench-kills clean
+.PHONY: help setup model demo test test-slurm test-pages grid lint format certify bench-train bench-checkpoint bench-kills clean
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s '@'
 
@@ -34,9 +34,9 @@ model: setup  ## put SmolLM2-135M-Instruct into the cache, once (25 s)
 demo: setup  ## plan, train, resume elsewhere, export, compare; checks its own result (under 10 minutes)
 	@$(BIN)/python -m orchestrator.demo $(DEMO_DIR)
 
-test: setup  ## all tests but the finer grid and Slurm's, with coverage; ARGS="-k name" for some
+test: setup  ## all tests but the finer grid, Slurm's and the browser's, with coverage; ARGS="-k name" for some
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest -m "not grid and not slurm" --durations=40 --cov --cov-report=term:skip-covered \
+	@$(BIN)/python -m pytest -m "not grid and not slurm and not browser" --durations=40 --cov --cov-report=term:skip-covered \
 	  --cov-report=html $(ARGS)
 
 # Debian's own packages, where this user may install; elsewhere the tests say what is missing, and are skipped.
@@ -46,6 +46,12 @@ test-slurm: setup  ## jobs that train, are killed and go on, on a real Slurm of 
 	  if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
 	  $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends $(SLURM) || true; fi
 	@$(BIN)/python -m pytest tests/slurm -m slurm $(ARGS)
+
+test-pages: setup  ## the pages of plans and runs in a real browser (a minute)
+	@if ! command -v chromium >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
+	  $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends chromium || true; fi
+	@$(BIN)/python -m pytest tests/pages -m browser $(ARGS)
 
 grid: setup  ## the finer grid of topologies: more cells of what make test holds
 	@$(BIN)/python -m pytest -m grid $(ARGS)

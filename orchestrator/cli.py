@@ -137,9 +137,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
         job = compose_job(arguments.overrides)
         planned = commands.plan_job(job)
-        show_plan(
-            planned, arguments.json, {"command": commands.rendered_launch(planned, commands.run_folder(job)).text}
-        )
+        command = commands.rendered_launch(planned, commands.run_folder(job)).text
+        show_plan(planned, commands.plan_advice(planned), arguments.json, {"command": command})
         return 0
     return _report(commands.train(arguments.overrides, _say), arguments.json)
 

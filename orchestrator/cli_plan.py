@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from orchestrator.command import WIDTH_ELSEWHERE, add_overrides
+from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from orchestrator.commands import Planned
+    from orchestrator.planning.advice import Advice
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -16,13 +22,17 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument("--why", action="append", default=[], metavar="KEY=VALUE", help="explain this choice instead")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="PLAN", help="two plan.json files, side by side")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="write the plan as a page, with its charts")
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Show a plan, explain a choice, or compare two plans."""
-    from orchestrator.commands import explain_choice, plan_job
+    from orchestrator.commands import explain_choice, plan_advice, plan_job
     from orchestrator.config.loading import compose_job
 
+    if arguments.html and (arguments.compare or arguments.why):
+        other = "--compare" if arguments.compare else "--why"
+        raise ConfigError(f"--html writes a plan, and {other} makes none", f"isotrain plan ... --html {arguments.html}")
     if arguments.compare:
         from orchestrator.planning.compare import compared, comparison, read_plan
 
@@ -34,18 +44,23 @@ def run_plan(arguments: argparse.Namespace) -> int:
         print(json.dumps({"asked": arguments.why, "why": lines}) if arguments.json else "\n".join(lines))
         return 0
     planned = plan_job(compose_job(arguments.overrides))
-    show_plan(planned, arguments.json, {"warning": planned.warning} if planned.warning else {})
+    advice, more = plan_advice(planned), {"warning": planned.warning} if planned.warning else {}
+    if arguments.html:
+        from orchestrator.pages.document import write_page
+        from orchestrator.pages.plan_page import plan_page
+
+        write_page(arguments.html, plan_page(planned.plan, planned.job, planned.model, advice, planned.warning))
+        more["page"] = str(arguments.html)
+    show_plan(planned, advice, arguments.json, more)
     return 0
 
 
-def show_plan(planned: Any, as_json: bool, more: dict[str, Any]) -> None:
+def show_plan(planned: Planned, advice: Advice, as_json: bool, more: Mapping[str, str]) -> None:
     """Print a plan with its advice, and what else there is to say of it by name."""
-    from orchestrator.commands import plan_advice
     from orchestrator.planning.show import plan_summary, render
 
-    advice = plan_advice(planned)
     if as_json:
-        print(json.dumps(plan_summary(planned.plan, planned.job, planned.model, advice) | more))
+        print(json.dumps(plan_summary(planned.plan, planned.job, planned.model, advice) | dict(more)))
         return
     from rich.console import Console
 

@@ -19,7 +19,7 @@ from typing import Any
 from launch.environment import child_environment, rank_variables
 from orchestrator.bench.case import SHAPES, Case, Measured
 from orchestrator.errors import ExitCode, ResourceError
-from orchestrator.pages import between_marks
+from orchestrator.marks import between_marks
 
 SIDES = ("theirs", "ours")
 PRECISIONS = ("fp32", "bf16")

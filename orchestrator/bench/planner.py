@@ -23,7 +23,7 @@ from orchestrator.bench.planner_score import (
     regrets,
     time_errors,
 )
-from orchestrator.pages import between_marks
+from orchestrator.marks import between_marks
 from orchestrator.planning import constants as constants_module
 from orchestrator.planning.constants import FITTED, Constants
 from orchestrator.planning.devices import catalogue

@@ -16,8 +16,8 @@ from orchestrator.certify.command import SEED, STEPS, Cell, Request
 from orchestrator.certify.comparing import LOGITS_ATOL, LOSS_RTOL, TENSOR_RTOL
 from orchestrator.certify.grid import BATCH
 from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.marks import between_marks
 from orchestrator.metrics import jsonable
-from orchestrator.pages import between_marks
 from orchestrator.planning.certified import SHIPPED, Pair, pairs, with_family
 from orchestrator.runs import write_whole
 from parallel.families import read_model

@@ -31,7 +31,7 @@ def add_init(parser: argparse.ArgumentParser) -> None:
 def run_init(arguments: argparse.Namespace) -> int:
     """Ask for what was not typed, write the file, and print the plan and the next command."""
     from orchestrator.cli_plan import show_plan
-    from orchestrator.commands import plan_job
+    from orchestrator.commands import plan_advice, plan_job
     from orchestrator.config.job_file import SUFFIXES
     from orchestrator.config.loading import compose_job
     from orchestrator.doctor.slurm import goes_through_slurm
@@ -56,7 +56,7 @@ def run_init(arguments: argparse.Namespace) -> int:
     more = {"file": str(file), "next": next_command}
     if planned.warning:
         more = {"warning": planned.warning, **more}
-    show_plan(planned, arguments.json, more)
+    show_plan(planned, plan_advice(planned), arguments.json, more)
     return 0
 
 

@@ -12,7 +12,7 @@ from orchestrator.planning.counts import TunerExtras, Workload, head_cost_in_lay
 from orchestrator.planning.estimate import cluster_device, setup_of
 from orchestrator.planning.memory import StageMemory, stage_memory
 from orchestrator.planning.setup import Setup, fast_domain
-from orchestrator.planning.timing import StepTime
+from orchestrator.planning.timing import StagePass, StepTime, stage_passes
 from parallel.capabilities import Proposal, Refusal, batch_refusals, divisors, model_refusals
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import split_layers
@@ -59,13 +59,18 @@ class Candidate:
         """Bytes on each rank of every stage."""
         return stage_memory(self.setup)
 
+    @cached_property
+    def passes(self) -> tuple[StagePass, ...]:
+        """What every stage needs for a micro-batch."""
+        return stage_passes(self.setup)
+
 
 @dataclass(frozen=True)
 class Rejected:
     """A topology that cannot run, or is slower.
 
-    ``needs_bytes``: of the fullest rank, when all that the topology lacks is memory. ``step_s``: the estimated step of
-    one that is only slower.
+    ``needs_bytes``: of the fullest rank, where the topology is legal. ``step_s``: the estimated step of one that fits
+    and is only slower; 0 for all others.
     """
 
     topology: str

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from orchestrator.config.job import JobConfig
@@ -14,13 +15,15 @@ from orchestrator.planning.candidates import Candidate, Question, Rejected
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.nearest import nearest_legal
 from orchestrator.planning.search import Found, search
-from orchestrator.planning.timing import StepTime
+from orchestrator.planning.timing import StagePass, StepTime
 from orchestrator.planning.tuning import adapted_linears, chosen_weights
 from parallel.capabilities import Proposal, batch_refusals
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import is_even
 from parallel.topology import Topology
 
+FEW_CHUNKS = 16
+"""Chunks of a pipeline whose layers are listed one by one."""
 DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "bf16"}
 
 
@@ -39,6 +42,7 @@ class Plan:
         cp_comm: how context-parallel ranks see each other's tokens, ring or ulysses.
         distributed: each of the dp x cp ranks keeps its part of the optimizer's state only.
         considered: layouts that were weighed: topologies with their settings.
+        passes: estimated seconds of one micro-batch on every stage; empty in a plan.json of before.
     """
 
     topology: Topology
@@ -63,6 +67,7 @@ class Plan:
     cp_comm: str = "ring"
     distributed: bool = False
     considered: int = 0
+    passes: tuple[StagePass, ...] = ()
 
     def to_json(self) -> str:
         """The text of plan.json."""
@@ -86,6 +91,7 @@ class Plan:
                     "step_time": StepTime(**value["step_time"]),
                     "reasons": tuple(value["reasons"]),
                     "rejected": tuple(Rejected(**one) for one in value["rejected"]),
+                    "passes": tuple(StagePass(**one) for one in value.get("passes", ())),
                 }
             )
         except (ValueError, TypeError, KeyError) as error:
@@ -156,6 +162,7 @@ def _plan(question: Question, found: Found) -> Plan:
         cp_comm=proposal.cp_comm,
         distributed=proposal.distributed,
         considered=found.considered,
+        passes=best.passes,
     )
 
 
@@ -183,7 +190,7 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     if idle:
         reasons.append(f"{idle} of {cluster.ranks} ranks stay idle")
     if not is_even(best.stages):
-        counts = " + ".join(str(len(chunk)) for chunk in best.stages)
+        counts = _layer_counts([len(chunk) for chunk in best.stages])
         reasons.append(f"{question.model.layers} layers as {counts}: the output head counts as work of the last stage")
     if topology.cp > 1:
         reasons.append(
@@ -197,6 +204,19 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     if job.precision is None:
         reasons.append(f"precision {question.precision}: the default on {cluster.device}")
     return reasons
+
+
+def _layer_counts(counts: Sequence[int]) -> str:
+    """Layers of each chunk; of many chunks those that are equal and neighbours together.
+
+    Example:
+        >>> _layer_counts([7, 7, 8, 5]), _layer_counts([1] * 12 + [2] * 7)
+        ('7 + 7 + 8 + 5', '12 x 1 + 7 x 2')
+    """
+    if len(counts) <= FEW_CHUNKS:
+        return " + ".join(map(str, counts))
+    runs = [(count, len(list(run))) for count, run in groupby(counts)]
+    return " + ".join(f"{times} x {count}" for count, times in runs)
 
 
 def _refusal(question: Question, rejected: Sequence[Rejected]) -> ConfigError:

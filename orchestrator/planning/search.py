@@ -48,12 +48,14 @@ class Found:
 
 @dataclass(frozen=True)
 class _Topology:
-    """A topology that can run, before its settings are searched. ``floor_s``: what no setting is faster than."""
+    """A topology that can run, before its settings are searched. ``floor_s``: what no setting is faster than;
+    ``needs_bytes``: what its fullest rank needs at least."""
 
     asked: TopologyConfig
     thrifty: Proposal
     setup: Setup
     floor_s: float
+    needs_bytes: int
 
 
 def search(question: Question) -> Found:
@@ -68,7 +70,7 @@ def search(question: Question) -> Found:
     found: list[Candidate] = []
     for entry in sorted((one for one in judged if isinstance(one, _Topology)), key=lambda one: one.floor_s):
         if len(found) > 1 and entry.floor_s > found[1].time.total_s:
-            rejected.append(_slower(entry.thrifty, entry.floor_s, FLOOR))
+            rejected.append(_slower(entry.thrifty, entry.floor_s, entry.needs_bytes, FLOOR))
             continue
         best = judge.settings(entry)
         if best is None:
@@ -76,12 +78,13 @@ def search(question: Question) -> Found:
             continue
         found.append(best)
         found.sort(key=lambda one: (one.time.total_s, one.proposal.topology.tp, one.proposal.topology.pp))
-    slower = [_slower(one.proposal, one.time.total_s, "an estimated") for one in found[1:]]
+    slower = [_slower(one.proposal, one.time.total_s, fullest(one.setup)[1].total, "an estimated") for one in found[1:]]
     return Found(tuple(map(judge.settled, found[:2])), (*slower, *rejected), judge.considered)
 
 
-def _slower(proposal: Proposal, step_s: float, words: str) -> Rejected:
-    return Rejected(str(proposal.topology), f"slower: {words} {step_s:.3g} s per step", step_s=step_s)
+def _slower(proposal: Proposal, step_s: float, needs_bytes: int, words: str) -> Rejected:
+    reason = f"slower: {words} {step_s:.3g} s per step"
+    return Rejected(str(proposal.topology), reason, needs_bytes=needs_bytes, step_s=step_s)
 
 
 class KnownCosts:
@@ -145,12 +148,13 @@ class Judge:
             return Rejected(str(topology), found[0].message, found[0].hint)
         thrifty = self._thriftiest(plain, asked)
         setup = set_up(self.question, thrifty)
-        if not fits(setup, self._capacity):
+        _, needs = fullest(setup)
+        if needs.total > self._capacity:
             return self.too_large(setup, thrifty)
         recompute = self.question.job.memory.recompute or "none"
         lavish = replace(setup, recompute=recompute)
         floor_s = floor(lavish if fits(lavish, self._capacity) else setup, self._costs)
-        return _Topology(asked, thrifty, setup, floor_s)
+        return _Topology(asked, thrifty, setup, floor_s, needs.total)
 
     def settings(self, entry: _Topology) -> Candidate | None:
         """The fastest settings of a topology; what the job fixes stays. None: nothing fits."""

@@ -41,7 +41,7 @@ def group_rejected(plan: Plan) -> list[tuple[str, list[str]]]:
         Pairs of a reason and the topologies that it is against.
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
-    for one in sorted(plan.rejected, key=lambda one: (one.needs_bytes, one.step_s)):
+    for one in sorted(plan.rejected, key=lambda one: (one.step_s, one.needs_bytes)):
         if one.step_s:
             words = "at least " if FLOOR in one.reason else ""
             groups["slower"].append(f"{one.topology} ({words}{one.step_s:.3g} s)")
@@ -66,6 +66,24 @@ def plan_summary(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | 
     }
 
 
+def plan_facts(plan: Plan, job: JobConfig, model: ModelSpec) -> dict[str, str]:
+    """What runs, by name."""
+    idle = f", {plan.ranks_idle} idle" if plan.ranks_idle else ""
+    moe = f", {model.experts} experts" if model.is_moe else ""
+    kind = "dora" if job.tuner.dora else "lora"
+    kind += f" on {job.tuner.quantise}" if job.tuner.quantise else ""
+    tuner = f"{kind} r={job.tuner.r}" if job.tuner.name == "lora" else job.tuner.name
+    padded = f", padded to multiples of {plan.length_multiple}" if plan.length_multiple > 1 else ""
+    return {
+        "model": f"{job.model.path or model.family} ({model.layers} layers, hidden {model.hidden}{moe}), {tuner}",
+        "cluster": f"{job.cluster.name}: {job.cluster.nodes} x {job.cluster.gpus_per_node} {plan.device} ranks",
+        "topology": f"{plan.topology}{_switches(plan)} = {plan.ranks_used} ranks{idle}",
+        "batch": batch_arithmetic(plan),
+        "rows": f"at most {plan.sequence_tokens} tokens{padded}",
+        "runs on": f"{plan.engine}, {plan.precision}, recompute {plan.recompute}",
+    }
+
+
 def render(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | None = None) -> Group:
     """The plan for a terminal: topology, batch split, memory, reasons and what was rejected.
 
@@ -75,21 +93,7 @@ def render(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | None =
     from rich.console import Group
     from rich.text import Text
 
-    idle = f", {plan.ranks_idle} idle" if plan.ranks_idle else ""
-    moe = f", {model.experts} experts" if model.is_moe else ""
-    kind = "dora" if job.tuner.dora else "lora"
-    kind += f" on {job.tuner.quantise}" if job.tuner.quantise else ""
-    tuner = f"{kind} r={job.tuner.r}" if job.tuner.name == "lora" else job.tuner.name
-    padded = f", padded to multiples of {plan.length_multiple}" if plan.length_multiple > 1 else ""
-    facts = {
-        "model": f"{job.model.path or model.family} ({model.layers} layers, hidden {model.hidden}{moe}), {tuner}",
-        "cluster": f"{job.cluster.name}: {job.cluster.nodes} x {job.cluster.gpus_per_node} {plan.device} ranks",
-        "topology": f"{plan.topology}{_switches(plan)} = {plan.ranks_used} ranks{idle}",
-        "batch": batch_arithmetic(plan),
-        "rows": f"at most {plan.sequence_tokens} tokens{padded}",
-        "runs on": f"{plan.engine}, {plan.precision}, recompute {plan.recompute}",
-    }
-    lines = [Text(f"{name:<10}{text}") for name, text in facts.items()]
+    lines = [Text(f"{name:<10}{text}") for name, text in plan_facts(plan, job, model).items()]
     reasons = [Text(f"  {reason}") for reason in plan.reasons]
     groups = group_rejected(plan)
     rejected = [Text(f"  {_named(topologies)}: {reason}") for reason, topologies in groups[:MOST_REASONS]]

@@ -50,9 +50,10 @@ class StepTime:
 
 @dataclass(frozen=True)
 class _Stage:
-    """One micro-batch of one stage, forward and backward."""
+    """One micro-batch of one stage, forward and backward. ``forward``: seconds of ``work`` that are forward."""
 
     work: Work
+    forward: float
     launch: float
     again: float
     ends: float
@@ -63,6 +64,14 @@ class _Stage:
     @property
     def total(self) -> float:
         return self.work.total + self.launch + self.again + self.ends + self.tensor + self.context + self.expert
+
+
+@dataclass(frozen=True)
+class StagePass:
+    """Seconds that a stage needs for one micro-batch, over all of its virtual chunks."""
+
+    forward_s: float
+    backward_s: float
 
 
 @dataclass(frozen=True)
@@ -117,20 +126,34 @@ def step_time(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | N
     )
 
 
+def stage_passes(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | None = None) -> tuple[StagePass, ...]:
+    """What every stage needs for a micro-batch, first stage first; the largest is what :func:`step_time` goes by.
+
+    Launches, collectives, embedding and head are dealt to forward and backward as the layers' work is.
+    """
+    costs = costs or layer_costs(setup, constants_for(setup.device.is_measured, constants))
+    passes = []
+    for stage in (_stage(setup, costs, stage) for stage in range(setup.pp)):
+        forward = stage.total * (stage.forward / max(stage.work.total + stage.again, 1e-30))
+        passes.append(StagePass(forward, stage.total - forward))
+    return tuple(passes)
+
+
 def _stage(setup: Setup, costs: LayerCosts, stage: int) -> _Stage:
-    work, again, launch = Work(), 0.0, 0.0
+    work, forward, again, launch = Work(), 0.0, 0.0, 0.0
     tensor = context = expert = 0.0
     for kind, count in setup.kinds_by_stage[stage].items():
         if not count:
             continue
         layer, talk = costs.layers[kind], costs.talks[kind]
         work += (layer.forward + layer.backward) * count
+        forward += layer.forward.total * count
         again += layer.again.total * count
         busy = layer.forward.total + layer.backward.total + layer.again.total + sum(talk)
         launch += max(0.0, layer.host_s - busy) * count
         tensor, context, expert = tensor + talk[0] * count, context + talk[1] * count, expert + talk[2] * count
     ends = (costs.embedding.total if stage == 0 else 0.0) + (costs.head.total if stage == setup.pp - 1 else 0.0)
-    return _Stage(work, launch, again, ends, tensor, context, expert)
+    return _Stage(work, forward, launch, again, ends, tensor, context, expert)
 
 
 def _layer_talk(

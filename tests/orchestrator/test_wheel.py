@@ -41,6 +41,7 @@ def files_below(folder: Path, pattern: str = "*") -> set[str]:
 def test_every_module_config_and_slurm_file_is_in_the_wheel(unpacked: Path) -> None:
     for name in PACKAGES:
         assert files_below(ROOT / name, "*.py") == files_below(unpacked / name, "*.py"), name
+    assert files_below(ROOT / "orchestrator" / "pages") == files_below(unpacked / "orchestrator" / "pages")
     for name in ("configs", "slurm"):
         assert files_below(ROOT / name) == files_below(unpacked / "orchestrator" / name), name
     assert files_below(ROOT / "orchestrator" / "datasets") == files_below(unpacked / "orchestrator" / "datasets")

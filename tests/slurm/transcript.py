@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.environment import isotrain_cache
-from orchestrator.pages import between_marks
+from orchestrator.marks import between_marks
 from orchestrator.smollm2 import make_model
 from tests.end_to_end.shell import wait_for
 from tests.slurm.conftest import SlurmShell, login
