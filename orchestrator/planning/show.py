@@ -80,6 +80,7 @@ def render(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | None =
     kind = "dora" if job.tuner.dora else "lora"
     kind += f" on {job.tuner.quantise}" if job.tuner.quantise else ""
     tuner = f"{kind} r={job.tuner.r}" if job.tuner.name == "lora" else job.tuner.name
+    tuner += f", galore r={job.optimizer.galore.rank}" if job.optimizer.name == "galore" else ""
     padded = f", padded to multiples of {plan.length_multiple}" if plan.length_multiple > 1 else ""
     facts = {
         "model": f"{job.model.path or model.family} ({model.layers} layers, hidden {model.hidden}{moe}), {tuner}",
