@@ -19,6 +19,9 @@ from tests.helpers.runs import Run
 
 LOSS_RTOL, TENSOR_RTOL = 1e-5, 1e-4
 GALORE = GaloreSpec(rank=4, update_steps=2)
+# Where two singular values nearly coincide, rounding turns their directions in each other's plane. Weights and losses
+# hardly move (1e-7), but moments do, and they are compared: with this seed no two are as near.
+SEED = 4
 PLACES: dict[str, dict[str, Any]] = {
     "one": {},
     "tp3": {"topology": Topology(tp=3)},
@@ -86,7 +89,7 @@ def oracle(tiny_model: Callable[..., Path]) -> Callable[[str, GaloreSpec], Any]:
         if (family, spec) not in known:
             from transformers import AutoModelForCausalLM
 
-            run = Run(family, full=True, steps=5, galore=spec)
+            run = Run(family, full=True, steps=5, seed=SEED, galore=spec)
             model = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32)
             optimizer = PaperGalore(model, spec, run.learning_rate)
             losses, norms = peft_loop.train(run, model, DropoutClock(run.seed, run.tokens), optimizer)
@@ -108,7 +111,7 @@ def test_training_is_the_papers(
     """Weights, projectors and moments of q, k and v, gate and up apart, in a model whose layers hold them fused."""
     family = "llama" if place == "tp3" else "qwen3"
     losses, norms, expected = oracle(family, GALORE)
-    run = Run(family, full=True, steps=5, galore=GALORE, **PLACES[place])
+    run = Run(family, full=True, steps=5, seed=SEED, galore=GALORE, **PLACES[place])
     found = pool.run(run.topology.world_size, runs.train, run, str(tiny_model(family)))
     assert found[0][0] == pytest.approx(losses, rel=LOSS_RTOL)
     assert found[0][1] == pytest.approx(norms, rel=TENSOR_RTOL)
@@ -126,7 +129,7 @@ def test_either_side_is_projected_whichever_is_cut(
 ) -> None:
     spec = GaloreSpec(rank=4, update_steps=2, projection=projection)
     losses, _, expected = oracle("qwen3", spec)
-    run = Run("qwen3", full=True, steps=5, galore=spec, topology=Topology(tp=2))
+    run = Run("qwen3", full=True, steps=5, seed=SEED, galore=spec, topology=Topology(tp=2))
     found = pool.run(2, runs.train, run, str(tiny_model("qwen3")))
     assert found[0][0] == pytest.approx(losses, rel=LOSS_RTOL)
     state = runs.merge([state for _, _, state in found])
@@ -142,7 +145,7 @@ EXPERT_PLACES: dict[str, Topology] = {
 
 @pytest.mark.parametrize("place", in_grid(EXPERT_PLACES, ("dp2-ep2", "tp2-etp2")))
 def test_every_expert_has_a_subspace_of_its_own(pool: Pool, tiny_model: Callable[..., Path], place: str) -> None:
-    """A rank of 6 is more than the router's 4 rows, one of which is rounding: no expert's logits together matter."""
+    """A rank of 6 is more than the router's 4 rows, of which one is rounding: no softmax knows a common shift."""
     folder = str(tiny_model("qwen3_moe"))
     run = Run("qwen3_moe", full=True, galore=GaloreSpec(rank=6, update_steps=2), eps=1e-6)
     (losses, _, one), *_ = pool.run(1, runs.train, run, folder)
@@ -153,12 +156,14 @@ def test_every_expert_has_a_subspace_of_its_own(pool: Pool, tiny_model: Callable
     state, expected = runs.merge([state for _, _, state in found]), runs.merge([one])
     assert state["model.layers.1.mlp.experts.3.up_proj.weight", "projector"].shape == (32, 6)
     assert state["model.layers.1.mlp.gate.weight", "projector"].shape == (4, 4)
-    peft_loop.assert_equal(named(state), named(expected), TENSOR_RTOL)
+    weights = [{name: value for (name, kind), value in each.items() if kind == "weight"} for each in (state, expected)]
+    peft_loop.assert_equal(*weights, TENSOR_RTOL)
+    assert not state["model.layers.1.mlp.gate.weight", "projector"][:, 3].any()
 
 
 def test_a_resume_elsewhere_is_the_uninterrupted_run(pool: Pool) -> None:
     """Between two choices of the subspace: the projector comes from the checkpoint."""
-    run = Run("qwen3", full=True, steps=5, galore=GALORE)
+    run = Run("qwen3", full=True, steps=5, seed=SEED, galore=GALORE)
     uninterrupted, _, end = pool.run(1, runs.train, run)[0]
     there = run.on(topology=Topology(tp=2, pp=2), sp=True, steps=3)
     state = runs.merge([state for _, _, state in pool.run(4, runs.train, there)])
