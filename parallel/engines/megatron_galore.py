@@ -158,21 +158,20 @@ class GaloreAdamW(torch.optim.AdamW):
             gradient, main.grad = main.grad, None  # AdamW passes over what has none
             for matrix in self.state[main][MATRICES]:
                 matrix.step(main, gradient, self._spec.scale, group)
-        return super().step(closure)  # type: ignore[arg-type]
+        return super().step(closure)
 
     def _choose_subspaces(self, matrices: Sequence[tuple[Matrix, torch.Tensor]]) -> None:
         """Decompose each whole gradient on one rank, and give its projector to all that hold a part of it."""
         for first in range(0, len(matrices), self._team.size):
             batch = matrices[first : first + self._team.size]
-            mine = None
+            mine: dict[int, torch.Tensor] = {}
             for turn, (matrix, gradient) in enumerate(batch):
                 if self._team.in_my_row(turn):
                     whole = matrix.whole(gradient)
-                    mine = whole if self._team.is_mine(turn) else mine
-            found = None if mine is None else subspace(mine, self._spec.rank)
+                    mine |= {turn: whole} if self._team.is_mine(turn) else {}
+            found = {turn: subspace(whole, self._spec.rank) for turn, whole in mine.items()}
             for turn, (matrix, gradient) in enumerate(batch):
-                is_mine = found is not None and self._team.is_mine(turn)
-                directions = found if is_mine else gradient.new_empty(matrix.shapes[0])
+                directions = found[turn] if turn in found else gradient.new_empty(matrix.shapes[0])
                 self._team.share(directions, turn)
                 matrix.take(directions)
 
