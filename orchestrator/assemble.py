@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from orchestrator.checkpoint.adapter import adapter_config, lora_pairs, saved_tensors
 from orchestrator.checkpoint.experts import common_name, loadable_config
 from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader
-from orchestrator.config.job import JobConfig, TunerConfig
+from orchestrator.config.job import JobConfig, TunerConfig, galore_spec
 from orchestrator.errors import ConfigError
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.plan import Plan
@@ -91,6 +91,7 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
         quantise=job.tuner.quantise,
         frozen=frozen_weights(job.tuner.freeze, model),
         lr_ratios=rate_ratios(optimizer.lr_ratios, model),
+        galore=galore_spec(optimizer),
     )
 
 

@@ -29,6 +29,7 @@ SHAPE_KEYS = (
     "tuner.targets",
     "tuner.freeze",
     "tuner.modules_to_save",
+    *("optimizer.name", "optimizer.galore.rank", "optimizer.galore.projection"),
 )
 
 
@@ -140,6 +141,8 @@ def _go_on_here(run_dir: Path, job: JobConfig) -> Decision:
     step = latest_step(run_dir) or 0
     if job.tuner.name != "full":
         raise ConfigError(f"{run_dir} holds a whole model with its moments, not an adapter", "tuner=full")
+    if job.optimizer.name != "adamw":
+        raise ConfigError(f"{run_dir} holds Adam's moments, which are none of {job.optimizer.name}", "optimizer=adamw")
     there = read_model(read_hf_config(run_dir / "checkpoints" / step_name(step) / "model"))
     ours = model_spec(job.model)
     other = [field.name for field in fields(there) if getattr(there, field.name) != getattr(ours, field.name)]

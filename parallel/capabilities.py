@@ -50,6 +50,7 @@ class Proposal:
     precision: str = "fp32"
     cp_comm: str = "ring"
     distributed: bool = False
+    optimizer: str = "adamw"
 
     @property
     def chunks(self) -> int:
@@ -93,7 +94,7 @@ def model_refusals(model: ModelSpec, proposal: Proposal, built: Capabilities = B
     """
     rules = (
         *(_not_built, _axes_not_built, _tensor_cuts, _expert_cuts, _layers, _sequence_parallel),
-        *(_context_parallel, _quantised_cuts),
+        *(_context_parallel, _quantised_cuts, _projected),
     )
     return [refusal for rule in rules for refusal in rule(model, proposal, built)]
 
@@ -257,6 +258,24 @@ def _quantised_cuts(model: ModelSpec, proposal: Proposal, _: Capabilities) -> It
             f"tuner.quantise={proposal.quantise} with topology.tp={tp} would cut rows of {heads} (o_proj) and "
             f"{model.ffn} (down_proj) elements inside a block of 64; legal are {', '.join(map(str, legal))}",
             f"topology.tp={nearest(tp, legal)}",
+        )
+
+
+def _projected(_: ModelSpec, proposal: Proposal, __: Capabilities) -> Iterator[Refusal]:
+    """GaLore projects whole matrices; the distributed optimizer's ranges begin and end anywhere in them."""
+    if proposal.optimizer != "galore":
+        return
+    if proposal.tuner != "full":
+        yield Refusal(
+            f"optimizer=galore projects gradients of whole matrices, but tuner.name={proposal.tuner} trains adapters, "
+            "which are small already",
+            "optimizer=adamw",
+        )
+    if proposal.distributed:
+        yield Refusal(
+            "optimizer.distributed=true deals moments out by ranges of elements, but optimizer=galore projects whole "
+            "matrices",
+            "optimizer.distributed=false",
         )
 
 

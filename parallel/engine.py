@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from parallel.galore_spec import GaloreSpec
 from parallel.lora_spec import LoraSpec
 from parallel.shards import Box, Shard
 from parallel.specs import ModelSpec
@@ -60,6 +61,7 @@ class EngineSpec:
         quantise: how the base's linears are stored, "nf4" or None.
         frozen: names of weights that full tuning leaves as they are.
         lr_ratios: names of weights with their learning rates in units of the run's, in full tuning; others have 1.
+        galore: the layers' linears are stepped in projections of their gradients, in full tuning; None: by plain AdamW.
     """
 
     model: ModelSpec
@@ -78,6 +80,7 @@ class EngineSpec:
     quantise: str | None = None
     frozen: frozenset[str] = frozenset()
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
+    galore: GaloreSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "master")
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "master", "projector")
 
 
 @dataclass(frozen=True, order=True)

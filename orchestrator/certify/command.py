@@ -83,15 +83,23 @@ def small_config(job: JobConfig, ranks: int) -> dict[str, Any]:
 def tuner_rows(asked: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
     """The rows of the grid by name, with the overrides of each: every tuner there is, and LoRA with dropout.
 
+    GaLore is a row only where it is asked for: it is full tuning, with another optimizer.
+
     Raises:
         ConfigError: a name that is none.
     """
     rows: dict[str, tuple[str, ...]] = {name: (f"tuner={name}",) for name in group_choices()["tuner"]}
     rows["lora+dropout"] = ("tuner=lora", "tuner.dropout=0.2")
+    rows["galore"] = (
+        "tuner=full",
+        "optimizer.name=galore",
+        "optimizer.galore.rank=4",
+        "optimizer.galore.update_steps=2",
+    )
     for name in asked:
         if name not in rows:
             raise ConfigError(f"--tuner {name} is none of {', '.join(rows)}", "--tuner lora")
-    return {name: words for name, words in rows.items() if name in asked or not asked}
+    return {name: words for name, words in rows.items() if name in (asked or rows.keys() - {"galore"})}
 
 
 def certify(
@@ -232,7 +240,7 @@ class _Bench:
             *("metrics=jsonl", "metrics.progress=false", "checkpoint.every_steps=1", "checkpoint.keep_last=0"),
             *("tuner.r=4", "tuner.alpha=8", "optimizer.distributed=false", "topology.cp_comm=ring"),
         ]
-        if tuner != "full":
+        if choice != "tuner=full":
             fixed.append(f"tuner.targets={as_override(self._targets(tuner))}")
         return override_job(job_to_yaml(self.request.job), [choice, *fixed, *rest])
 

@@ -247,6 +247,8 @@ def _left_out(checkpoint: CheckpointReader, spec: ModelSpec) -> str:
     """Why the optimizer's state of a checkpoint cannot go out; nothing where it can."""
     if spec.is_moe:
         return "megatron-core keeps that of experts in one optimizer with the rest, or apart, as its own EP size says"
+    if any(kind == "projector" for _, kind in checkpoint.manifest.tensors):
+        return "its moments are those of projected gradients (GaLore), which megatron-core has none of"
     every = [piece.name for whole in wholes(spec) for piece in whole.pieces]
     bare = [name for name in every if any((name, kind) not in checkpoint.manifest.tensors for kind in MOMENTS)]
     return f"{len(bare)} weights have none, first {bare[0]}, and megatron-core wants it of all" if bare else ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.errors import ConfigError
+from parallel.galore_spec import PROJECTIONS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
@@ -21,6 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tuner.name": ("lora", "full"),
     "tuner.init": ("default", "pissa"),
     "tuner.quantise": ("nf4",),
+    "optimizer.name": ("adamw", "galore"),
+    "optimizer.galore.projection": PROJECTIONS,
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "checkpoint.metric": ("loss", "grad_norm"),
     "checkpoint.on_failure": ("stop", "continue"),
@@ -48,7 +51,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         for key in (
             *("steps", "cluster.nodes", "cluster.gpus_per_node", "batch.global_sequences", "batch.micro_sequences"),
             *(f"topology.{axis}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
-            "tuner.r",
+            *("tuner.r", "optimizer.galore.rank", "optimizer.galore.update_steps"),
         )
     },
     "batch.sequence_tokens": ("at least 2 (a row has a token and the next one)", lambda value: value >= 2, "512"),
@@ -78,6 +81,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "tuner.loraplus_lr_ratio": ("above 0", lambda value: value > 0, "16"),
     "tuner.alpha": ("above 0", lambda value: value > 0, "32"),
     "tuner.dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1, "0"),
+    "optimizer.galore.scale": ("above 0", lambda value: value > 0, "0.25"),
     "optimizer.eps": ("above 0", lambda value: value > 0, "1e-8"),
     "optimizer.betas": (
         "two numbers of at least 0 and below 1",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from parallel.galore_spec import GaloreSpec
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,22 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class GaloreConfig:
+    """``rank``: dimensions that gradients of the layers' linears are projected to. ``update_steps``: every so many
+    steps the subspace is chosen anew. ``scale``: factor of the update. ``projection``: std, reverse_std, left or right
+    (``parallel.galore_spec``).
+    """
+
+    rank: int = 128
+    update_steps: int = 200
+    scale: float = 0.25
+    projection: str = "std"
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. ``schedule``: constant, linear or cosine, after ``warmup_steps``; ``clip_norm`` 0 means no clipping.
+    """``name``: adamw, or (full tuning) galore. ``schedule``: constant, linear or cosine, after ``warmup_steps``;
+    ``clip_norm`` 0 means no clipping.
 
     ``distributed``: each dp and cp rank keeps its part of the moments only; None: the plan derives it.
 
@@ -185,6 +201,7 @@ class OptimizerConfig:
     schedule: str = "cosine"
     warmup_steps: int = 0
     distributed: bool | None = None
+    galore: GaloreConfig = field(default_factory=GaloreConfig)
 
 
 @dataclass(frozen=True)
@@ -250,3 +267,13 @@ class JobConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+
+def galore_spec(optimizer: OptimizerConfig) -> GaloreSpec | None:
+    """What GaLore is asked for; None for plain AdamW.
+
+    Example:
+        >>> galore_spec(OptimizerConfig(name="galore")).rank
+        128
+    """
+    return GaloreSpec(**asdict(optimizer.galore)) if optimizer.name == "galore" else None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from orchestrator.config.job import JobConfig, TopologyConfig
+from orchestrator.config.job import JobConfig, TopologyConfig, galore_spec
 from orchestrator.planning.counts import TunerExtras, Workload, head_cost_in_layers
 from orchestrator.planning.estimate import cluster_device, setup_of
 from orchestrator.planning.memory import StageMemory, stage_memory
@@ -96,6 +96,7 @@ def plainest(question: Question, topology: Topology, asked: TopologyConfig) -> P
         precision=question.precision,
         cp_comm=asked.cp_comm or "ring",
         distributed=bool(job.optimizer.distributed),
+        optimizer=job.optimizer.name,
     )
 
 
@@ -150,7 +151,7 @@ def set_up(question: Question, proposal: Proposal) -> Setup:
         adapted=question.adapted,
         adapter_rank=job.tuner.r,
         device=question.cluster.device,
-        extras=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.chosen),
+        extras=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.chosen, galore_spec(job.optimizer)),
     )
     return setup_of(work, question.cluster)
 

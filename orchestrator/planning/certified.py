@@ -44,7 +44,7 @@ def tuner_name(job: JobConfig) -> str:
     """The row of the grid that a job's tuner belongs to."""
     tuner = job.tuner
     if tuner.name == "full":
-        return "full"
+        return "galore" if job.optimizer.name == "galore" else "full"
     special = {"dora": tuner.dora, "pissa": tuner.init == "pissa", "qlora": tuner.quantise is not None}
     return next((name for name, is_asked in special.items() if is_asked), "lora")
 

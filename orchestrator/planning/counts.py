@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from parallel import names
 from parallel.capabilities import Proposal
+from parallel.galore_spec import GaloreSpec
 from parallel.selection import weight_shapes
 from parallel.specs import ModelSpec
 from parallel.stages import stage_layers
@@ -17,12 +18,14 @@ from parallel.stages import stage_layers
 class TunerExtras:
     """``magnitudes``: a length for each adapted row (DoRA). ``fixed_halves``: a second, fixed A and B (PiSSA).
 
-    ``chosen``: names of weights that full tuning leaves as they are, or that learn whole beside an adapter.
+    ``chosen``: names of weights that full tuning leaves as they are, or that learn whole beside an adapter. ``galore``:
+    the layers' linears have projected moments.
     """
 
     magnitudes: bool = False
     fixed_halves: bool = False
     chosen: frozenset[str] = frozenset()
+    galore: GaloreSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,37 @@ def _chosen_parameters(work: Workload, stage: int) -> int:
         cuts = topology.ep * topology.etp if ".experts." in name else topology.tp
         total += size // cuts if cut and name not in uncut else size
     return total
+
+
+def moment_numbers(work: Workload, stage: int) -> int:
+    """fp32 numbers that the optimizer of one rank of a stage keeps: two moments of each trained parameter or, of a
+    linear that GaLore projects, two of its projection, and the projector."""
+    total = 2 * stage_counts(work, stage).trainable
+    galore, topology = work.extras.galore, work.proposal.topology
+    if galore is None:
+        return total
+    sizes = (topology.tp, topology.ep, topology.etp)
+    layers = stage_layers(work.stages, topology.pp, stage)
+    return total - sum(_saved_in_layer(galore, work.model, work.extras.chosen, layer, sizes) for layer in layers)
+
+
+@lru_cache(maxsize=4096)
+def _saved_in_layer(
+    galore: GaloreSpec, model: ModelSpec, frozen: frozenset[str], layer: int, sizes: tuple[int, int, int]
+) -> int:
+    """By how much a layer's projectors and moments are fewer than AdamW's moments, on a rank of tp, ep and etp."""
+    tp, ep, etp = sizes
+    saved = 0
+    for linear in names.linears(model, layer, ep):
+        ranks = etp if linear.expert else tp
+        cuts = [ranks if linear.cut == cut else 1 for cut in ("column", "row")]
+        for role, path in linear.parts:
+            if f"{names.layer_prefix(layer)}{path}.weight" not in frozen:
+                whole = names.shape(role, model)
+                axis, ((side, rank), (_, other)) = galore.axis(whole), galore.shapes(whole)
+                side, other = side // cuts[axis], other // cuts[1 - axis]
+                saved += 2 * side * other - side * rank - 2 * rank * other
+    return saved
 
 
 def _adapter_parameters(

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 
-from orchestrator.planning.counts import Workload, layers_alike, stage_counts
+from orchestrator.planning.counts import Workload, layers_alike, moment_numbers, stage_counts
 from orchestrator.planning.devices import Device, device
 from orchestrator.planning.memory import StageMemory, stage_memory
 from orchestrator.planning.setup import Holding, Setup, Software
@@ -102,6 +102,7 @@ def _holding(work: Workload, stage: int) -> Holding:
         expert_trainable=counts.expert_trainable,
         adapters=0 if full else counts.trainable * (2 if work.extras.fixed_halves else 1),
         quantised=counts.linears if work.proposal.quantise else 0,
+        moments=moment_numbers(work, stage) if work.extras.galore else None,
     )
 
 

@@ -112,10 +112,12 @@ def _optimizer_bytes(setup: Setup, held: Holding) -> int:
     """Adam's two fp32 moments, and fp32 master weights below fp32; cut over the replicas by a distributed optimizer.
 
     Replicas are dp x cp ranks, of experts those that hold the same ones. Rajbhandari et al. 2020 (ZeRO), section 3.1:
-    K = 12 bytes per parameter with master weights, 8 without.
+    K = 12 bytes per parameter with master weights, 8 without. Projected moments (GaLore's) are never cut so.
     """
     if setup.offload:
         return 0
+    if held.moments is not None:
+        return int(4 * held.moments + (0 if setup.precision == "fp32" else 4 * held.trainable))
     per_parameter = 8 if setup.precision == "fp32" else 12
     replicas, expert_replicas = 1, 1
     if setup.zero:

@@ -193,7 +193,7 @@ class Judge:
     def _thriftiest(self, plain: Proposal, asked: TopologyConfig) -> Proposal:
         """What needs the least memory of all settings; the optimizer's part is the fastest too."""
         job, topology = self.question.job, plain.topology
-        is_open = job.optimizer.distributed is None
+        is_open = job.optimizer.distributed is None and job.optimizer.name == "adamw"
         return replace(
             plain,
             sp=topology.tp > 1 if asked.sp is None else plain.sp,

@@ -55,7 +55,8 @@ class Holding:
     """Parameters on one rank of a stage. ``expert``: those of ``base`` that belong to experts.
 
     ``trainable``: those with a gradient, adapters included; ``expert_trainable``: of them those of experts.
-    ``adapters``: parameters beside ``base``. ``quantised``: those of ``base`` in 4 bits.
+    ``adapters``: parameters beside ``base``. ``quantised``: those of ``base`` in 4 bits. ``moments``: numbers that the
+    optimizer keeps beside master weights, where these are not Adam's two for each trained parameter.
     """
 
     base: float
@@ -64,6 +65,7 @@ class Holding:
     expert_trainable: float
     adapters: float = 0.0
     quantised: float = 0.0
+    moments: float | None = None
 
 
 def fast_domain(device: Device, gpus_per_node: int) -> int:

@@ -73,6 +73,7 @@ def plan_facts(plan: Plan, job: JobConfig, model: ModelSpec) -> dict[str, str]:
     kind = "dora" if job.tuner.dora else "lora"
     kind += f" on {job.tuner.quantise}" if job.tuner.quantise else ""
     tuner = f"{kind} r={job.tuner.r}" if job.tuner.name == "lora" else job.tuner.name
+    tuner += f", galore r={job.optimizer.galore.rank}" if job.optimizer.name == "galore" else ""
     padded = f", padded to multiples of {plan.length_multiple}" if plan.length_multiple > 1 else ""
     return {
         "model": f"{job.model.path or model.family} ({model.layers} layers, hidden {model.hidden}{moe}), {tuner}",

@@ -22,6 +22,7 @@ from parallel import names
 from parallel.balancing import BalancingClock
 from parallel.device import cuda_type_names, current_device
 from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
+from parallel.engines import megatron_galore as galore
 from parallel.engines import megatron_model as models
 from parallel.engines import megatron_pissa as pissa
 from parallel.engines import megatron_rates as rates
@@ -224,6 +225,9 @@ class MegatronEngine:
                 pg_collection=self._pgs,
             )
         count_experts_once(built, self._groups)
+        if self._spec.galore is not None:
+            every = models.tensors(self._spec, self._groups, self._chunks)
+            galore.install(states.parts(built), self._spec, self._groups, every)
         return built
 
     def _run_schedule(

@@ -9,6 +9,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
+from parallel.engines.megatron_galore import MATRICES
 from parallel.shards import Box, Piece, Shard, flat_boxes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,7 +32,7 @@ class Owned:
 
 def owned(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Owned | None:
     """Find a parameter in the optimizers of this rank; None when other data-parallel ranks own all of it."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             if parameter not in part.model_param_gbuf_map:
                 continue
@@ -49,7 +50,7 @@ def owned(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Owned 
 
 def create_moments(optimizer: MegatronOptimizer) -> None:
     """Make Adam's state exist before the first step, so that it can be loaded and saved at any time."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         for group in part.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
@@ -61,7 +62,7 @@ def create_moments(optimizer: MegatronOptimizer) -> None:
 
 def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
     """Set Adam's count of steps (bias correction), whichever Adam it is: torch counts per tensor, others per group."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         for group in part.param_groups:
             if "step" in group:
                 group["step"] = steps
@@ -79,7 +80,9 @@ def state_shards(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, pi
     if holding is None:
         return
     state = holding.optimizer.state[holding.main]
-    for kind in MOMENTS:
+    for matrix in state.get(MATRICES, ()):
+        yield from matrix.shards()
+    for kind in () if MATRICES in state else MOMENTS:
         yield from _flat_shards(kind, state[kind], holding, parameter, pieces)
     if holding.is_master:
         yield from _flat_shards("master", holding.main.data, holding, parameter, pieces)
@@ -106,9 +109,10 @@ def _to_logical(local: Box, piece: Piece) -> Box:
     return local.shift(tuple(a - b for a, b in zip(piece.box.offset, piece.local.offset, strict=True)))
 
 
-def _parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+def parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    """The optimizers that an optimizer consists of, without those that have nothing to step on this rank."""
     if isinstance(optimizer, ChainedOptimizer):
         for part in optimizer.chained_optimizers:
-            yield from _parts(part)
+            yield from parts(part)
     elif optimizer.optimizer is not None:
         yield optimizer

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from parallel.engine import IGNORED_LABEL, AdamSpec, EngineSpec, MicroBatch
 from parallel.families import read_model
+from parallel.galore_spec import GaloreSpec
 from parallel.lora_spec import LoraSpec
 from parallel.names import resolve_targets
 from parallel.selection import frozen_weights, rate_ratios, saved_weights
@@ -135,6 +136,7 @@ class Run:
     full: bool = False
     freeze: tuple[str, ...] = ()
     lr_ratios: tuple[tuple[str, float], ...] = ()
+    galore: GaloreSpec | None = None
     sp: bool = False
     vpp: int | None = None
     stages: tuple[tuple[int, ...], ...] | None = None
@@ -198,6 +200,7 @@ def engine_spec(run: Run) -> EngineSpec:
         quantise=run.quantise,
         frozen=frozen_weights(run.freeze, run.model),
         lr_ratios=rate_ratios(dict(run.lr_ratios), run.model),
+        galore=run.galore,
     )
 
 

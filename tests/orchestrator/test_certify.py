@@ -87,6 +87,7 @@ def test_columns_are_every_topology_once() -> None:
 def test_rows_are_every_tuner_and_dropout() -> None:
     assert {"lora", "full", "lora+dropout"} <= set(tuner_rows())
     assert list(tuner_rows(["full"])) == ["full"]
+    assert "galore" not in tuner_rows() and list(tuner_rows(["galore"])) == ["galore"]
     with pytest.raises(ConfigError, match="--tuner qora is none of"):
         tuner_rows(["qora"])
     with pytest.raises(ConfigError, match="--only zz leaves no topology"):

@@ -135,6 +135,7 @@ def test_two_launches_do_not_train_in_one_folder(tmp_path: Path) -> None:
             "'tuner.modules_to_save=[]'   or",
         ),
         ("tuner=full", "was trained with tuner.name=lora", "tuner.name=lora   or"),
+        ("optimizer.galore.rank=8", "was trained with optimizer.galore.rank=128", "optimizer.galore.rank=128   or"),
     ],
 )
 def test_a_resume_that_does_not_fit_the_checkpoint_is_refused(

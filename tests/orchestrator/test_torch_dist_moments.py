@@ -250,6 +250,7 @@ def test_what_came_in_goes_on_only_as_what_it_is(tiny_model: Any, tmp_path: Path
     assert is_ours(run)
     for words, other, message, hint in (
         ([], hf, "holds a whole model with its moments, not an adapter", "tuner=full"),
+        (["tuner=full", "optimizer=galore"], hf, "holds Adam's moments, which are none of galore", "optimizer=adamw"),
         (["tuner=full", "steps=6"], hf, "has done 6 steps in another tool, and steps=6 counts them", "steps=7"),
         (
             ["tuner=full", "steps=8"],

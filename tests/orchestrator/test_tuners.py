@@ -15,11 +15,13 @@ from orchestrator.config.building import job_from_yaml, job_to_yaml
 from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError
-from orchestrator.planning.counts import TunerExtras, stage_counts
+from orchestrator.planning.counts import TunerExtras, moment_numbers, stage_counts
+from orchestrator.planning.estimate import estimate_memory
 from orchestrator.planning.show import render
 from orchestrator.planning.tuning import adapted_linears
+from parallel.galore_spec import GaloreSpec
 from parallel.topology import Topology
-from tests.orchestrator.test_plan_estimates import QWEN3, SMOLLM2, work_of
+from tests.orchestrator.test_plan_estimates import LAPTOP, MOE, QWEN3, SMOLLM2, work_of
 
 SMOLLM2_JOB = ["model=smollm2_135m", "cluster=one"]
 MOE_JOB = ["model=qwen3_30b_a3b", "cluster=h100x8", "tuner.targets=[q_proj,v_proj]"]
@@ -55,9 +57,34 @@ def test_frozen_weights_and_rates_reach_the_engine() -> None:
     assert len(spec.lr_ratios) == 31
 
 
+def test_galore_reaches_the_engine_and_its_moments_are_never_dealt_out() -> None:
+    words = ["tuner=full", "optimizer=galore", "optimizer.galore.rank=32", "optimizer.galore.projection=left"]
+    found = planned(*words, "cluster=laptop", "topology.dp=2", "cluster.memory_gib=8")
+    spec = engine_spec(found.job, found.plan, found.model)
+    assert spec.galore == GaloreSpec(rank=32, projection="left") and not spec.adam.distributed
+    assert planned("tuner=full").job.optimizer.name == "adamw" and job_from_yaml(job_to_yaml(found.job)) == found.job
+    console = Console(width=120)
+    with console.capture() as caught:
+        console.print(render(found.plan, found.job, found.model))
+    assert "full, galore r=32" in caught.get()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message", "hint"),
     [
+        (["optimizer=galore"], "galore projects gradients of whole matrices, but tuner.name=lora", "optimizer=adamw"),
+        (
+            ["tuner=full", "optimizer=galore", "optimizer.distributed=true", "cluster=laptop", "topology.dp=2"],
+            "optimizer.distributed=true deals moments out by ranges of elements, but optimizer=galore projects whole",
+            "optimizer.distributed=false",
+        ),
+        (
+            ["tuner=full", "optimizer=galore", "optimizer.galore.projection=full"],
+            "is none of std, rev",
+            "optimizer.galore.projection=",
+        ),
+        (["tuner=full", "optimizer.name=sgd"], "optimizer.name=sgd is none of adamw, galore", "optimizer.name=adamw"),
+        (["tuner=full", "optimizer.galore.scale=0"], "should be above 0", "optimizer.galore.scale=0.25"),
         (["tuner=full", "tuner.dora=true"], "tuner.dora=true is for adapters", "tuner=lora tuner.dora=true"),
         (["tuner=full", "tuner.init=pissa"], "tuner.init=pissa is for adapters", "tuner=lora tuner.init=pissa"),
         (["tuner=full", "tuner.loraplus_lr_ratio=4"], "tuner.loraplus_lr_ratio=4 is for ad", "tuner=lora tuner.lorapl"),
@@ -139,6 +166,25 @@ def test_counts_of_magnitudes_and_frozen_weights(topology: Topology) -> None:
     full = replace(full, proposal=replace(full.proposal, tuner="full"), extras=extras)
     counts = [stage_counts(full, stage) for stage in stages]
     assert sum(each.base - each.trainable for each in counts) == (512 * 64 + 64 * 96) // topology.tp
+
+
+def test_projected_moments_are_counted() -> None:
+    """By hand, of one layer each way of a cut: the projected side cuts the projector, the other one the moments."""
+    extras = TunerExtras(galore=GaloreSpec(rank=8))
+    full = work_of(QWEN3, Topology(tp=2), tuner="full", precision="bf16", extras=extras)
+    whole = {"q": (128, 64), "k": (64, 64), "v": (64, 64), "gate": (96, 64), "up": (96, 64)}  # rows are cut
+    numbers = sum(64 * 8 + 2 * 8 * (out // 2) for out, _ in whole.values())  # columns are the shorter side
+    numbers += (64 * 8 + 2 * 8 * (128 // 2)) + (64 * 8 + 2 * 8 * (96 // 2))  # o and down: rows projected, columns cut
+    linears = (sum(out * width for out, width in whole.values()) + 64 * 128 + 64 * 96) // 2
+    counts = stage_counts(full, 0)
+    expected = 6 * numbers + 2 * (counts.trainable - 6 * linears)
+    assert moment_numbers(full, 0) == expected
+    (memory,) = estimate_memory(full, LAPTOP)
+    assert memory.optimizer == 4 * expected + 4 * counts.trainable
+    frozen = replace(full, extras=replace(extras, chosen=frozenset({"model.layers.5.mlp.down_proj.weight"})))
+    assert moment_numbers(full, 0) - moment_numbers(frozen, 0) == 64 * 8 + 2 * 8 * (96 // 2)
+    experts = work_of(MOE, Topology(dp=4, ep=2, etp=2), tuner="full", extras=extras)
+    assert moment_numbers(experts, 0) < 2 * stage_counts(experts, 0).trainable
 
 
 def test_a_plan_says_which_adapter() -> None:
