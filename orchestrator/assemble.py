@@ -18,7 +18,7 @@ from orchestrator.planning.plan import Plan
 from parallel.engine import AdamSpec, Engine, EngineSpec
 from parallel.lora_spec import LoraSpec
 from parallel.names import EMBEDDING, HEAD, adaptable_modules, resolve_targets
-from parallel.selection import frozen_weights, rate_ratios, saved_weights
+from parallel.selection import frozen_weights, rate_ratios, saved_weights, weight_shapes
 from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -99,8 +99,12 @@ def open_engine(job: JobConfig, plan: Plan, groups: Groups) -> Engine:
     """Build the engine of this rank with its base weights and a new adapter."""
     from parallel.engines.megatron import MegatronEngine
 
-    base = HfReader(resolve_model(job.model.path)) if job.model.weights == "load" else None
-    return MegatronEngine(engine_spec(job, plan, model_spec(job.model)), groups, base)
+    model, base = model_spec(job.model), None
+    if job.model.weights == "load":
+        folder = resolve_model(job.model.path)
+        base = HfReader(folder)
+        base.check(folder, weight_shapes(model))
+    return MegatronEngine(engine_spec(job, plan, model), groups, base)
 
 
 def load_adapter(job: JobConfig, engine: Engine) -> None:

@@ -96,7 +96,9 @@ def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
             if run.metrics is not None:
                 rows = order.rows_at(first, sequences)
                 run.metrics.log(step, _values(result, rate, run.data.lengths(rows), time.perf_counter() - started))
-            stopping = _agree_to_stop(run, stop)
+            stopping, failed = _agree(run, stop.requested, saver.has_failed)
+            if failed:
+                _attempt(run, saver.last_step, saver.finish)
             every = run.job.checkpoint.every_steps
             if stopping or step == run.job.steps:
                 _save(run, saver, done, result, last=True)
@@ -139,19 +141,20 @@ def _save(run: Run, saver: Saver, done: Cursor, result: StepResult, *, last: boo
             there is no later save.
     """
     contents = _contents(run, done, {"loss": result.loss, "grad_norm": result.grad_norm})
-    saves = (
-        (saver.last_step, saver.finish, False),
-        (done.steps, lambda: saver.save(done.steps, run.engine.shards(), contents), last),
-    )
-    for failed, action, counts in saves:
-        try:
-            action()
-        except ResourceError as error:
-            if counts or run.job.checkpoint.on_failure == "stop":
-                raise
-            if run.metrics is not None:
-                words = f"step {failed}: a checkpoint could not be saved, and checkpoint.on_failure=continue: {error}"
-                print(words, file=sys.stderr, flush=True)
+    _attempt(run, saver.last_step, saver.finish)
+    _attempt(run, done.steps, lambda: saver.save(done.steps, run.engine.shards(), contents), last=last)
+
+
+def _attempt(run: Run, step: int, action: Callable[[], None], *, last: bool = False) -> None:
+    """Save, or hear of the save of ``step``; what the disk refuses is said, where there is a later save to come."""
+    try:
+        action()
+    except ResourceError as error:
+        if last or run.job.checkpoint.on_failure == "stop":
+            raise
+        if run.metrics is not None:
+            words = f"step {step}: a checkpoint could not be saved, and checkpoint.on_failure=continue: {error}"
+            print(words, file=sys.stderr, flush=True)
 
 
 def _contents(run: Run, done: Cursor, metrics: Mapping[str, float] | None = None) -> Contents:
@@ -163,7 +166,7 @@ def _contents(run: Run, done: Cursor, metrics: Mapping[str, float] | None = None
         "optimizer_steps": run.engine.optimizer_steps,
         "seed": run.job.seed,
         "rng": "derived from the seed, the sample and the tensor's name: there is no generator state",
-        "schedule": asdict(run.job.optimizer) | {"steps": run.job.steps},
+        "schedule": _schedule(run.job),
         "data": data,
     }
     about = {
@@ -179,6 +182,13 @@ def _contents(run: Run, done: Cursor, metrics: Mapping[str, float] | None = None
         "job": meaning(run.job),
     }
     return Contents(run.room.name, state, run.room.files, about)
+
+
+def _schedule(job: JobConfig) -> dict[str, Any]:
+    """The optimizer's settings, without where its state lies."""
+    settings = asdict(job.optimizer) | {"steps": job.steps}
+    del settings["distributed"]
+    return settings
 
 
 def _values(result: StepResult, rate: float, lengths: np.ndarray, step_s: float) -> dict[str, float]:
@@ -202,8 +212,8 @@ def _check_finite(run: Run, result: StepResult, step: int) -> None:
         )
 
 
-def _agree_to_stop(run: Run, stop: StopRequest) -> bool:
-    """Whether any rank was asked to stop; the same answer on every rank."""
-    flag = torch.tensor([float(stop.requested)])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=run.cpu_group)
-    return bool(flag.item())
+def _agree(run: Run, *here: bool) -> list[bool]:
+    """Whether each is so on any rank; the same answer on every rank."""
+    flags = torch.tensor(here, dtype=torch.uint8)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=run.cpu_group)
+    return [bool(flag) for flag in flags]

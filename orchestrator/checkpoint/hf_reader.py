@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ class HfReader(WeightReader):
             for name, file in read_json(index)["weight_map"].items():
                 if held.get(name) != file:
                     raise DataError(f"{index} places {name} in {file}, which does not hold it")
+
+    def check(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Find out that the weights are those of the model in the folder's config.json, before any is read.
+
+        Raises:
+            DataError: one is not there, or has another shape.
+        """
+        for name, shape in shapes.items():
+            try:
+                found = self.shape(name)
+            except KeyError as error:
+                raise DataError(f"{folder} has no tensor {name}, which its config.json asks for") from error
+            if found != shape:
+                raise DataError(f"{folder} has {name} of shape {list(found)}, its config.json asks for {list(shape)}")
 
 
 class AdapterReader(WeightReader):

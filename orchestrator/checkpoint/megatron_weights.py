@@ -34,6 +34,7 @@ from orchestrator.errors import ConfigError, DataError
 from parallel import names
 from parallel.engine import TensorReader
 from parallel.families import read_model
+from parallel.selection import weight_shapes
 from parallel.shards import Box
 from parallel.specs import ModelSpec, read_hf_config
 
@@ -188,6 +189,7 @@ def export_torch_dist(model: Path, out: Path, step: int = 0, states: CheckpointR
 
     spec = read_model(read_hf_config(model))
     reader = HfReader(model)
+    reader.check(model, weight_shapes(spec))
     needed = sum(path.stat().st_size for path in weight_files(model))
     name, word, common = "release", "release", {"checkpoint_version": 3.0, "iteration": step}
     if states is not None:

@@ -92,6 +92,11 @@ class Saver:
         if failure is not None:
             raise failure
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether an asynchronous save has failed on this rank, and :meth:`finish` would say so; waits for nothing."""
+        return self._failure is not None
+
     def __enter__(self) -> Saver:
         return self
 

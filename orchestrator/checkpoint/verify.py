@@ -107,7 +107,7 @@ def compare(first: Path, second: Path) -> Comparison:
     )
     states = read_json(first / STATE), read_json(second / STATE)
     keys = sorted(states[0].keys() | states[1].keys())
-    changed = tuple(key for key in keys if _canonical(states[0].get(key)) != _canonical(states[1].get(key)))
+    changed = tuple(key for key in keys if len({_canonical(_meaning(key, state.get(key))) for state in states}) > 1)
     return Comparison(_keys(a.keys() - b.keys()), _keys(b.keys() - a.keys()), different, changed)
 
 
@@ -152,6 +152,19 @@ def _blocks(record: TensorRecord) -> Iterator[Box]:
 
 def _keys(pairs: set[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(name if kind == "weight" else f"{name}.{kind}" for name, kind in sorted(pairs))
+
+
+def _meaning(key: str, value: Any) -> object:
+    """What of a value of state.json is training state: not where data lie or moments lay, nor a constant rate's end.
+
+    Example:
+        >>> _meaning("data", {"path": "/here", "sha256": "5ha", "rows": 7})
+        {'sha256': '5ha', 'rows': 7}
+    """
+    aside = {"data": {"path"}, "schedule": {"distributed"}}.get(key, set())
+    if key == "schedule" and isinstance(value, dict) and value.get("schedule") == "constant":
+        aside = aside | {"steps", "min_lr"}
+    return {name: one for name, one in value.items() if name not in aside} if isinstance(value, dict) else value
 
 
 def _canonical(value: object) -> str:

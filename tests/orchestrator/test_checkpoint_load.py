@@ -250,6 +250,21 @@ def test_a_checkpoint_under_another_steps_name_is_not_gone_on_from(tmp_path: Pat
     assert "holds step 2" in verify(renamed).problems[0]
 
 
+def test_where_data_lay_and_how_a_constant_rate_ends_is_no_training_state(tmp_path: Path) -> None:
+    def saved(name: str, **changes: Any) -> Path:
+        schedule = {"lr": 0.1, "schedule": "constant", "steps": 4} | changes.pop("schedule", {})
+        data = {"path": "/a", "sha256": "5ha", "rows": 7} | changes.pop("data", {})
+        state = {"step": 1, "schedule": schedule, "data": data}
+        return save(tmp_path / name, 1, some_shards(1), Contents("adapter", state, {"adapter_config.json": b"{}"}))
+
+    one = saved("one")
+    assert compare(one, saved("two", data={"path": "/b"}, schedule={"steps": 6, "distributed": True})).equal
+    assert compare(one, saved("three", data={"sha256": "other"})).state == ("data",)
+    assert compare(one, saved("four", schedule={"lr": 0.2})).state == ("schedule",)
+    cosine = [saved(f"cosine-{steps}", schedule={"schedule": "cosine", "steps": steps}) for steps in (4, 6)]
+    assert compare(*cosine).state == ("schedule",)
+
+
 def test_a_linked_room_is_refused(tmp_path: Path) -> None:
     folder = save_step(tmp_path, 1)
     (folder / "adapter").rename(tmp_path / "elsewhere")

@@ -191,6 +191,16 @@ def test_what_cannot_be_read_or_is_of_no_known_type_is_named(tmp_path: Path) -> 
         reader.read("a", "weight", Box((0,), (1,)))
 
 
+def test_a_model_without_one_of_its_tensors_is_named_before_any_is_read(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(10)}, tmp_path / "model.safetensors")
+    reader = HfReader(tmp_path)
+    reader.check(tmp_path, {"a": (10,)})
+    with pytest.raises(DataError, match=r"has a of shape \[10\], its config\.json asks for \[2, 5\]"):
+        reader.check(tmp_path, {"a": (2, 5)})
+    with pytest.raises(DataError, match=r"has no tensor b, which its config\.json asks for"):
+        reader.check(tmp_path, {"a": (10,), "b": (1,)})
+
+
 def test_a_file_is_not_closed_before_all_its_tensors_are_written(tmp_path: Path) -> None:
     entries = lay_out([TensorEntry("a", "F32", (2,)), TensorEntry("b", "F32", (3,))])
     writer = FileWriter(tmp_path / "x", entries)

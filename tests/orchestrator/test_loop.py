@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,8 +40,10 @@ class CountingEngine:
     stop: StopRequest | None = None
     stop_after: int = 0
     optimizer_steps: int = 0
+    pause_s: float = 0.0
 
     def train_step(self, microbatches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+        time.sleep(self.pause_s)
         self.rates.append(learning_rate)
         self.samples += [sample for batch in microbatches for sample in batch.sample_ids]
         self.optimizer_steps += 1
@@ -138,6 +141,25 @@ def test_going_on_takes_the_next_samples_and_rates(tmp_path: Path) -> None:
     run = make_run(tmp_path, engine)
     assert train(run, Cursor(3, 6), StopRequest()) == ExitCode.DONE
     assert sorted(engine.samples) == [6, 7, 8, 9] and engine.rates == pytest.approx([0.4, 0.2])
+
+
+def test_a_save_beside_training_that_fails_is_heard_of_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*values: Any) -> None:
+        raise ResourceError("no space left", "")
+
+    config = CheckpointConfig(2, 0, asynchronous=True)
+    monkeypatch.setattr("orchestrator.checkpoint.saver.write", refuse)
+    slow = CountingEngine(pause_s=0.2)  # so that the save has failed by the end of the step after it
+    with pytest.raises(ResourceError, match="no space left"):
+        train(make_run(tmp_path, slow, steps=50, checkpoint=config), Cursor(), StopRequest())
+    assert slow.optimizer_steps == 3
+    slow = CountingEngine(pause_s=0.2)
+    with pytest.raises(ResourceError, match="no space left"):  # of the last save
+        config = replace(config, on_failure="continue")
+        train(make_run(tmp_path, slow, steps=4, checkpoint=config), Cursor(), StopRequest())
+    assert "step 2: a checkpoint could not be saved" in capsys.readouterr().err
 
 
 def test_another_global_batch_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
