@@ -232,6 +232,18 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def visible_devices(count: int, variables: Mapping[str, str] | None = None) -> list[str]:
+    """The names by which a child can be given some of the ``count`` GPUs that this process sees.
+
+    Example:
+        >>> visible_devices(2, {"CUDA_VISIBLE_DEVICES": "4,5"}), visible_devices(2, {})
+        (['4', '5'], ['0', '1'])
+    """
+    known = os.environ if variables is None else variables
+    named = [name.strip() for name in known.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(number) for number in range(count)]
+
+
 def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child: ours without what an outer torchrun set, and the additions."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}

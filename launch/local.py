@@ -78,7 +78,7 @@ def launch(
     log.parent.mkdir(parents=True, exist_ok=True)
     kills_before = _out_of_memory_kills()
     watch = Watch(run_dir, patience, progress)
-    with _catching_stops() as stops, log.open("w", encoding="utf-8") as stream:
+    with catching_stops() as stops, log.open("w", encoding="utf-8") as stream:
         process = _start(rendered, stream.fileno())
         ending = _wait(process, run_dir, stops, watch, say)
         _end_orphans(run_dir, at_once=ending is not None)
@@ -175,7 +175,8 @@ def _living(run_dir: Path) -> bool:
 
 
 @contextmanager
-def _catching_stops() -> Iterator[Stops]:
+def catching_stops() -> Iterator[Stops]:
+    """While open, signals that ask to stop are counted instead of ending this process."""
     stops = Stops()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, stops.note) for number in numbers}

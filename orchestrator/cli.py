@@ -19,6 +19,7 @@ from orchestrator.interview.command import add_init, run_init
 from orchestrator.jobs.cli import ALLOCATION
 from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
 from orchestrator.piping import until_unread
+from orchestrator.sweeps.command import SWEEP
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,9 +122,12 @@ def _is_not_first_rank() -> bool:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the command, and start nothing")
+    parser.add_argument("-m", "--multirun", action="store_true", help="as in Hydra: the same as isotrain sweep")
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.multirun:
+        return SWEEP.run(argparse.Namespace(**vars(arguments), jobs=None, best="loss"))
     from launch.environment import rank_environment
 
     if rank_environment() is not None:
@@ -252,6 +256,7 @@ COMMANDS: dict[str, Command] = {
         _add_resume,
         _resume,
     ),
+    "sweep": SWEEP,
     "doctor": Command(
         "Look whether a run would start here, and say what to do where it would not.",
         "isotrain doctor model=smollm2_135m data=lighthouse cluster=laptop",

@@ -51,11 +51,11 @@ class Command:
         return parser
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """The words of a job."""
+def add_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """The words of a job; ``more``: what else may be among them."""
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="in Hydra's grammar; GROUP=CHOICE for groups; or a job file, FILE.yaml (docs: configuration.md)",
+        help="in Hydra's grammar; GROUP=CHOICE for groups; or a job file, FILE.yaml (docs: configuration.md)" + more,
     )

@@ -13,7 +13,8 @@ class Allocation:
     """The nodes of a job and what each has, as far as Slurm says; 0 where it does not.
 
     ``job_id``: as commands take it (``12``, ``12_3`` for a task of an array). ``restarts``: how often it was requeued.
-    ``ranks_per_node``: what ``--ntasks-per-node`` asked for.
+    ``ranks_per_node``: what ``--ntasks-per-node`` asked for. ``task``: which one of an array this is; None outside of
+    one.
     """
 
     job_id: str
@@ -24,6 +25,7 @@ class Allocation:
     gpus_per_node: int = 0
     cpus_per_node: int = 1
     memory_mib: int = 0
+    task: int | None = None
 
 
 def read_allocation(variables: Mapping[str, str]) -> Allocation:
@@ -37,9 +39,10 @@ def read_allocation(variables: Mapping[str, str]) -> Allocation:
     """
     if not {"SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST"} <= set(variables):
         raise LaunchError("this is no job of Slurm's: SLURM_JOB_ID is not set", "isotrain submit KEY=VALUE ...")
-    job_id = variables["SLURM_JOB_ID"]
+    job_id, task = variables["SLURM_JOB_ID"], None
     if "SLURM_ARRAY_TASK_ID" in variables:  # the raw id of an array's last task is also that of the whole array
-        job_id = f"{variables['SLURM_ARRAY_JOB_ID']}_{variables['SLURM_ARRAY_TASK_ID']}"
+        task = int(variables["SLURM_ARRAY_TASK_ID"])
+        job_id = f"{variables['SLURM_ARRAY_JOB_ID']}_{task}"
     cpus = _number(variables, "SLURM_CPUS_ON_NODE")
     per_cpu = _number(variables, "SLURM_MEM_PER_CPU")
     return Allocation(
@@ -51,6 +54,7 @@ def read_allocation(variables: Mapping[str, str]) -> Allocation:
         gpus_per_node=_number(variables, "SLURM_GPUS_ON_NODE"),
         cpus_per_node=max(1, cpus),
         memory_mib=_number(variables, "SLURM_MEM_PER_NODE") or per_cpu * cpus,
+        task=task,
     )
 
 

@@ -24,13 +24,14 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def is_job_file(word: str) -> bool:
-    """Whether a word names a job file.
+    """Whether a word names a job file; no key has a slash, so folders in its path may have ``=`` in their names.
 
     Example:
-        >>> is_job_file("runs/first/job.yaml"), is_job_file("data.path=rows.yaml")
-        (True, False)
+        >>> is_job_file("runs/first/job.yaml"), is_job_file("data.path=rows.yaml"), is_job_file("runs/seed=1/job.yaml")
+        (True, False, True)
     """
-    return "=" not in word and word.endswith(SUFFIXES)
+    key, equals, _ = word.partition("=")
+    return word.endswith(SUFFIXES) and (not equals or "/" in key)
 
 
 def with_job_files(words: Sequence[str]) -> list[str]:

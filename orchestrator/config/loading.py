@@ -31,12 +31,15 @@ from orchestrator.errors import ConfigError
 __all__ = [
     "blocking_differences",
     "compose_job",
+    "compose_points",
     "config_root",
     "differences",
     "group_choices",
+    "hydra_words",
     "job_from_yaml",
     "job_to_yaml",
     "override_job",
+    "parse_words",
     "read_job",
     "same_run",
 ]
@@ -74,8 +77,63 @@ def compose_job(overrides: Sequence[str] = ()) -> JobConfig:
     """
     parsed = _parse(with_job_files(overrides))
     _check_known(parsed)
-    job = build_job(_compose([_forced(override) for override in parsed if not _is_nothing(override)]))
-    return with_absolute_paths(job)
+    return with_absolute_paths(build_job(_compose(_as_hydra_takes_them(parsed))))
+
+
+def compose_points(common: Sequence[str], points: Sequence[Sequence[str]]) -> list[JobConfig | ConfigError]:
+    """:func:`compose_job` of the common words and each point's, with the files read once for all that choose the same.
+
+    Args:
+        common: words of every point, job files among them read already.
+        points: the words of each.
+    Returns:
+        The job of each point, or what speaks against it.
+    """
+    configs: dict[tuple[str, ...], Any] = {}
+    jobs: list[JobConfig | ConfigError] = []
+    for point in points:
+        try:
+            jobs.append(_compose_point(common, point, configs))
+        except ConfigError as error:
+            jobs.append(error)
+    return jobs
+
+
+def _compose_point(common: Sequence[str], point: Sequence[str], configs: dict[tuple[str, ...], Any]) -> JobConfig:
+    """A point's values on top of ``configs[its choices]``, which is made where it is missing; as Hydra sets values."""
+    import copy
+
+    from omegaconf import OmegaConf
+
+    parsed = _parse([*common, *point])
+    _check_known(parsed)
+    groups = group_choices()
+    shared, own = parsed[: len(common)], parsed[len(common) :]
+    chosen = [*shared, *(one for one in own if one.key_or_group in groups)]
+    key = tuple(one.input_line for one in chosen)
+    if key not in configs:
+        configs[key] = _composed(_as_hydra_takes_them(chosen))
+    config = copy.deepcopy(configs[key])
+    for one in own:
+        if one.key_or_group not in groups:
+            OmegaConf.update(config, one.key_or_group, one.value(), merge=True, force_add=True)
+    return with_absolute_paths(build_job(_plain(config)))
+
+
+def hydra_words(overrides: Sequence[str]) -> list[str]:
+    """Words as Hydra's strict composition takes them; several values for one key are let pass.
+
+    Raises:
+        ConfigError: a word is no override.
+    Example:
+        >>> hydra_words(["tuner=lora", "steps=5,6", "experiment=null"])
+        ['tuner=lora', '++steps=5,6']
+    """
+    return _as_hydra_takes_them(parse_words(overrides))
+
+
+def _as_hydra_takes_them(parsed: Sequence[Any]) -> list[str]:
+    return [_forced(override) for override in parsed if not _is_nothing(override)]
 
 
 def override_job(job_yaml: str, overrides: Sequence[str]) -> JobConfig:
@@ -103,7 +161,12 @@ def override_job(job_yaml: str, overrides: Sequence[str]) -> JobConfig:
     return with_absolute_paths(build_job(_plain(config)))
 
 
-def _parse(overrides: Sequence[str]) -> list[Any]:
+def parse_words(overrides: Sequence[str]) -> list[Any]:
+    """Hydra's ``Override`` of each word; several values for one key are let pass. Job files are read already.
+
+    Raises:
+        ConfigError: a text is no override, or holds a secret.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -112,15 +175,20 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
     parsed = []
     for place, text in enumerate(overrides):
         try:
-            override = parser.parse_override(text)
+            parsed.append(parser.parse_override(text))
         except HydraException as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
                 f"{text!r} is no override: {reason}", _well_typed(text, overrides[place + 1 :])
             ) from error
+    return parsed
+
+
+def _parse(overrides: Sequence[str]) -> list[Any]:
+    parsed = parse_words(overrides)
+    for override in parsed:
         if override.is_sweep_override():
-            raise ConfigError(f"{text!r} asks for several runs at once", _one_run(text))
-        parsed.append(override)
+            raise ConfigError(f"{override.input_line!r} asks for several runs at once", _one_run(override.input_line))
     return parsed
 
 
@@ -141,7 +209,7 @@ def _one_run(text: str) -> str:
     key, _, value = text.partition("=")
     expected = all_keys().get(key)
     takes_list = any(get_origin(choice) is list for choice in (expected, *get_args(expected)))
-    return f"'{key}=[{value}]'" if takes_list else f"{key}={value.split(',')[0]}   (one run at a time)"
+    return f"'{key}=[{value}]'" if takes_list else f"{key}={value.split(',')[0]}   (all of them: isotrain sweep)"
 
 
 def _check_known(parsed: Sequence[Any]) -> None:
@@ -187,13 +255,18 @@ def _forced(override: Any) -> str:
 
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    return _plain(_composed(overrides))
+
+
+def _composed(overrides: Sequence[str]) -> Any:
+    """What Hydra composes; nothing in it is resolved yet."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         with initialize_config_dir(config_dir=str(config_root()), version_base="1.3", job_name="isotrain"):
-            return _plain(compose(config_name="job", overrides=list(overrides)))
+            return compose(config_name="job", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(
             f"the configs do not compose: {str(error).splitlines()[0]}",

@@ -27,13 +27,14 @@ from orchestrator.config.building import read_job
 from orchestrator.config.job import ClusterConfig, JobConfig, SlurmConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.config.secrets import read_secrets
-from orchestrator.errors import ExitCode
+from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.nodes import plan_on
 from orchestrator.jobs.record import (
     Ended,
     Submission,
     is_cancelled,
     note_start,
+    read_tasks,
     slurm_folder,
     write_ended,
     write_submission,
@@ -59,7 +60,8 @@ def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> 
     """Train in this allocation of Slurm's; returns the exit code of the job.
 
     Args:
-        run_dir: a run folder that ``isotrain submit`` has written; None: compose ``overrides`` here (sbatch by hand).
+        run_dir: a run folder that ``isotrain submit`` has written, or a sweep's, of whose points this task of an array
+            is one; None: compose ``overrides`` here (sbatch by hand).
         overrides: what was typed after the script's name.
         say: writes a line into the job's log.
     Raises:
@@ -67,6 +69,7 @@ def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> 
     """
     signals = Signals()  # at once: a signal while we plan must not be lost, nor end us
     allocation = read_allocation(slurm_variables())
+    run_dir = run_of_task(run_dir, allocation) if run_dir else None
     job = read_job(run_dir) if run_dir else by_hand(overrides, allocation)
     run_dir = run_dir or run_folder(job)
     decision = decide_train(run_dir, job)
@@ -89,6 +92,27 @@ def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> 
         say(verdict.message)
         _write_ended(run_dir, allocation, verdict)
     return _leave(run_dir, verdict, allocation, say)
+
+
+def run_of_task(folder: Path, allocation: Allocation) -> Path:
+    """The run folder that this job is for; in a folder of several, the one of its task, which finds its log there, too.
+
+    Raises:
+        ConfigError: no run has this number.
+    """
+    runs = read_tasks(folder)
+    if not runs:
+        return folder
+    if allocation.task not in runs:
+        raise ConfigError(
+            f"job {allocation.job_id} is no task of {folder}: it has {len(runs)}, numbered {min(runs)} to {max(runs)}",
+            f"isotrain sweep {folder}",
+        )
+    run, name = runs[allocation.task], f"{allocation.job_id}.log"
+    slurm_folder(run).mkdir(parents=True, exist_ok=True)
+    if not (slurm_folder(run) / name).is_symlink():
+        (slurm_folder(run) / name).symlink_to(Path("..", "..", "slurm", name))
+    return run
 
 
 def by_hand(overrides: Sequence[str], allocation: Allocation) -> JobConfig:

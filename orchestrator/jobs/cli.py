@@ -110,9 +110,10 @@ def _add_logs(parser: argparse.ArgumentParser) -> None:
 
 def _logs(arguments: argparse.Namespace) -> int:
     from orchestrator.jobs.follow import log_lines, statuses
+    from orchestrator.jobs.record import read_tasks
 
     run: Path = arguments.run.expanduser().absolute()
-    if not (run / "job.yaml").is_file():
+    if not (run / "job.yaml").is_file() and not read_tasks(run):
         raise ConfigError(f"{run} is no run folder: it has no job.yaml", "isotrain status all")
 
     def is_over() -> bool:

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.slurm.commands import FORGOTTEN, UNKNOWN, JobState, SlurmError, cancel, find_by_comment, job_states
+from launch.slurm.commands import FORGOTTEN, UNKNOWN, JobState, SlurmError, cancel
 from orchestrator.config.building import read_job
 from orchestrator.errors import ConfigError, ExitCode, PeerLost
+from orchestrator.jobs.asking import job_of, states_of
 from orchestrator.jobs.record import (
     read_ended,
     read_submission,
+    runs_in,
     slurm_folder,
     submitted_runs,
     write_cancelled,
-    write_submission,
 )
 from orchestrator.runs import latest_step
 from orchestrator.supervise import last_logged_step
@@ -45,8 +46,7 @@ class Status:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will happen."""
-        state = JobState(self.job_id, self.state, self.reason)
-        return not state.is_active and not state.is_out_of_reach
+        return _is_over(JobState(self.job_id, self.state, self.reason))
 
     @property
     def exit_code(self) -> int:
@@ -54,6 +54,10 @@ class Status:
         if self.state == "COMPLETED":
             return 0
         return self.code or int(ExitCode.GAVE_UP if self.state == "CANCELLED" else ExitCode.PEER_LOST)
+
+
+def _is_over(state: JobState) -> bool:
+    return not state.is_active and not state.is_out_of_reach
 
 
 def chosen_runs(words: Sequence[str]) -> list[Path]:
@@ -71,51 +75,26 @@ def chosen_runs(words: Sequence[str]) -> list[Path]:
     return folders
 
 
-def job_of(run_dir: Path) -> str | None:
-    """The job id of a run, looked up by its mark where the answer to its submission was lost; None: Slurm has none.
-
-    Raises:
-        PeerLost: Slurm does not answer.
-    """
-    submission = read_submission(run_dir)
-    if submission is None or submission.job_id is not None:
-        return submission.job_id if submission else None
-    try:
-        found = find_by_comment(submission.mark)
-    except SlurmError as error:
-        raise PeerLost(f"Slurm does not answer: {error}", "the same command again") from error
-    if found is not None:
-        write_submission(run_dir, dataclasses.replace(submission, job_id=found))
-    return found
-
-
 def statuses(run_dir: Path) -> list[Status]:
-    """A run's job, or every task of its array.
+    """A run's job, or every task of its array; of a folder of runs, each of them.
 
     Where Slurm has forgotten the job, what the run itself has written at its end counts; where Slurm does not answer,
     the state is UNKNOWN.
     """
-    try:
-        job_id = job_of(run_dir)
-        states = job_states(job_id) if job_id else [JobState("?", "NOT SUBMITTED")]
-    except PeerLost as error:
-        states = [JobState("?", UNKNOWN, str(error))]
-    job, ended = read_job(run_dir), read_ended(run_dir)
-    found = []
-    for state in states:
-        mine = ended if ended and ended.job_id == state.job_id and not ended.requeued else None
-        if mine and state.state == UNKNOWN and state.reason == FORGOTTEN:
-            state = dataclasses.replace(
-                state, state="COMPLETED" if mine.code == 0 else "FAILED", reason="", code=mine.code
-            )
-        words = mine.message if mine and mine.code and not state.is_active else state.reason
-        progress = (last_logged_step(run_dir / "metrics.jsonl") or 0, latest_step(run_dir) or 0, job.steps)
-        found.append(
-            Status(
-                run_dir, state.job_id, state.state, "" if words == "None" else words, state.nodes, *progress, state.code
-            )
-        )
-    return found
+    return [_status(run, state) for run, states in states_of(runs_in(run_dir)).items() for state in states]
+
+
+def _status(run_dir: Path, state: JobState) -> Status:
+    ended = read_ended(run_dir)
+    mine = ended if ended and ended.job_id == state.job_id and not ended.requeued else None
+    if mine and state.state == UNKNOWN and state.reason == FORGOTTEN:
+        state = dataclasses.replace(state, state="COMPLETED" if mine.code == 0 else "FAILED", reason="", code=mine.code)
+    words = mine.message if mine and mine.code and not state.is_active else state.reason
+    steps = read_job(run_dir).steps
+    progress = (last_logged_step(run_dir / "metrics.jsonl") or 0, latest_step(run_dir) or 0, steps)
+    return Status(
+        run_dir, state.job_id, state.state, "" if words == "None" else words, state.nodes, *progress, state.code
+    )
 
 
 def wait_for(run_dirs: Sequence[Path], say: Callable[[str], None], every_s: float = ASK_EVERY_S) -> list[Status]:
@@ -133,32 +112,38 @@ def wait_for(run_dirs: Sequence[Path], say: Callable[[str], None], every_s: floa
 
 
 def cancel_run(run_dir: Path, now: bool) -> str:
-    """End a run's job: after its step and a save, or ``now``; returns what was done, in words.
+    """End a run's job, or those of a folder of runs: after a step and a save, or ``now``; returns what was done.
 
     It is recorded first, so that nothing requeues the job.
 
     Raises:
         ConfigError: there is no job, or Slurm refuses. PeerLost: Slurm does not answer.
     """
-    job_id = job_of(run_dir)
-    if job_id is None:
+    runs = runs_in(run_dir)
+    jobs = {run: job_id for run in runs if (job_id := job_of(run)) is not None}
+    if not jobs:
         raise ConfigError(f"{run_dir} has no job of Slurm's", f"isotrain status {run_dir}")
-    write_cancelled(run_dir, job_id)
-    states = job_states(job_id)
-    if any(state.is_out_of_reach for state in states):
-        raise PeerLost(f"Slurm does not answer: {states[0].reason}", "the same command again")
+    for run, job_id in jobs.items():
+        write_cancelled(run, job_id)
+    states = [state for found in states_of(list(jobs)).values() for state in found]
+    silent = next((state for state in states if state.is_out_of_reach), None)
+    if silent is not None:
+        raise PeerLost(f"Slurm does not answer: {silent.reason}", "the same command again")
     active = [state for state in states if state.is_active]
+    alone = runs == [run_dir]
+    name = f"job {states[0].job_id.partition('_')[0]} is" if alone else f"{len(active)} jobs of {run_dir} are"
     if not active:
-        return f"job {job_id} is over already ({states[0].state})"
+        return f"{name} over already ({states[0].state})" if alone else f"the jobs of {run_dir} are over already"
+    running = [state for state in active if state.state == "RUNNING"]
     try:
         for state in active:
-            politely = state.state == "RUNNING" and not now
-            cancel(state.job_id, "USR1" if politely else "")
+            cancel(state.job_id, "USR1" if state in running and not now else "")
     except SlurmError as error:
-        raise ConfigError(f"Slurm refuses: {error}", f"scancel {job_id}") from error
-    if any(state.state == "RUNNING" for state in active) and not now:
-        return f"job {job_id} stops after its step and saves (at once: isotrain cancel --now {run_dir})"
-    return f"job {job_id} is cancelled"
+        raise ConfigError(f"Slurm refuses: {error}", f"scancel {active[0].job_id}") from error
+    if running and not now:
+        which = "it stops" if alone else f"{len(running)} of them stop"
+        return f"{name} cancelled: {which} after a step and a save (at once: isotrain cancel --now {run_dir})"
+    return f"{name} cancelled"
 
 
 def log_files(run_dir: Path, rank: str | None) -> list[Path]:

@@ -15,11 +15,15 @@ from orchestrator.runs import write_whole
 
 @dataclass(frozen=True)
 class Submission:
-    """``mark``: the comment that makes the job findable. ``job_id``: None until Slurm has said it."""
+    """``mark``: the comment that makes the job findable. ``job_id``: None until Slurm has said it.
+
+    ``task``: which one of an array the run is; None where the job is its own.
+    """
 
     mark: str
     job_id: str | None = None
     submitted: float = 0.0
+    task: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,15 @@ def read_submission(run_dir: Path) -> Submission | None:
 
 def write_submission(run_dir: Path, submission: Submission) -> None:
     """Remember a submission, here and in the list of all."""
-    _write(slurm_folder(run_dir) / "job.json", asdict(submission))
+    note_submission(run_dir, submission)
     listed = _listed(submission)
     listed.parent.mkdir(parents=True, exist_ok=True)
     listed.write_text(str(run_dir), encoding="utf-8")
+
+
+def note_submission(run_dir: Path, submission: Submission) -> None:
+    """Remember a submission here only: of a run that is one of an array's."""
+    _write(slurm_folder(run_dir) / "job.json", asdict(submission))
 
 
 def forget_submission(run_dir: Path, submission: Submission) -> None:
@@ -68,7 +77,7 @@ def submitted_runs() -> list[Path]:
     """All run folders that were submitted from this account and are still there, oldest first."""
     files = sorted(_registry().glob("*"), key=lambda file: file.stat().st_mtime) if _registry().is_dir() else []
     folders = dict.fromkeys(Path(file.read_text(encoding="utf-8")) for file in files)
-    return [folder for folder in folders if (folder / "job.yaml").is_file()]
+    return [folder for folder in folders if (folder / "job.yaml").is_file() or read_tasks(folder)]
 
 
 def _listed(submission: Submission) -> Path:
@@ -77,6 +86,23 @@ def _listed(submission: Submission) -> Path:
 
 def _registry() -> Path:
     return isotrain_cache() / "submitted"
+
+
+def read_tasks(folder: Path) -> dict[int, Path]:
+    """The runs of a folder whose jobs are arrays, by the number of their task; none where it is a run's own."""
+    tasks = _read(slurm_folder(folder) / "tasks.json")
+    return {int(number): folder / name for number, name in tasks.items()}
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs of a folder: those that are tasks of its arrays, else the one that it is."""
+    return list(read_tasks(folder).values()) or [folder]
+
+
+def add_tasks(folder: Path, runs: Mapping[int, str]) -> None:
+    """Remember more runs, each the name of a folder in ``folder``."""
+    tasks = {number: run.name for number, run in read_tasks(folder).items()} | dict(runs)
+    _write(slurm_folder(folder) / "tasks.json", {str(number): tasks[number] for number in sorted(tasks)})
 
 
 def read_ended(run_dir: Path) -> Ended | None:

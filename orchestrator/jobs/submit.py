@@ -61,17 +61,35 @@ def prepare(overrides: Sequence[str]) -> Prepared:
     """
     job = compose_job(overrides)
     run_dir = run_folder(job)
+    planned = plan_submission(job)
+    return Prepared(run_dir, planned, decide_train(run_dir, job), script_of(job.cluster, run_dir))
+
+
+def plan_submission(job: JobConfig) -> Planned:
+    """The plan for the most nodes that a job may get; it works with the fewest, too.
+
+    Raises:
+        ConfigError, SpecError: it does not, or its file of secrets cannot be read.
+    """
     fewest, most = node_range(job.cluster)
     plan_on(job, fewest)
     planned = plan_on(job, most)
+    if job.cluster.slurm.secrets:
+        read_secrets(Path(job.cluster.slurm.secrets))
+    return planned
+
+
+def script_of(cluster: ClusterConfig, run_dir: Path) -> str:
+    """The batch script for a folder.
+
+    Raises:
+        ConfigError: Slurm would lose its log. LaunchError: a value cannot stand in an #SBATCH line.
+    """
     if "\\" in str(run_dir):
         raise ConfigError(
             f"run_dir={run_dir}: Slurm loses the log of a job in a folder with a backslash", "run_dir=ANOTHER"
         )
-    if job.cluster.slurm.secrets:
-        read_secrets(Path(job.cluster.slurm.secrets))
-    script = render_script(static_script(), header(job.cluster, run_dir), run_dir)
-    return Prepared(run_dir, planned, decide_train(run_dir, job), script)
+    return render_script(static_script(), header(cluster, run_dir), run_dir)
 
 
 def static_script() -> str:
@@ -144,35 +162,50 @@ def submit(overrides: Sequence[str], say: Say = lambda text: None) -> Submitted:
         say(prepared.planned.words)
         with locked(run_dir):
             write_run(run_dir, dataclasses.replace(job, run_dir=str(run_dir)), prepared.planned.plan.to_json())
-            script = _write_script(prepared, job)
-        return _submit(run_dir, script, job.cluster, say)
+            forget_earlier(run_dir)
+            script = write_script(run_dir, job.cluster, prepared.script)
+        submission = new_submission()
+        write_submission(run_dir, submission)
+        job_id = hand_over(run_dir, script, submission, job.cluster, say)
+        write_submission(run_dir, dataclasses.replace(submission, job_id=job_id))
+        return Submitted(run_dir, job_id, f"job {job_id} is submitted")
 
 
-def _submit(run_dir: Path, script: Path, cluster: ClusterConfig, say: Say) -> Submitted:
-    submission = Submission(f"isotrain:{secrets.token_hex(8)}", None, time.time())
-    write_submission(run_dir, submission)
+def new_submission() -> Submission:
+    """One with a mark of its own."""
+    return Submission(f"isotrain:{secrets.token_hex(8)}", None, time.time())
+
+
+def hand_over(run_dir: Path, script: Path, submission: Submission, cluster: ClusterConfig, say: Say) -> str:
+    """Give a script to sbatch, once; returns the job id.
+
+    Raises:
+        ConfigError: Slurm refuses it, and the submission is forgotten. PeerLost: Slurm does not answer.
+    """
     environment = submitting_environment({"PATH": path_with(Path(sys.executable).parent)})
     try:
-        job_id = submit_once(script, submission.mark, cwd=run_dir, environment=environment, say=say)
+        return submit_once(script, submission.mark, cwd=run_dir, environment=environment, say=say)
     except SlurmError as error:
         if error.passing:
             words = f"Slurm does not answer ({error}); whether it has taken the job is not known"
             raise PeerLost(words, "the same command again: it looks for the job first") from error
         forget_submission(run_dir, submission)
         raise refused(str(error), cluster) from error
-    write_submission(run_dir, dataclasses.replace(submission, job_id=job_id))
-    return Submitted(run_dir, job_id, f"job {job_id} is submitted")
 
 
-def _write_script(prepared: Prepared, job: JobConfig) -> Path:
-    folder = slurm_folder(prepared.run_dir)
-    folder.mkdir(exist_ok=True)
+def forget_earlier(run_dir: Path) -> None:
+    """Forget what was noted of earlier jobs of a run, so that it does not count for the next one."""
     for name in ("cancelled.json", "starts.json"):
-        (folder / name).unlink(missing_ok=True)
-    prologue = job.cluster.slurm.prologue
+        (slurm_folder(run_dir) / name).unlink(missing_ok=True)
+
+
+def write_script(run_dir: Path, cluster: ClusterConfig, text: str) -> Path:
+    """Write a script and the words of its prologue; returns the script's file."""
+    folder, prologue = slurm_folder(run_dir), cluster.slurm.prologue
+    folder.mkdir(exist_ok=True)
     (folder / "prologue").write_bytes(words_file([] if prologue[:1] and prologue[0] in ON_RANKS else prologue))
     script = folder / "train.sbatch"
-    write_whole(script, prepared.script, mode=0o600)
+    write_whole(script, text, mode=0o600)
     return script
 
 

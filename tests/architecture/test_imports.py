@@ -25,8 +25,8 @@ ADAPTERS = {
         "orchestrator/bench",
     ),
     "deepspeed": ("parallel/engines/deepspeed",),
-    "hydra": ("orchestrator/config/loading.py",),
-    "omegaconf": ("orchestrator/config/loading.py",),
+    "hydra": tuple(f"orchestrator/config/{name}.py" for name in ("loading", "grid", "multirun")),
+    "omegaconf": ("orchestrator/config/loading.py", "orchestrator/config/multirun.py"),
     "peft": ("orchestrator/generate.py", "orchestrator/bench", "orchestrator/certify/outside.py"),
     "transformers": (
         "orchestrator/generate.py",

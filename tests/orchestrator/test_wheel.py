@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("orchestrator", "parallel", "launch")
+PACKAGES = ("orchestrator", "parallel", "launch", "hydra_plugins")
 
 
 @pytest.fixture(scope="module")

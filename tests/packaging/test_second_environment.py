@@ -17,7 +17,8 @@ import pytest
 from tests.orchestrator.tiny_tokenizer import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ("orchestrator", "parallel", "launch", "configs", "slurm", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("orchestrator", "parallel", "launch", "hydra_plugins", "configs", "slurm", "pyproject.toml", "README.md")
+SHIPPED += ("LICENSE",)
 ROWS = 8
 
 
