@@ -37,6 +37,11 @@ class Room:
     name: str
     files: dict[str, bytes | Path]
 
+    def read(self) -> Room:
+        """The same with the files' contents, so that saves do not depend on where they came from."""
+        contents = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in self.files.items()}
+        return Room(self.name, {**contents})
+
 
 def lora_spec(tuner: TunerConfig, model: ModelSpec) -> LoraSpec | None:
     """The adapter that a tuner asks for; None for full tuning.

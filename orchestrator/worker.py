@@ -168,6 +168,8 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, 
         load_adapter(job, engine)
     metrics = Metrics(job.metrics, run_dir, job.steps, start.steps + 1) if me.rank == 0 else None
     beside = room(job, model_spec(job.model))
+    if me.rank == 0:  # which writes them
+        beside = beside.read()
     run = Run(job, plan, run_dir, groups, cpu_group, engine, data, beside, metrics, guard, base)
     try:
         code = train(run, start, stop)

@@ -105,6 +105,7 @@ def test_a_full_model_folder_carries_config_and_tokenizer(tmp_path: Path) -> Non
         (tmp_path / name).write_text(json.dumps(CONFIG))
     full = replace(JOB, tuner=TunerConfig(name="full"), model=ModelConfig(path=str(tmp_path)))
     assert set(room(full, MODEL).files) == {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert {type(file) for file in room(full, MODEL).read().files.values()} == {bytes}
     assert lora_spec(full.tuner, MODEL) is None
     scratch = room(replace(full, model=JOB.model), MODEL)
     assert scratch.name == "model" and json.loads(bytes(scratch.files["config.json"])) == CONFIG  # type: ignore[arg-type]
