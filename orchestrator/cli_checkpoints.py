@@ -21,11 +21,9 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """``isotrain verify A [B]``: 65 for damage, 1 where two differ."""
-    from orchestrator.checkpoint.load import locate_checkpoint
-    from orchestrator.checkpoint.verify import compare, verify
+    from orchestrator.checkpoint.verify import compare, verify_newest
 
-    folders = [locate_checkpoint(path.expanduser())[0] for path in (arguments.path, arguments.other) if path]
-    reports = [verify(folder) for folder in folders]
+    reports = [verify_newest(path.expanduser()) for path in (arguments.path, arguments.other) if path]
     if not arguments.json:
         for report in reports:
             _print_report(report)
@@ -33,7 +31,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps({"code": int(ExitCode.DATA), "checkpoints": [_report(report) for report in reports]}))
         return int(ExitCode.DATA)
-    comparison = compare(*folders) if len(folders) == 2 else None
+    comparison = compare(*(report.folder for report in reports)) if len(reports) == 2 else None
     code = ExitCode.DONE if comparison is None or comparison.equal else ExitCode.RED
     if arguments.json:
         values = {"code": int(code), "checkpoints": [_report(report) for report in reports]}

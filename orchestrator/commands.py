@@ -172,6 +172,7 @@ def explain(run_dir: Path, overrides: Sequence[str] = ()) -> Explanation:
     run_dir = run_dir.expanduser().absolute()
     before, job = _before_and_now(run_dir, overrides)
     decide_resume(run_dir, job)
+    check_files(job, "resume")
     return explain_resume(run_dir, before, job, plan_job(job).plan)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from orchestrator.checkpoint.exchange import Peers
 from orchestrator.checkpoint.load import CheckpointReader, find_latest_good
+from orchestrator.config.building import quote_override
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.loop import Cursor
@@ -94,7 +95,8 @@ def _check_all_taken(engine: Engine, checkpoint: CheckpointReader, wanted: Resto
 
 
 def _other_model(checkpoint: CheckpointReader, wanted: Restoring, words: str) -> ConfigError:
+    before = checkpoint.manifest.about.get("model")
+    back = f" {quote_override('model.path', before)}" if before != wanted.job.model.path else " --explain"
     return ConfigError(
-        f"{checkpoint.folder} {words}: it is of another model or tuner",
-        f"see what has changed: isotrain resume {wanted.run_dir} --explain",
+        f"{checkpoint.folder} {words}: it is of another model or tuner", f"isotrain resume {wanted.run_dir}{back}"
     )

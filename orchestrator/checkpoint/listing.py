@@ -57,7 +57,8 @@ def list_checkpoints(path: Path, *, hashed: bool = False) -> list[Row]:
     if not steps:
         raise ConfigError(f"{checkpoints} holds no checkpoint", "name the run_dir of a run that has saved")
     rows = {folder: _row(step, folder, hashed) for step, folder in steps}
-    following = next((folder for folder in in_order(checkpoints)[0] if rows[folder].good), None)
+    rows = {folder: row for folder, row in rows.items() if row.good or folder.exists()}  # else a run has taken it away
+    following = next((folder for folder in in_order(checkpoints)[0] if folder in rows and rows[folder].good), None)
     return [replace(row, is_next=folder == following) for folder, row in rows.items()]
 
 

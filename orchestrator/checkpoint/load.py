@@ -21,6 +21,7 @@ from parallel.shards import Box
 # Files that a loader would take for weights, some of which may hold code: what the manifest does not name is not ours.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npz", ".npy")
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".index.json", ".h5", ".msgpack", ".gguf")
+LOOKS = 3  # at ``latest`` and what it names, while a run publishes the next one and takes away the last
 ROOMS = ("adapter/", "model/")  # which peft and transformers open
 
 Answer = TypeVar("Answer")
@@ -82,7 +83,12 @@ def open_checkpoint(path: Path, step: int | None = None, *, verify: bool = False
         DataError: the checkpoint is damaged; the message names file, expected and actual.
     """
     folder, faults = locate_checkpoint(path, step)
-    reader = CheckpointReader(folder, verify=verify)
+    try:
+        reader = CheckpointReader(folder, verify=verify)
+    except DataError:
+        if folder.exists() or folder == path:
+            raise
+        return open_checkpoint(path, step, verify=verify)  # a run that trains has taken it away, and has a newer one
     reader.warnings = (*faults, *reader.warnings)
     return reader
 
@@ -101,7 +107,7 @@ def locate_checkpoint(path: Path, step: int | None = None) -> tuple[Path, tuple[
     checkpoints = checkpoints_folder(path)
     steps = dict(list_steps(checkpoints))
     if step is None:
-        name = read_latest(checkpoints)
+        name, steps = _named(checkpoints)
         if name is None and steps:
             return _newest_whole(checkpoints, steps)
         if name is None:
@@ -146,6 +152,8 @@ def find_latest_good(path: Path, *, peers: Peers | None = None) -> tuple[Checkpo
         try:
             reader = _open_together(folder, peers)
         except DataError as error:
+            if peers.size == 1 and not folder.exists():  # a run that trains has taken it away, and has a newer one
+                return find_latest_good(path, peers=peers)
             messages.append(f"{folder.name.partition('.')[0]} is not usable: {error}")
             continue
         if messages:
@@ -161,18 +169,26 @@ def find_latest_good(path: Path, *, peers: Peers | None = None) -> tuple[Checkpo
 
 def in_order(checkpoints: Path) -> tuple[list[Path], list[str]]:
     """The folders to try, best first: from ``latest`` down, then what is newer; and what is wrong with ``latest``."""
-    steps = dict(list_steps(checkpoints))
     notes = []
-    named = newest = max(steps, default=0)
     try:
-        name = read_latest(checkpoints)
+        name, steps = _named(checkpoints)
         if name is not None and name not in map(step_name, steps):
             notes.append(f"{checkpoints / LATEST} names {name}, which is missing")
-        named = newest if name is None else int(name.removeprefix("step-"))
     except DataError as error:
         notes.append(str(error))
+        name, steps = None, dict(list_steps(checkpoints))
+    named = max(steps, default=0) if name is None else int(name.removeprefix("step-"))
     order = sorted(steps, key=lambda step: (step > named, -step))
     return [steps[step] for step in order], notes
+
+
+def _named(checkpoints: Path) -> tuple[str | None, dict[int, Path]]:
+    """What ``latest`` names, and the folders of all steps, seen together. Raises DataError where it names no step."""
+    for _ in range(LOOKS):
+        name, steps = read_latest(checkpoints), dict(list_steps(checkpoints))
+        if name is None or name in map(step_name, steps):
+            break
+    return name, steps
 
 
 def _open_together(folder: Path, peers: Peers) -> CheckpointReader:

@@ -113,8 +113,8 @@ def read_header(path: Path) -> tuple[TensorEntry, ...]:
     Raises:
         DataError: there is no such file, it is truncated or longer than its header says, or it is no safetensors file.
     """
+    size = _size(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
@@ -154,6 +154,14 @@ def _check_places(path: Path, entries: Sequence[TensorEntry], data_bytes: int) -
         raise DataError(f"{path} is truncated or damaged: {data_bytes} bytes of data, its header says {at}")
 
 
+def _size(path: Path) -> int:
+    """Raises DataError."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
 class TensorFiles:
     """The tensors of some safetensors files, read box by box; only what is asked for is read.
 
@@ -172,7 +180,7 @@ class TensorFiles:
         self._data_starts: dict[Path, int] = {}
         for path in paths:
             entries = read_header(path)
-            self._sizes[path] = path.stat().st_size
+            self._sizes[path] = _size(path)
             self._data_starts[path] = self._sizes[path] - (entries[-1].stop if entries else 0)
             for entry in entries:
                 if entry.key in self._where:

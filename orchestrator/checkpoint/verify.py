@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 
 from orchestrator.checkpoint.folder import MANIFEST, STATE
 from orchestrator.checkpoint.hf_reader import read_json
-from orchestrator.checkpoint.load import CheckpointReader, check_extra, check_file
+from orchestrator.checkpoint.load import CheckpointReader, check_extra, check_file, locate_checkpoint
 from orchestrator.checkpoint.manifest import Manifest, TensorRecord
-from orchestrator.checkpoint.tensor_file import item_bytes
+from orchestrator.checkpoint.tensor_file import item_bytes, read_header
 from orchestrator.errors import DataError
 from parallel.shards import Box, flat_boxes
 
@@ -68,6 +68,19 @@ class Comparison:
         return not (self.only_in_first or self.only_in_second or self.different or self.state)
 
 
+def verify_newest(path: Path) -> Report:
+    """:func:`verify` of a checkpoint, or of the newest one of a run.
+
+    Raises:
+        ConfigError: there is none. DataError: ``latest`` names none.
+    """
+    folder, faults = locate_checkpoint(path)
+    report = verify(folder)
+    if not report.good and folder != path and not folder.exists():
+        return verify_newest(path)  # a run that trains has taken it away, and has a newer one
+    return replace(report, warnings=(*faults, *report.warnings))
+
+
 def verify(folder: Path) -> Report:
     """Hash every file and every logical tensor again; all problems are listed, none is raised."""
     try:
@@ -85,6 +98,7 @@ def verify(folder: Path) -> Report:
         warnings = check_extra(folder, manifest)
         if not problems:
             reader = CheckpointReader(folder)
+            problems += _unlisted(folder, manifest)
             problems += [problem for record in manifest.tensors.values() for problem in _prove(reader, record)]
     except DataError as error:
         problems.append(str(error))
@@ -124,6 +138,15 @@ def _prove(reader: CheckpointReader, record: TensorRecord) -> Iterator[str]:
         return
     if digest.hexdigest() != record.sha256:
         yield f"{record.tensor.key} in {record.file}: sha256 {digest.hexdigest()}, {record.sha256} was written"
+
+
+def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Tensors that the files hold and the manifest does not name: it has lost them, or they are foreign."""
+    listed = {(record.file, record.tensor.key) for record in manifest.tensors.values()}
+    for file in sorted({file for file, _ in listed}):
+        for entry in read_header(folder / file):
+            if (file, entry.key) not in listed:
+                yield f"{file} holds {entry.key}, which the manifest does not name"
 
 
 def _difference(one: CheckpointReader, two: CheckpointReader, a: TensorRecord, b: TensorRecord) -> Difference:

@@ -21,7 +21,7 @@ from orchestrator.checkpoint.publish import Contents
 from orchestrator.checkpoint.retention import Retention
 from orchestrator.checkpoint.save import SavePolicy, save
 from orchestrator.checkpoint.tensor_file import read_header
-from orchestrator.checkpoint.verify import compare, verify
+from orchestrator.checkpoint.verify import compare, verify, verify_newest
 from orchestrator.cli import main
 from orchestrator.errors import ConfigError, DataError
 from parallel.shards import Box, Shard
@@ -263,6 +263,51 @@ def test_where_data_lay_and_how_a_constant_rate_ends_is_no_training_state(tmp_pa
     assert compare(one, saved("four", schedule={"lr": 0.2})).state == ("schedule",)
     cosine = [saved(f"cosine-{steps}", schedule={"schedule": "cosine", "steps": steps}) for steps in (4, 6)]
     assert compare(*cosine).state == ("schedule",)
+
+
+def test_who_looks_while_a_run_saves_and_prunes_is_told_of_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next save is published, and the last one taken away, at each moment of a look at them in turn."""
+    looks: list[Callable[[], Any]] = [
+        lambda: open_checkpoint(run, verify=True).step,
+        lambda: [find_latest_good(run)[0].step, *find_latest_good(run)[1]],  # type: ignore[union-attr]
+        lambda: [verify_newest(run).problems],
+        lambda: [row.state for row in list_checkpoints(run) if not row.good],
+    ]
+    for number, look in enumerate(looks):
+        for moment in range(number, 500, 4):
+            run = tmp_path / f"{number}-{moment}"
+            save_step(run, 1, keep=1)
+            left = moment
+
+            def later(real: Callable[..., Any], run: Path = run) -> Callable[..., Any]:
+                def call(*args: Any, **options: Any) -> Any:
+                    nonlocal left
+                    left -= 1
+                    if left == -1:
+                        save_step(run, 2, keep=1)
+                    return real(*args, **options)
+
+                return call
+
+            with monkeypatch.context() as patched:
+                for name in ("stat", "open", "read_bytes", "read_text", "iterdir"):
+                    patched.setattr(Path, name, later(getattr(Path, name)))
+                seen = look()
+            assert seen in (1, 2, [1], [2], [()], []), (number, moment, seen)
+            if left >= 0:
+                break
+        else:
+            raise AssertionError("more moments than were tried")
+        assert moment > 5
+
+
+def test_tensors_that_the_manifest_has_lost_are_found(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 1) / "manifest.json"
+    rewrite_manifest(path, tensors=json.loads(path.read_text())["tensors"][1:])
+    (problem,) = verify(path.parent).problems
+    assert "which the manifest does not name" in problem
 
 
 def test_a_linked_room_is_refused(tmp_path: Path) -> None:

@@ -70,7 +70,11 @@ def test_a_model_with_fewer_or_more_tensors_is_refused(wanted: Restoring) -> Non
     fewer: Any = Named("a")
     with pytest.raises(ConfigError, match="holds what this job has no place for: b: it is of another model") as error:
         restore(fewer, 0, wanted)
-    assert error.value.hint.endswith(f"isotrain resume {wanted.run_dir} --explain")
+    assert error.value.hint == f"isotrain resume {wanted.run_dir} --explain"
+    job = dataclasses.replace(JOB, model=ModelConfig(path="/smaller"))
+    with pytest.raises(ConfigError, match="has no place for: b") as error:
+        restore(fewer, 0, dataclasses.replace(wanted, job=job))
+    assert error.value.hint == f"isotrain resume {wanted.run_dir} model.path=/model"
     more: Any = Named("a", "b", "c")
     with pytest.raises(ConfigError, match=r"has no tensor .*'c'.*, which this job trains"):
         restore(more, 0, wanted)
