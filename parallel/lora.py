@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,13 +43,15 @@ class Regions:
     """The tensor-parallel collectives that adapters need, with the backward pass of each in brackets.
 
     ``copy``: identity (all-reduce); ``reduce``: all-reduce (identity); ``gather``: all-gather along tokens
-    (reduce-scatter); ``scatter``: reduce-scatter along tokens (all-gather).
+    (reduce-scatter); ``scatter``: reduce-scatter along tokens (all-gather). ``sum_expert``: all-reduce over the ranks
+    that share an expert (identity).
     """
 
     copy: Collective
     reduce: Collective
     gather: Collective
     scatter: Collective
+    sum_expert: Collective
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class LoraPart(torch.nn.Module):
         self.B = torch.nn.Parameter(torch.zeros(piece_b.box.size))
         self.pieces: tuple[Piece, ...] = (piece_a, piece_b)
         self.module_name = piece_a.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        self.is_expert = linear.expert
         _mark(self.A, linear, linear.cut == "row", sequence_parallel)
         _mark(self.B, linear, linear.cut == "column", sequence_parallel)
         self.magnitude: torch.nn.Parameter | None = None
@@ -273,7 +277,7 @@ class EmbeddingPart(LoraPart):
         self.A = torch.nn.Parameter(torch.zeros(piece_a.box.size))
         self.B = torch.nn.Parameter(normal(piece_b.shape, 1.0, context.seed, "lora_embedding_B", piece_b.name))
         self.pieces = (piece_a, piece_b)
-        self.module_name = names.EMBEDDING_MODULE
+        self.module_name, self.is_expert = names.EMBEDDING_MODULE, False
         _mark(self.A, names.HEAD_LINEAR, True, context.sequence_parallel)
         _mark(self.B, names.HEAD_LINEAR, False, context.sequence_parallel)
         self.magnitude = self.fixed_a = self.fixed_b = None
@@ -304,21 +308,35 @@ class LoraEmbedding(torch.nn.Module):
 
 
 class LoraRouter(torch.nn.Module):
-    """The adapter of a router, which every tensor-parallel rank holds whole: ``[..., hidden] -> [..., experts]``."""
+    """The adapter of a router, which every tensor-parallel rank holds whole."""
 
-    def __init__(self, part: LoraPart, scale: float) -> None:
+    def __init__(self, part: LoraPart, scale: float, weight: Callable[[], torch.Tensor]) -> None:
+        """``weight``: gives the router's own ``[experts, hidden]``."""
         super().__init__()
         self.part = part
         self.scale = scale
+        self.weight = weight
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What is added to the router's logits, fp32."""
-        low = torch.nn.functional.linear(hidden.float(), self.part.A)
-        return torch.nn.functional.linear(low, self.part.B * self.scale)
+    def up(self) -> torch.Tensor:
+        """The scaled B."""
+        return self.part.up() * self.scale
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The router's logits ``[..., experts]`` of ``[..., hidden]`` as the adapter changes them, fp32."""
+        low = torch.nn.functional.linear(hidden.float(), self.part.down())
+        return logits.float() + torch.nn.functional.linear(low, self.up())
 
 
-def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext, kind: type[LoraLinear] = LoraLinear) -> None:
-    """Put adapters of a kind on the targeted linears of one built layer (``index`` is global, from 0)."""
+@dataclass(frozen=True)
+class Kinds:
+    """What adapts linears, and what routers."""
+
+    linear: type[LoraLinear] = LoraLinear
+    router: type[LoraRouter] = LoraRouter
+
+
+def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext, kinds: Kinds) -> None:
+    """Put adapters on the targeted linears of one built layer (``index`` is global, from 0)."""
     prefix = names.layer_prefix(index)
     for linear in names.linears(context.model, index, context.experts.ep, context.experts.ep_rank):
         if not any(prefix + path in context.lora.targets for _, path in linear.parts):
@@ -326,11 +344,12 @@ def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext, kind: t
         assert not (context.lora.dropout and (linear.expert or linear.is_router)), "the plan refuses dropout there"
         if linear.is_router:
             router: Any = layer.get_submodule(linear.path)
-            router.adapter = LoraRouter(context.part(linear, linear.parts[0], index), context.lora.scale)
+            part = context.part(linear, linear.parts[0], index)
+            router.adapter = kinds.router(part, context.lora.scale, partial(getattr, router, "weight"))
             continue
         parent_path, _, attribute = linear.path.rpartition(".")
         parent = layer.get_submodule(parent_path)
-        setattr(parent, attribute, kind(getattr(parent, attribute), index, linear, context))
+        setattr(parent, attribute, kinds.linear(getattr(parent, attribute), index, linear, context))
 
 
 def adapter_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, Piece]]:
