@@ -142,9 +142,15 @@ class DoraRouter(LoraRouter):
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The logits with their rows turned and stretched, fp32."""
+        weight = self.weight().float()
         with torch.no_grad():
-            lengths = torch.linalg.vector_norm(self.weight().float() + self.up() @ self.part.down(), dim=1)
-        return super().forward(hidden, logits) * (self._magnitude() / lengths)
+            lengths = torch.linalg.vector_norm(weight + self.up() @ self.part.down(), dim=1)
+        factor = self._magnitude() / lengths
+        if not (self.context.lora.dropout and self.training):
+            return super().forward(hidden, logits) * factor
+        dropped = self.dropped(hidden)
+        change = linear(linear(dropped, self.part.down()), self.up())
+        return logits.float() + linear(dropped, weight) * (factor - 1) + change * factor
 
     def _magnitude(self) -> torch.nn.Parameter:
         assert self.part.magnitude is not None

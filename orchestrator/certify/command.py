@@ -242,15 +242,15 @@ class _Bench:
             *("tuner.r=4", "tuner.alpha=8", "optimizer.distributed=false", "topology.cp_comm=ring"),
         ]
         if choice != "tuner=full":
-            fixed.append(f"tuner.targets={as_override(self._targets(tuner))}")
+            fixed.append(f"tuner.targets={as_override(self._targets())}")
         return override_job(job_to_yaml(self.request.job), [choice, *fixed, *rest])
 
-    def _targets(self, tuner: str) -> str | list[str]:
+    def _targets(self) -> str | list[str]:
         """The user's; else all linears, of a mixture of experts by name."""
         asked = self.request.job.tuner.targets
         if asked != TunerConfig().targets or not self.model.is_moe:
             return asked
-        return leaf_names(self.model, experts=tuner != "lora+dropout")
+        return leaf_names(self.model)
 
     def _run_dir(self, tuner: str, name: str) -> Path:
         return self.folder / tuner / name

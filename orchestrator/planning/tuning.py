@@ -57,14 +57,6 @@ def beyond_peft(tuner: TunerConfig, adapted: frozenset[str], model: ModelSpec) -
 def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) -> None:
     """DoRA and PiSSA are built for linears of layers; PiSSA's rank is at most that of the weights."""
     tuner = job.tuner
-    of_experts = set(leaf_names(model)) - set(leaf_names(model, experts=False))
-    sparse = sorted(path for path in adapted if path.rpartition(".")[2] in of_experts)
-    if tuner.dropout and sparse:
-        raise ConfigError(
-            f"tuner.dropout={tuner.dropout:g} is not built for adapters of experts and routers "
-            f"({len(sparse)} are adapted, first {sparse[0]}); PEFT refuses it too",
-            "tuner.dropout=0",
-        )
     asked = {"tuner.dora=true": tuner.dora, "tuner.init=pissa": tuner.init == "pissa"}
     if EMBEDDING_MODULE in adapted:
         asked[f"tuner.loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}"] = tuner.loraplus_lr_ratio != 1

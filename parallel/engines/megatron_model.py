@@ -20,20 +20,19 @@ from parallel.dora import DoraLinear, DoraRouter
 from parallel.engine import EngineSpec, TensorReader
 from parallel.engines import megatron_quantised as quantised
 from parallel.engines import megatron_rates as rates
-from parallel.engines.megatron_experts import finalize_with_experts
+from parallel.engines.megatron_experts import finalize_with_experts, number_tokens
 from parallel.engines.megatron_rotary import Rotary
 from parallel.groups import Groups
 from parallel.lora import (
     ExpertPlace,
     Kinds,
     LoraContext,
-    LoraEmbedding,
-    LoraHead,
     LoraLinear,
     Regions,
     adapter_tensors,
     wrap_layer,
 )
+from parallel.lora_ends import LoraEmbedding, LoraHead
 from parallel.provider import block_spec
 from parallel.quantised import QuantisedLinear
 from parallel.rotary import frequencies
@@ -202,7 +201,10 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         )
         _adapt_ends(chunk, context)
         for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
-            wrap_layer(layer, index, context, Kinds(DoraLinear, DoraRouter) if spec.lora.dora else Kinds())
+            kinds = Kinds(DoraLinear, DoraRouter) if spec.lora.dora else Kinds()
+            drops = spec.lora.dropout and spec.model.has_experts(index)
+            tokens = number_tokens(layer, groups, clock, spec.sp, process_groups(groups)) if drops else None
+            wrap_layer(layer, index, context, kinds, tokens)
         base = _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual))
         rates.set_adapters_apart(spec.lora, chunk, base)
         _let_hidden_states_require_grad(spec, chunk)

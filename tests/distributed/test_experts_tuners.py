@@ -43,9 +43,10 @@ PLACES: dict[str, dict[str, Any]] = {
     "dp2-ep2": {"topology": Topology(dp=2, ep=2)},
     "dp2-etp2": {"topology": Topology(dp=2, etp=2)},
     "tp2-dp2-ep2-etp2": {"topology": Topology(tp=2, dp=2, ep=2, etp=2), "sp": True},
+    "cp2-ep2": {"topology": Topology(cp=2, ep=2)},
     "pp2-dp2-ep2": {"topology": Topology(pp=2, dp=2, ep=2), "recompute": "full"},
 }
-FINER = ("one", "dp2-ep2", "dp2-etp2")
+FINER = ("one", "dp2-ep2", "dp2-etp2", "cp2-ep2")
 
 
 def run_of(case: str, **where: Any) -> Run:
@@ -179,6 +180,47 @@ def test_training_is_the_formulas(
     assert found[0][0] == pytest.approx(losses, rel=1e-5)
     assert found[0][1] == pytest.approx(norms, rel=1e-4)
     peft_loop.assert_equal(weights([state for _, _, state in found]), adapter)
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    in_grid(
+        [("lora", place) for place in PLACES if place != "one"] + [("dora", "tp2-dp2-ep2-etp2")],
+        FINER,
+    ),
+)
+def test_dropout_on_experts_belongs_to_the_token(
+    pool: Pool, tiny_model: Callable[..., Path], one_process: Callable[[str], Any], case: str, place: str
+) -> None:
+    """Whichever rank an expert's tokens come to, and in whatever order; it is no dropout of zeros either."""
+    losses, norms, adapter, without = one_process(case)
+    assert all(abs(one - other) > 1e-4 for one, other in zip(losses[1:], without[1:], strict=True))
+    run = dropping(case, **PLACES[place])
+    found = pool.run(run.topology.world_size, runs.train, run, str(tiny_model("qwen3_moe", **SHAPE)))
+    assert found[0][0] == pytest.approx(losses, rel=1e-5)
+    assert found[0][1] == pytest.approx(norms, rel=1e-4)
+    peft_loop.assert_equal(weights([state for _, _, state in found]), adapter)
+
+
+def dropping(case: str, **where: Any) -> Run:
+    changes = tuple(SHAPE.items())
+    dora, settings = case == "dora", {"learning_rate": 1e-2, "dropout": 0.3}
+    return Run("qwen3_moe", targets=TARGETS, changes=changes, eps=1e-6, dora=dora, **settings, **where)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def one_process(pool: Pool, tiny_model: Callable[..., Path]) -> Callable[[str], Any]:
+    """Losses, norms and adapter of one process with dropout, and the losses without."""
+    known: dict[str, Any] = {}
+
+    def of(case: str) -> Any:
+        if case not in known:
+            folder, run = str(tiny_model("qwen3_moe", **SHAPE)), dropping(case)
+            losses, norms, state = pool.run(1, runs.train, run, folder)[0]
+            known[case] = losses, norms, weights([state]), pool.run(1, runs.train, run.on(dropout=0.0), folder)[0][0]
+        return known[case]
+
+    return of
 
 
 def with_joined_experts(folder: Path, out: Path) -> Path:
