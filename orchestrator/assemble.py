@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.checkpoint.adapter import adapter_config, lora_pairs, saved_tensors
+from orchestrator.checkpoint.adapter import OURS, adapter_config, lora_pairs, saved_tensors
 from orchestrator.checkpoint.experts import common_name, loadable_config
 from orchestrator.checkpoint.hf_reader import AdapterReader, HfReader
 from orchestrator.config.job import JobConfig, TunerConfig, galore_spec
 from orchestrator.errors import ConfigError
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.tuning import beyond_peft
 from parallel.engine import AdamSpec, Engine, EngineSpec
 from parallel.lora_spec import LoraSpec
 from parallel.names import EMBEDDING, HEAD, adaptable_modules, resolve_targets
@@ -126,7 +127,9 @@ def room(job: JobConfig, model: ModelSpec) -> Room:
             leaves = sorted({target.rpartition(".")[2] for target in resolve_targets(leaves, model)})
         config = adapter_config(job.tuner, leaves, job.model.path or "", model.tied_embeddings)
         if model.is_moe:
-            config = loadable_config(config, resolve_targets(job.tuner.targets, model))
+            targets = resolve_targets(job.tuner.targets, model)
+            config = loadable_config(config, targets)
+            config |= {"peft_type": OURS} if beyond_peft(job.tuner, targets, model) else {}
         return Room("adapter", {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()})
     if job.model.weights == "random" and job.model.config is not None:
         return Room("model", {"config.json": (json.dumps(job.model.config, indent=2) + "\n").encode()})

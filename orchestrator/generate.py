@@ -30,7 +30,8 @@ def generate(path: Path, prompts: Sequence[str], max_new_tokens: int = 64, compa
         max_new_tokens: longest answer.
         compare: answer with the base model as well (LoRA only).
     Raises:
-        ConfigError: there is nothing to load at ``path``. DataError: the checkpoint is damaged.
+        ConfigError: there is nothing to load at ``path``, or nothing that PEFT has a place for.
+        DataError: the checkpoint is damaged.
     """
     base, adapter = find_weights(path.expanduser())
     if compare and adapter is None:
@@ -72,11 +73,13 @@ def _load(base: Path, adapter: Path | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from orchestrator.checkpoint.export import check_peft
     from orchestrator.checkpoint.hf_reader import adapter_files, weight_files
 
     weight_files(base)  # raises where there are only pickles, which those libraries would open
     if adapter is not None:
         adapter_files(adapter)
+        check_peft(adapter)
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # transformers and peft speak to each other there, not to our user
     device = "cuda" if torch.cuda.is_available() else "cpu"

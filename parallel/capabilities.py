@@ -223,7 +223,7 @@ def _context_parallel(model: ModelSpec, proposal: Proposal, _: Capabilities) -> 
 
 
 def quantised_tensor_sizes(model: ModelSpec) -> list[int]:
-    """Every ``topology.tp`` that cuts the model's rows between blocks of 64, ascending; none where no row is blocks.
+    """Every ``topology.tp`` that cuts dense rows between blocks of 64, ascending; none where a row is not blocks.
 
     Example:
         >>> quantised_tensor_sizes(ModelSpec("llama", 2, 192, 6, 6, 64, 768, 64, 128, 1e-5, 1e4, True))
@@ -231,7 +231,7 @@ def quantised_tensor_sizes(model: ModelSpec) -> list[int]:
     """
     if model.hidden % 64:
         return []
-    rows = (model.heads * model.head_dim, model.ffn)  # of o_proj and down_proj, whose columns are cut
+    rows = (model.heads * model.head_dim, *model.dense_mlps)  # of o_proj and down_proj, whose columns are cut
     return [tp for tp in legal_tensor_sizes(model) if all(row % (64 * tp) == 0 for row in rows)]
 
 
@@ -241,23 +241,33 @@ def _quantised_cuts(model: ModelSpec, proposal: Proposal, _: Capabilities) -> It
         return
     if proposal.tuner == "full":
         yield Refusal(f"tuner.quantise={proposal.quantise} freezes the base, but tuner=full trains it", "tuner=qlora")
-    for feature, is_there in (("experts", model.is_moe), ("latent attention", model.latent is not None)):
-        if is_there:
-            yield Refusal(f"tuner.quantise={proposal.quantise} is not built for {feature}", "tuner.quantise=null")
-            return
-    legal, tp = quantised_tensor_sizes(model), proposal.topology.tp
-    heads = model.heads * model.head_dim
-    if not legal:
+    if model.latent is not None:
+        yield Refusal(f"tuner.quantise={proposal.quantise} is not built for latent attention", "tuner.quantise=null")
+        return
+    tp, etp, legal = proposal.topology.tp, proposal.topology.etp, quantised_tensor_sizes(model)
+    rows = {"o_proj": model.heads * model.head_dim, "down_proj": model.ffn, "experts' down_proj": model.expert_ffn}
+    held = {"o_proj", *(["down_proj"] if model.dense_mlps else []), *(["experts' down_proj"] if model.is_moe else [])}
+    words = {name: f"{width} ({name})" for name, width in rows.items() if name in held}
+    if not legal or (model.is_moe and model.expert_ffn % 64):
         yield Refusal(
             f"tuner.quantise={proposal.quantise} needs rows of whole blocks of 64 elements, but the model's have "
-            f"{model.hidden}, {heads} (o_proj) and {model.ffn} (down_proj)",
+            f"{model.hidden}, {' and '.join(words.values())}",
             "tuner.quantise=null",
         )
-    elif tp not in legal:
+        return
+    experts = words.pop("experts' down_proj", "")
+    if tp not in legal:
         yield Refusal(
-            f"tuner.quantise={proposal.quantise} with topology.tp={tp} would cut rows of {heads} (o_proj) and "
-            f"{model.ffn} (down_proj) elements inside a block of 64; legal are {', '.join(map(str, legal))}",
+            f"tuner.quantise={proposal.quantise} with topology.tp={tp} would cut rows of "
+            f"{' and '.join(words.values())} elements inside a block of 64; legal are {', '.join(map(str, legal))}",
             f"topology.tp={nearest(tp, legal)}",
+        )
+    if experts and model.expert_ffn % (64 * etp):
+        sizes = divisors(model.expert_ffn // 64)
+        yield Refusal(
+            f"tuner.quantise={proposal.quantise} with topology.etp={etp} would cut rows of {experts} elements inside a "
+            f"block of 64; legal are {', '.join(map(str, sizes))}",
+            f"topology.etp={nearest(etp, sizes)}",
         )
 
 

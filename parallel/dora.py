@@ -10,7 +10,9 @@ for a constant in the backward pass (Liu et al. 2024, arXiv:2402.09353, equation
     |V|^2 = |W|^2 + 2 <W D^T, U> + <U (D D^T), U>, each row by row.
 
 Column-parallel ranks hold whole rows. Row-parallel ranks hold some columns of every row: their shares of ``|V|^2`` are
-summed over the group. The magnitudes ``m`` are cut (or replicated, and their gradients summed) as B is.
+summed over the group. The magnitudes ``m`` are cut (or replicated, and their gradients summed) as B is. An expert is
+cut over etp. The token dispatcher sums its partial outputs; ``m / |V|``, the same on all of these ranks, may as well be
+multiplied before that.
 
 With dropout, as in PEFT, the adapter sees the dropped input and so does the correction of the base:
 ``y = W x + bias + (m / |V| - 1) W drop(x) + m / |V| s B A drop(x)``.
@@ -24,7 +26,7 @@ import torch
 from torch.nn.functional import linear
 
 from parallel.fused import lora_linear
-from parallel.lora import LoraLinear, LoraPart
+from parallel.lora import LoraLinear, LoraPart, LoraRouter
 
 BLOCK_ROWS = 1024  # of a 16-bit weight that are in fp32 at a time
 
@@ -92,9 +94,11 @@ class DoraLinear(LoraLinear):
 
     def _whole(self, square: torch.Tensor) -> torch.Tensor:
         """Squares over whole rows: the ranks of a row-parallel linear hold some columns each."""
-        if self.linear.cut == "row" and self.context.tp > 1:
-            return self.context.regions.reduce(square.clone())
-        return square
+        if self.linear.cut != "row":
+            return square
+        if self.linear.expert:
+            return self.context.regions.sum_expert(square.clone())
+        return self.context.regions.reduce(square.clone()) if self.context.tp > 1 else square
 
     @torch.no_grad()
     def _over_rows(self, square: torch.Tensor) -> torch.Tensor:
@@ -127,6 +131,30 @@ class DoraLinear(LoraLinear):
         ]
         out = torch.cat(blocks, dim=-1)
         return out if self.order is None else out.index_select(-1, self.order)
+
+
+class DoraRouter(LoraRouter):
+    """The adapter of a router with magnitudes; :meth:`start` fills these once the router has its weights."""
+
+    def start(self) -> None:
+        """Set every magnitude to the length of its row of W."""
+        self._magnitude().data.copy_(torch.linalg.vector_norm(self.weight().float(), dim=1))
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The logits with their rows turned and stretched, fp32."""
+        weight = self.weight().float()
+        with torch.no_grad():
+            lengths = torch.linalg.vector_norm(weight + self.up() @ self.part.down(), dim=1)
+        factor = self._magnitude() / lengths
+        if not (self.context.lora.dropout and self.training):
+            return super().forward(hidden, logits) * factor
+        dropped = self.dropped(hidden)
+        change = linear(linear(dropped, self.part.down()), self.up())
+        return logits.float() + linear(dropped, weight) * (factor - 1) + change * factor
+
+    def _magnitude(self) -> torch.nn.Parameter:
+        assert self.part.magnitude is not None
+        return self.part.magnitude
 
 
 def _stretch(out: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

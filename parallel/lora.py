@@ -19,8 +19,9 @@ add up the shares). A reduction here as well would count the tokens' gradient et
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from parallel.families.family import Linear
 from parallel.fused import lora_linear
 from parallel.lora_spec import LoraSpec
 from parallel.pissa import pissa_pieces
-from parallel.seeding import DropoutClock, kaiming_uniform, normal
+from parallel.seeding import DropoutClock, kaiming_uniform
 from parallel.shards import Piece
 from parallel.specs import ModelSpec
 
@@ -42,13 +43,15 @@ class Regions:
     """The tensor-parallel collectives that adapters need, with the backward pass of each in brackets.
 
     ``copy``: identity (all-reduce); ``reduce``: all-reduce (identity); ``gather``: all-gather along tokens
-    (reduce-scatter); ``scatter``: reduce-scatter along tokens (all-gather).
+    (reduce-scatter); ``scatter``: reduce-scatter along tokens (all-gather). ``sum_expert``: all-reduce over the ranks
+    that share an expert (identity).
     """
 
     copy: Collective
     reduce: Collective
     gather: Collective
     scatter: Collective
+    sum_expert: Collective
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ class LoraPart(torch.nn.Module):
         self.B = torch.nn.Parameter(torch.zeros(piece_b.box.size))
         self.pieces: tuple[Piece, ...] = (piece_a, piece_b)
         self.module_name = piece_a.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        _mark(self.A, linear, linear.cut == "row", sequence_parallel)
-        _mark(self.B, linear, linear.cut == "column", sequence_parallel)
+        self.is_expert = linear.expert
+        mark(self.A, linear, linear.cut == "row", sequence_parallel)
+        mark(self.B, linear, linear.cut == "column", sequence_parallel)
         self.magnitude: torch.nn.Parameter | None = None
         self.fixed_a: torch.nn.Parameter | None = None
         self.fixed_b: torch.nn.Parameter | None = None
@@ -132,15 +136,30 @@ class LoraPart(torch.nn.Module):
         """Give the part DoRA's magnitudes, cut over ranks and marked as its B is; they are filled later."""
         self.magnitude = torch.nn.Parameter(torch.ones(piece.box.size))
         self.pieces += (piece,)
-        _mark(self.magnitude, linear, linear.cut == "column", sequence_parallel)
+        mark(self.magnitude, linear, linear.cut == "column", sequence_parallel)
 
 
-def _mark(half: torch.nn.Parameter, linear: Linear, is_cut: bool, sequence_parallel: bool) -> None:
+def mark(half: torch.nn.Parameter, linear: Linear, is_cut: bool, sequence_parallel: bool) -> None:
     """Say over which ranks a half's gradient is summed, and whether other ranks hold the same half."""
     half.tensor_model_parallel = is_cut  # type: ignore[attr-defined]
     half.allreduce = not linear.expert  # type: ignore[attr-defined]
     half.sequence_parallel = sequence_parallel and not is_cut and not linear.expert  # type: ignore[attr-defined]
     half.sum_over_expert_tp = linear.expert and not is_cut  # type: ignore[attr-defined]
+
+
+class ExpertTokens:
+    """Which tokens of the run the experts of a layer on this rank are given, while a forward pass lasts.
+
+    ``by_expert``: numbers (:meth:`parallel.seeding.DropoutClock.numbers`) of each local expert's; who dispatches
+    fills it.
+    """
+
+    def __init__(self) -> None:
+        self.by_expert: Sequence[torch.Tensor] = ()
+
+    def of(self, linear: Linear) -> torch.Tensor:
+        """The numbers of an expert's tokens."""
+        return self.by_expert[int(linear.path.split(".")[-2])]
 
 
 class LoraLinear(torch.nn.Module):
@@ -165,6 +184,7 @@ class LoraLinear(torch.nn.Module):
         cut = ranks if linear.cut == "column" else 1
         self.widths = {role: names.shape(role, context.model)[0] // cut for role, _ in linear.parts}
         self.base_is_plain = any(name == "weight" for name, _ in base.named_parameters(recurse=False))
+        self.tokens: ExpertTokens | None = None
         self.order: torch.Tensor | None
         self.register_buffer("order", self._fused_order(), persistent=False)
 
@@ -225,10 +245,18 @@ class LoraLinear(torch.nn.Module):
         )
 
     def _drop(self, hidden: torch.Tensor, part: LoraPart) -> torch.Tensor:
-        """Dropout whose mask belongs to the sample: a rank cuts its tokens or its features out of the whole mask."""
+        """Dropout whose mask belongs to the sample: a rank cuts its tokens or its features out of the whole mask.
+
+        An expert's tokens have left their rows, and the mask belongs to the token.
+        """
         context, keep = self.context, 1 - self.context.lora.dropout
         tokens, features = hidden.shape[0], hidden.shape[-1]
-        if self.linear.cut == "row":
+        if self.linear.expert:
+            assert self.tokens is not None
+            first = context.experts.etp_rank * features if self.linear.cut == "row" else 0
+            numbers = self.tokens.of(self.linear)
+            mask = context.clock.token_mask(part.module_name, numbers, range(first, first + features), keep)
+        elif self.linear.cut == "row":
             mask = context.clock.mask(part.module_name, tokens, features * context.tp, keep)
             mask = mask.narrow(2, context.tp_rank * features, features)
         elif context.sequence_parallel:
@@ -248,89 +276,67 @@ class LoraLinear(torch.nn.Module):
         return (context.regions.gather if context.sequence_parallel else context.regions.copy)(low)
 
 
-class LoraHead(LoraLinear):
-    """The adapter of the output layer, whose logits are made by the loss (:func:`parallel.loss.summed_loss`)."""
-
-    def __init__(self, context: LoraContext) -> None:
-        super().__init__(torch.nn.Identity(), None, names.HEAD_LINEAR, context)
-
-    def low_and_up(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``A x`` of all tokens ``[s, b, r]``, and this rank's rows of the scaled B ``[rows, r]``.
-
-        Args:
-            hidden: as the last layer leaves it: this rank's tokens under sequence parallelism.
-        """
-        low = self._reduce(self._project(hidden))
-        return low, self._up(low.dtype)
-
-
-class EmbeddingPart(LoraPart):
-    """The two halves of the embedding's adapter: A ``[r, rows of this rank]`` starts at zero, B ``[hidden, r]`` not."""
-
-    def __init__(self, context: LoraContext) -> None:
-        torch.nn.Module.__init__(self)
-        piece_a, piece_b = names.embedding_adapter_pieces(context.model, context.lora.r, context.tp, context.tp_rank)
-        self.A = torch.nn.Parameter(torch.zeros(piece_a.box.size))
-        self.B = torch.nn.Parameter(normal(piece_b.shape, 1.0, context.seed, "lora_embedding_B", piece_b.name))
-        self.pieces = (piece_a, piece_b)
-        self.module_name = names.EMBEDDING_MODULE
-        _mark(self.A, names.HEAD_LINEAR, True, context.sequence_parallel)
-        _mark(self.B, names.HEAD_LINEAR, False, context.sequence_parallel)
-        self.magnitude = self.fixed_a = self.fixed_b = None
-
-
-class LoraEmbedding(torch.nn.Module):
-    """The adapter of the embedding, whose rows are cut over tensor-parallel ranks."""
-
-    def __init__(self, context: LoraContext) -> None:
-        super().__init__()
-        self.part = EmbeddingPart(context)
-        self.context = context
-
-    def forward(self, tokens: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
-        """What is embedded, plus ``scale * B A[:, token]``.
-
-        Args:
-            tokens: ids ``[b, s]``; embedded: ``[s, b, hidden]``, of this rank's tokens under sequence parallelism.
-        """
-        context, columns = self.context, self.part.pieces[0].box
-        here = tokens.t() - columns.offset[1]
-        mine = (here >= 0) & (here < columns.size[1])
-        rows = torch.nn.functional.embedding(here.clamp(0, columns.size[1] - 1), self.part.A.t())
-        low = rows * mine.unsqueeze(-1)
-        if context.tp > 1:
-            low = (context.regions.scatter if context.sequence_parallel else context.regions.reduce)(low)
-        return embedded + torch.nn.functional.linear(low, self.part.B * context.lora.scale).to(embedded.dtype)
-
-
 class LoraRouter(torch.nn.Module):
-    """The adapter of a router, which every tensor-parallel rank holds whole: ``[..., hidden] -> [..., experts]``."""
+    """The adapter of a router, which every tensor-parallel rank holds whole."""
 
-    def __init__(self, part: LoraPart, scale: float) -> None:
+    def __init__(self, part: LoraPart, context: LoraContext, weight: Callable[[], torch.Tensor]) -> None:
+        """``weight``: gives the router's own ``[experts, hidden]``."""
         super().__init__()
         self.part = part
-        self.scale = scale
+        self.context = context
+        self.weight = weight
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What is added to the router's logits, fp32."""
-        low = torch.nn.functional.linear(hidden.float(), self.part.A)
-        return torch.nn.functional.linear(low, self.part.B * self.scale)
+    def up(self) -> torch.Tensor:
+        """The scaled B."""
+        return self.part.up() * self.context.lora.scale
+
+    def dropped(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the adapter is given of ``[s, b, hidden]``, fp32; of some tokens only under sequence parallelism."""
+        context, keep = self.context, 1 - self.context.lora.dropout
+        if keep == 1 or not self.training:
+            return hidden.float()
+        tokens, parts = hidden.shape[0], context.tp if context.sequence_parallel else 1
+        mask = context.clock.mask(self.part.module_name, tokens * parts, hidden.shape[-1], keep)
+        mask = mask.narrow(0, context.tp_rank * tokens if parts > 1 else 0, tokens)
+        return hidden.float() * (mask.to(hidden.device) / keep)
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The router's logits ``[..., experts]`` of ``[..., hidden]`` as the adapter changes them, fp32."""
+        low = torch.nn.functional.linear(self.dropped(hidden), self.part.down())
+        return logits.float() + torch.nn.functional.linear(low, self.up())
 
 
-def wrap_layer(layer: torch.nn.Module, index: int, context: LoraContext, kind: type[LoraLinear] = LoraLinear) -> None:
-    """Put adapters of a kind on the targeted linears of one built layer (``index`` is global, from 0)."""
+@dataclass(frozen=True)
+class Kinds:
+    """What adapts linears, and what routers."""
+
+    linear: type[LoraLinear] = LoraLinear
+    router: type[LoraRouter] = LoraRouter
+
+
+def wrap_layer(
+    layer: torch.nn.Module, index: int, context: LoraContext, kinds: Kinds, tokens: ExpertTokens | None = None
+) -> None:
+    """Put adapters on the targeted linears of one built layer.
+
+    Args:
+        index: the layer's, global, from 0.
+        tokens: those that its experts are given, where there is dropout.
+    """
     prefix = names.layer_prefix(index)
     for linear in names.linears(context.model, index, context.experts.ep, context.experts.ep_rank):
         if not any(prefix + path in context.lora.targets for _, path in linear.parts):
             continue
-        assert not (context.lora.dropout and (linear.expert or linear.is_router)), "the plan refuses dropout there"
         if linear.is_router:
             router: Any = layer.get_submodule(linear.path)
-            router.adapter = LoraRouter(context.part(linear, linear.parts[0], index), context.lora.scale)
+            part = context.part(linear, linear.parts[0], index)
+            router.adapter = kinds.router(part, context, partial(getattr, router, "weight"))
             continue
         parent_path, _, attribute = linear.path.rpartition(".")
         parent = layer.get_submodule(parent_path)
-        setattr(parent, attribute, kind(getattr(parent, attribute), index, linear, context))
+        wrapped = kinds.linear(getattr(parent, attribute), index, linear, context)
+        wrapped.tokens = tokens
+        setattr(parent, attribute, wrapped)
 
 
 def adapter_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, Piece]]:

@@ -255,6 +255,18 @@ def target_modules(spec: ModelSpec) -> list[str]:
     ]
 
 
+def quantised_weights(spec: ModelSpec) -> list[str]:
+    """The weights that a quantised base has in 4 bits: all linears of the layers but the routers, which decide by small
+    differences."""
+    return [
+        f"{layer_prefix(layer)}{path}.weight"
+        for layer in range(spec.layers)
+        for linear in linears(spec, layer)
+        if not linear.is_router
+        for _, path in linear.parts
+    ]
+
+
 def adaptable_modules(spec: ModelSpec) -> list[str]:
     """Every module that can carry an adapter: the layers' linears, the embedding, and a head of its own."""
     return target_modules(spec) + [EMBEDDING_MODULE] + ([] if spec.tied_embeddings else [HEAD_MODULE])

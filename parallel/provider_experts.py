@@ -15,7 +15,7 @@ from parallel.specs import ModelSpec
 class Router(TopKRouter):
     """Chooses each token's experts.
 
-    ``adapter``, where there is one, adds to the logits what it makes of the tokens. ``balance``, where there is one,
+    ``adapter``, where there is one, changes the logits by what it makes of the tokens. ``balance``, where there is one,
     adds its loss to the run's; megatron-core's own are off, because they depend on the micro-batch and on padding.
     ``choice_bias`` shifts the choice where the model has one, in fp32 whatever the model's type. No gradient reaches
     it; ``counts``, where there are any, say how it is moved.
@@ -34,7 +34,7 @@ class Router(TopKRouter):
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., hidden] -> [..., experts]``, in the router's type."""
         logits: torch.Tensor = super().gating(input)
-        return logits if self.adapter is None else logits + self.adapter(input).to(logits.dtype)
+        return logits if self.adapter is None else self.adapter(input, logits).to(logits.dtype)
 
     def routing(self, logits: torch.Tensor, padding_mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities and choice ``[tokens, experts]`` of logits ``[s, b, experts]``."""

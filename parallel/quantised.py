@@ -102,13 +102,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, linear: QuantisedLinear) -> torch.Tensor:
         ctx.linear = linear
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return product(rows, linear.weight.t()).view(*hidden.shape[:-1], -1)
+        return product(rows, linear.weight.t()).view(*hidden.shape[:-1], linear.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = grads[0].reshape(-1, grads[0].shape[-1])
-        return product(rows, ctx.linear.weight).view(*grads[0].shape[:-1], -1), None
+        return product(rows, ctx.linear.weight).view(*grads[0].shape[:-1], ctx.linear.shape[1]), None
 
 
 def _blocks(piece: Piece) -> tuple[slice, slice]:

@@ -26,9 +26,10 @@ from orchestrator.config.loading import group_choices, override_job
 from orchestrator.errors import ConfigError
 from orchestrator.models import resolve_model
 from orchestrator.planning.certified import plan_features
+from orchestrator.planning.tuning import beyond_peft
 from orchestrator.runs import write_run
 from parallel.families import read_model
-from parallel.names import leaf_names
+from parallel.names import leaf_names, resolve_targets
 from parallel.specs import ModelSpec, SpecError, read_hf_config
 
 Tick = Callable[[int, int, str], None]
@@ -241,15 +242,15 @@ class _Bench:
             *("tuner.r=4", "tuner.alpha=8", "optimizer.distributed=false", "topology.cp_comm=ring"),
         ]
         if choice != "tuner=full":
-            fixed.append(f"tuner.targets={as_override(self._targets(tuner))}")
+            fixed.append(f"tuner.targets={as_override(self._targets())}")
         return override_job(job_to_yaml(self.request.job), [choice, *fixed, *rest])
 
-    def _targets(self, tuner: str) -> str | list[str]:
-        """The user's; else all linears, of a mixture of experts by name, and its experts only for plain LoRA."""
+    def _targets(self) -> str | list[str]:
+        """The user's; else all linears, of a mixture of experts by name."""
         asked = self.request.job.tuner.targets
         if asked != TunerConfig().targets or not self.model.is_moe:
             return asked
-        return leaf_names(self.model, experts=tuner == "lora")
+        return leaf_names(self.model)
 
     def _run_dir(self, tuner: str, name: str) -> Path:
         return self.folder / tuner / name
@@ -257,16 +258,17 @@ class _Bench:
     def _outside(self, run: Path, tuner: TunerConfig, probe: list[list[int]], ours: Any) -> Error:
         """How far our logits are from what transformers or peft make of the run's last checkpoint.
 
-        A quantised base is not the base's folder: its adapter is merged into what it was trained on.
+        A quantised base is not the base's folder: its adapter is merged into what it was trained on. So is what PEFT
+        has no place for.
         """
         from orchestrator.certify.outside import logits
 
         checkpoint = run / "checkpoints" / step_name(STEPS)
-        if tuner.quantise:
+        if tuner.name == "full":
+            said, where = logits(checkpoint / "model", None, probe), "of the checkpoint in transformers"
+        elif tuner.quantise or beyond_peft(tuner, resolve_targets(tuner.targets, self.model), self.model):
             export_merged(checkpoint, self.folder / "model", run / "merged")
             said, where = logits(run / "merged", None, probe), "of the merged export in transformers"
-        elif tuner.name == "full":
-            said, where = logits(checkpoint / "model", None, probe), "of the checkpoint in transformers"
         else:
             said, where = logits(self.folder / "model", checkpoint / "adapter", probe), "of the adapter in peft"
         return Error("logits", where, float(np.abs(said - ours).max()), LOGITS_ATOL)

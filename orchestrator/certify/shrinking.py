@@ -72,7 +72,7 @@ def shrunken(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
 
 
 def _quantised_cuts(model: ModelSpec, ranks: int) -> list[int]:
-    return [] if model.is_moe else [size for size in quantised_tensor_sizes(model) if size <= ranks]
+    return [size for size in quantised_tensor_sizes(model) if size <= ranks]
 
 
 def _small_windows(model: ModelSpec, layers: int) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from orchestrator.errors import ConfigError
 from parallel.names import EMBEDDING_MODULE
 
 PREFIX = "base_model.model."
+OURS = "ISOTRAIN_LORA"
+"""``peft_type`` of an adapter with DoRA or dropout on experts or routers: PEFT has no place for it, and says so then.
+Under PEFT's own type it would load the rest, with no error."""
 MATRIX = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<half>[AB])|(?P<length>magnitude_vector))"
 )
@@ -119,7 +122,7 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
     """
     config = adapter.config
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", OURS):
         raise ConfigError(f"{folder} is an adapter of type {kind!r}, only 'LORA' is supported")
     for key, plain in PLAIN.items():
         if key in config and config[key] not in plain:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.checkpoint.adapter import LoraPair, lora_pairs, saved_tensors
+from orchestrator.checkpoint.adapter import OURS, LoraPair, lora_pairs, saved_tensors
 from orchestrator.checkpoint.experts import (
     JoinedHalf,
     common_name,
@@ -23,6 +23,7 @@ from orchestrator.checkpoint.hf_reader import (
     ADAPTER_WEIGHTS,
     INDEX,
     AdapterReader,
+    read_json,
     weight_files,
 )
 from orchestrator.checkpoint.load import CheckpointReader, check_file
@@ -45,13 +46,15 @@ def export_adapter(checkpoint_folder: Path, out: Path) -> None:
     Adapters of experts are joined as PEFT 0.21 writes them itself for transformers 5.
 
     Raises:
-        ConfigError: it is a checkpoint of full tuning, or ``out`` holds something that is not ours.
+        ConfigError: it is a checkpoint of full tuning, PEFT has no place for what it has learnt, or ``out`` holds
+            something that is not ours.
         DataError: a file is damaged.
         ResourceError: no space is left.
     """
     checkpoint = CheckpointReader(checkpoint_folder)
     if checkpoint.manifest.room != "adapter":
         raise ConfigError(f"{checkpoint.folder} holds a full model, no adapter", "export it with --to merged")
+    check_peft(checkpoint.folder / "adapter")
     records = {path: record for path, record in checkpoint.manifest.files.items() if path.startswith("adapter/")}
     needed = sum(record.bytes for record in records.values())
     with fresh_folder(out, needed, [checkpoint.folder], {"step": checkpoint.step, "to": "peft"}) as folder:
@@ -65,6 +68,15 @@ def export_adapter(checkpoint_folder: Path, out: Path) -> None:
             name = path.removeprefix("adapter/")
             if not joined or name not in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
                 copy_file(checkpoint.folder / path, folder / name)
+
+
+def check_peft(adapter: Path) -> None:
+    """Raises ConfigError where PEFT has no place for what an adapter's folder holds."""
+    if read_json(adapter / ADAPTER_CONFIG).get("peft_type") == OURS:
+        raise ConfigError(
+            f"{adapter} has DoRA or dropout on experts or routers, which PEFT has no place for",
+            "export it with --to merged",
+        )
 
 
 def _write_joined(adapter: AdapterReader, folder: Path) -> None:
@@ -224,8 +236,11 @@ def _merged(
         for name, place in weight_places(entry.key, entry.shape):
             if name in pairs and (box := place.intersect(rows)) is not None:
                 data = data.to(wide)
-                inside = box.shift(tuple(-offset for offset in rows.offset))
-                data[inside.slices] += _update(adapter, pairs[name], 0, box.size[1]).to(wide)
+                inside = data[box.shift(tuple(-offset for offset in rows.offset)).slices]
+                inside += _update(adapter, pairs[name], 0, box.size[1]).to(wide)
+                if (magnitude := pairs[name].magnitude) is not None:
+                    length = adapter.read(magnitude, "weight", Box((0,), (box.size[1],))).to(wide)
+                    inside *= (length / torch.linalg.vector_norm(inside, dim=2))[..., None]
     return data.to(TORCH_DTYPES[entry.dtype])
 
 

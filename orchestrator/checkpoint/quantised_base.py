@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from orchestrator.checkpoint.experts import weight_places
 from orchestrator.checkpoint.tensor_file import TensorFiles
 from parallel.families import read_model
-from parallel.names import target_modules
+from parallel.names import quantised_weights
 from parallel.nf4 import round_trip
 from parallel.shards import Box
 from parallel.specs import read_hf_config
@@ -29,14 +30,30 @@ class QuantisedBase:
         self._tensors = tensors
         self._dtype = DTYPES[str(about.get("precision", "fp32"))]
         model = read_model(read_hf_config(base)) if about.get("quantise") == "nf4" else None
-        self._names = {f"{path}.weight" for path in target_modules(model)} if model else set()
+        self._names = set(quantised_weights(model)) if model else set()
         self._held: tuple[str, torch.Tensor] | None = None
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """One box: as it is stored or, of a linear that was quantised, its dequantised values."""
+        """One box: as it is stored or, of a linear that was quantised, its dequantised values.
+
+        Args:
+            box: of a tensor that holds a layer's experts, whole ones.
+        """
+        joined = list(weight_places(name, self._tensors.entry(name).shape)) if self._names else []
+        if joined:
+            return self._read_joined(name, box, [place for _, place in joined])
         if name not in self._names:
             return self._tensors.read(name, box)
         if self._held is None or self._held[0] != name:
             whole = self._tensors.read(name, Box.whole(self._tensors.entry(name).shape))
             self._held = name, round_trip(whole.to(self._dtype))
         return self._held[1][box.slices]
+
+    def _read_joined(self, name: str, box: Box, places: list[Box]) -> torch.Tensor:
+        """Some experts of a tensor that holds a layer's: each of their weights was quantised by itself."""
+        data = self._tensors.read(name, box).to(self._dtype)
+        for place in places:
+            if (common := place.intersect(box)) is not None:
+                inside = data[common.shift(tuple(-offset for offset in box.offset)).slices]
+                inside.copy_(round_trip(inside[0])[None])
+        return data

@@ -171,11 +171,11 @@ def _layer_counts(model: ModelSpec, tp: int, ep: int, etp: int, adapters: _Adapt
 
 
 def dense_linear_shapes(model: ModelSpec, layer: int) -> list[tuple[int, int]]:
-    """``[out, in]`` of the logical linears of one layer that are no experts."""
+    """``[out, in]`` of the logical linears of one layer that are neither experts nor routers."""
     return [
         names.shape(role, model)
         for linear in names.layer_names(model, layer).linears
-        if not linear.expert
+        if not linear.expert and not linear.is_router
         for role, _ in linear.parts
     ]
 

@@ -101,7 +101,7 @@ def _holding(work: Workload, stage: int) -> Holding:
         trainable=counts.trainable,
         expert_trainable=counts.expert_trainable,
         adapters=0 if full else counts.trainable * (2 if work.extras.fixed_halves else 1),
-        quantised=counts.linears if work.proposal.quantise else 0,
+        quantised=counts.linears + counts.expert if work.proposal.quantise else 0,
         moments=moment_numbers(work, stage) if work.extras.galore else None,
     )
 

@@ -16,7 +16,7 @@ from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.nearest import nearest_legal
 from orchestrator.planning.search import Found, search
 from orchestrator.planning.timing import StagePass, StepTime
-from orchestrator.planning.tuning import adapted_linears, chosen_weights
+from orchestrator.planning.tuning import adapted_linears, beyond_peft, chosen_weights
 from parallel.capabilities import Proposal, batch_refusals
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import is_even
@@ -201,6 +201,8 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
         reasons.append(
             f"rows are padded to a multiple of {best.length_multiple} tokens (sequence or context parallelism)"
         )
+    if words := beyond_peft(job.tuner, question.adapted, question.model):
+        reasons.append(f"{words}: PEFT has no place for it, so isotrain export makes it --to merged only")
     if job.precision is None:
         reasons.append(f"precision {question.precision}: the default on {cluster.device}")
     return reasons

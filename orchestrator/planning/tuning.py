@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.config.job import JobConfig
+from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.errors import ConfigError
 from parallel.names import EMBEDDING_MODULE, HEAD_MODULE, TargetError, leaf_names, resolve_targets
 from parallel.selection import frozen_weights, rate_ratios, saved_weights, weight_shapes
@@ -40,28 +40,32 @@ def chosen_weights(job: JobConfig, model: ModelSpec) -> frozenset[str]:
         raise ConfigError(str(error), error.hint) from error
 
 
-def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) -> None:
-    """Dropout, DoRA and PiSSA are built for the dense linears; PiSSA's rank is at most that of the weights."""
-    tuner = job.tuner
-    # PEFT takes a dense layer's linear with an expert's name for a parameter, as it does experts
+def beyond_peft(tuner: TunerConfig, adapted: frozenset[str], model: ModelSpec) -> str:
+    """What of an adapter PEFT has no place for, in words; empty where it can hold all.
+
+    It wraps experts and routers by their weights (``target_parameters``), with neither DoRA nor dropout, and takes
+    every linear that has an expert's name for one (a dense layer's of DeepSeek).
+    """
+    asked = {"DoRA": tuner.dora, "dropout": tuner.dropout > 0}
     of_experts = set(leaf_names(model)) - set(leaf_names(model, experts=False))
-    sparse = sorted(path for path in adapted if path.rpartition(".")[2] in of_experts)
-    if tuner.dropout and sparse:
-        raise ConfigError(
-            f"tuner.dropout={tuner.dropout:g} is not built for adapters of experts and routers "
-            f"({len(sparse)} are adapted, first {sparse[0]}); PEFT refuses it too",
-            "tuner.dropout=0",
-        )
+    if not any(path.rpartition(".")[2] in of_experts for path in adapted):
+        return ""
+    words = " and ".join(word for word, is_asked in asked.items() if is_asked)
+    return f"{words} on experts and routers" if words else ""
+
+
+def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) -> None:
+    """DoRA and PiSSA are built for linears of layers; PiSSA's rank is at most that of the weights."""
+    tuner = job.tuner
     asked = {"tuner.dora=true": tuner.dora, "tuner.init=pissa": tuner.init == "pissa"}
     if EMBEDDING_MODULE in adapted:
         asked[f"tuner.loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}"] = tuner.loraplus_lr_ratio != 1
-    unbuilt = sparse + sorted(adapted & {HEAD_MODULE, EMBEDDING_MODULE})
+    unbuilt = sorted(adapted & {HEAD_MODULE, EMBEDDING_MODULE})
     for setting in (setting for setting, is_asked in asked.items() if is_asked):
         if unbuilt:
             raise ConfigError(
-                f"{setting} is not built for experts, routers, the embedding and the output layer, and tuner.targets "
-                f"chooses {len(unbuilt)}, first {unbuilt[0]}",
-                f"tuner.targets=[{','.join(leaf_names(model, experts=False))}]",
+                f"{setting} is not built for the embedding and the output layer, but tuner.targets has {unbuilt[0]}",
+                f"tuner.targets=[{','.join(leaf_names(model))}]",
             )
     twice = sorted(adapted & {name.removesuffix(".weight") for name in chosen_weights(job, model)})
     if twice:

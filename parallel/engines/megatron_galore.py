@@ -9,7 +9,6 @@ chosen anew is a whole gradient needed: one rank after the other gathers one, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,40 +17,13 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from parallel import names
 from parallel.engine import EngineSpec
+from parallel.engines.megatron_teams import Team, team_of
 from parallel.galore import AdamStep, normed, subspace
 from parallel.galore_spec import GaloreSpec
 from parallel.groups import Groups
 from parallel.shards import Box, Piece, Shard
 
 MATRICES = "matrices"  # in the optimizer's state of a parameter: its logical matrices
-
-
-@dataclass(frozen=True)
-class Team:
-    """The ranks that hold the same matrices: ``cut`` those with the parts of one, ``replicas`` those with one part."""
-
-    cut: dist.ProcessGroup
-    replicas: dist.ProcessGroup
-
-    @property
-    def size(self) -> int:
-        """How many ranks these are."""
-        return dist.get_world_size(self.cut) * dist.get_world_size(self.replicas)
-
-    def is_mine(self, turn: int) -> bool:
-        """Whether this turn of :attr:`size` is this rank's."""
-        return self.in_my_row(turn) and dist.get_rank(self.cut) == turn % dist.get_world_size(self.cut)
-
-    def in_my_row(self, turn: int) -> bool:
-        """Whether the rank whose turn it is gathers from this rank's group."""
-        return dist.get_rank(self.replicas) == turn // dist.get_world_size(self.cut)
-
-    def share(self, tensor: torch.Tensor, turn: int) -> None:
-        """Give everybody the tensor of the rank whose turn it is."""
-        row, column = divmod(turn, dist.get_world_size(self.cut))
-        if self.in_my_row(turn):
-            dist.broadcast(tensor, dist.get_global_rank(self.cut, column), self.cut)
-        dist.broadcast(tensor, dist.get_global_rank(self.replicas, row), self.replicas)
 
 
 class Matrix:
@@ -196,9 +168,7 @@ def install(
             main = getattr(tensor, "main_param", tensor)
             pieces.setdefault(main, {}).setdefault(piece.name, []).append(piece)
     for part in parts:
-        is_expert = any(group["is_expert_parallel"] for group in part.param_groups)
-        cut, replicas = ("expt_tp", "expt_dp") if is_expert else ("tp", "dp_cp")
-        team = Team(groups.by_name[cut], groups.by_name[replicas])
+        team = team_of(groups, any(group["is_expert_parallel"] for group in part.param_groups))
         part.optimizer = stepper = GaloreAdamW(part.param_groups, spec.galore, team)
         for group in part.param_groups:
             for main in group["params"]:

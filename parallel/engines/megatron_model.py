@@ -16,23 +16,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parallel import names
 from parallel.device import stand_in_for_cuda
-from parallel.dora import DoraLinear
+from parallel.dora import DoraLinear, DoraRouter
 from parallel.engine import EngineSpec, TensorReader
 from parallel.engines import megatron_quantised as quantised
 from parallel.engines import megatron_rates as rates
-from parallel.engines.megatron_experts import finalize_with_experts
+from parallel.engines.megatron_experts import finalize_with_experts, number_tokens
 from parallel.engines.megatron_rotary import Rotary
 from parallel.groups import Groups
 from parallel.lora import (
     ExpertPlace,
+    Kinds,
     LoraContext,
-    LoraEmbedding,
-    LoraHead,
     LoraLinear,
     Regions,
     adapter_tensors,
     wrap_layer,
 )
+from parallel.lora_ends import LoraEmbedding, LoraHead
 from parallel.provider import block_spec
 from parallel.quantised import QuantisedLinear
 from parallel.rotary import frequencies
@@ -75,12 +75,13 @@ def process_groups(groups: Groups) -> ProcessGroupCollection:
 
 def regions(groups: Groups) -> Regions:
     """The differentiable tensor-parallel collectives that adapters use."""
-    group = groups.by_name["tp"]
+    group, expert_group = groups.by_name["tp"], groups.by_name["expt_tp"]
     return Regions(
         copy=lambda value: mappings.copy_to_tensor_model_parallel_region(value, group=group),
         reduce=lambda value: mappings.reduce_from_tensor_model_parallel_region(value, group=group),
         gather=lambda value: mappings.gather_from_sequence_parallel_region(value, group=group),
         scatter=lambda value: mappings.reduce_scatter_to_sequence_parallel_region(value, group=group),
+        sum_expert=lambda value: mappings.reduce_from_tensor_model_parallel_region(value, group=expert_group),
     )
 
 
@@ -179,7 +180,8 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         chunks = [_build_chunk(spec, groups, config, virtual) for virtual in range(spec.vpp or 1)]
     for virtual, chunk in enumerate(chunks):
         if spec.quantise is not None:
-            quantised.replace_linears(spec, groups, chunk.decoder.layers, regions(groups))
+            layers = zip(chunk_layers(spec, groups, virtual), chunk.decoder.layers, strict=True)
+            quantised.replace_linears(spec, groups, layers, regions(groups))
         _mark_cut_tensors(spec, groups, chunk, virtual)
         if spec.lora is None:
             rates.set_apart(spec, _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual)))
@@ -199,7 +201,10 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         )
         _adapt_ends(chunk, context)
         for layer, index in zip(chunk.decoder.layers, chunk_layers(spec, groups, virtual), strict=True):
-            wrap_layer(layer, index, context, DoraLinear if spec.lora.dora else LoraLinear)
+            kinds = Kinds(DoraLinear, DoraRouter) if spec.lora.dora else Kinds()
+            drops = spec.lora.dropout and spec.model.has_experts(index)
+            tokens = number_tokens(layer, groups, clock, spec.sp, process_groups(groups)) if drops else None
+            wrap_layer(layer, index, context, kinds, tokens)
         base = _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual))
         rates.set_adapters_apart(spec.lora, chunk, base)
         _let_hidden_states_require_grad(spec, chunk)
@@ -349,7 +354,7 @@ def start_adapters(chunks: list[HiddenGPTModel]) -> None:
     """Give adapters the start that depends on the base's weights; all tensor-parallel ranks call it, after the fill."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, DoraLinear):
+            if isinstance(module, DoraLinear | DoraRouter):
                 module.start()
 
 

@@ -1,14 +1,14 @@
-"""PiSSA's start on all ranks of a stage: each decomposes some of the whole weights, one at a time, for all."""
+"""PiSSA's start on all ranks of a stage: each decomposes some of the whole weights for all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 
 from parallel.engine import EngineSpec, TensorReader
 from parallel.engines.megatron_model import DTYPES, base_values
+from parallel.engines.megatron_teams import team_of
 from parallel.groups import Groups
 from parallel.lora import LoraPart
 from parallel.names import whole_piece
@@ -18,16 +18,21 @@ from parallel.pissa import principal
 def start(spec: EngineSpec, groups: Groups, chunks: Iterable[torch.nn.Module], base: TensorReader | None) -> None:
     """Fill A, B and their fixed halves; collective over the ranks that hold the same layers.
 
-    The ranks take turns, so that a weight is decomposed once and everybody starts from the same bits.
+    The ranks decompose a weight each at the same time, so that each is decomposed once and everybody starts from the
+    same bits.
     """
-    group = groups.by_name["tp_dp_cp"]
     parts = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LoraPart)]
-    for turn, part in enumerate(parts):
-        owner = turn % dist.get_world_size(group)
-        a, b = _decompose(spec, part, base) if dist.get_rank(group) == owner else _room(part)
-        for matrix in (a, b):
-            dist.broadcast(matrix, dist.get_global_rank(group, owner), group)
-        fill(part, a, b)
+    for is_expert in (False, True):
+        team = team_of(groups, is_expert)
+        mine = [part for part in parts if part.is_expert == is_expert]
+        for first in range(0, len(mine), team.size):
+            batch = list(enumerate(mine[first : first + team.size]))
+            made = {turn: _decompose(spec, part, base) for turn, part in batch if team.is_mine(turn)}
+            for turn, part in batch:
+                a, b = made[turn] if turn in made else _room(part)
+                team.share(a, turn)
+                team.share(b, turn)
+                fill(part, a, b)
 
 
 def fill(part: LoraPart, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError
 from orchestrator.planning.counts import TunerExtras, Workload, stage_counts
 from orchestrator.planning.plan import make_plan
-from orchestrator.planning.tuning import adapted_linears
+from orchestrator.planning.tuning import adapted_linears, beyond_peft
 from parallel.capabilities import Proposal, legal_tensor_sizes, model_refusals
 from parallel.families import read_model
 from parallel.names import resolve_targets
@@ -105,10 +105,10 @@ def test_tensor_parallel_ranks_divide_dense_layers_and_shared_experts() -> None:
 
 
 def test_a_quantised_base_is_refused() -> None:
-    for model, feature in ((spec("deepseek_v3"), "experts"), (dense(), "latent attention")):
+    for model in (spec("deepseek_v3"), dense()):
         (found,) = model_refusals(model, Proposal(Topology(), quantise="nf4"))
         assert (found.message, found.hint) == (
-            f"tuner.quantise=nf4 is not built for {feature}",
+            "tuner.quantise=nf4 is not built for latent attention",
             "tuner.quantise=null",
         )
 
@@ -134,14 +134,12 @@ def test_biases_move_in_full_tuning_of_models_that_have_them(model: ModelSpec, t
     assert make_plan(replace(job, tuner=TunerConfig(name="full")), spec("deepseek_v3"), LAPTOP)
 
 
-@pytest.mark.parametrize("setting", [{"dropout": 0.1}, {"dora": True}])
-def test_what_peft_takes_for_experts_has_no_dropout_and_no_magnitudes(setting: dict[str, float]) -> None:
-    targets = r".*layers\.0\.mlp\..*"
-    with pytest.raises(ConfigError, match=r"first model.layers.0.mlp.down_proj") as caught:
-        adapted_linears(JobConfig(tuner=TunerConfig(targets=targets, **setting)), spec("deepseek_v3"))
-    wanted = "tuner.dropout=0" if "dropout" in setting else f"tuner.targets=[{','.join(LATENT[1:])}]"
-    assert caught.value.hint == wanted
-    assert adapted_linears(JobConfig(tuner=TunerConfig(targets=LATENT[1:], **setting)), spec("deepseek_v3"))
+def test_what_peft_takes_for_experts_has_no_magnitudes_there() -> None:
+    """A dense layer's linears have experts' names."""
+    for targets, words in ((r".*layers\.0\.mlp\..*", "DoRA on experts and routers"), (LATENT[1:], "")):
+        tuner = TunerConfig(targets=targets, dora=True)
+        adapted = adapted_linears(JobConfig(tuner=tuner), spec("deepseek_v3"))
+        assert beyond_peft(tuner, adapted, spec("deepseek_v3")) == words
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -105,7 +105,7 @@ def test_galore_reaches_the_engine_and_its_moments_are_never_dealt_out() -> None
         (["tuner.modules_to_save=[lm_head]"], "its head is its embedding", "tuner.modules_to_save=[embed_tokens]"),
         (["tuner.init=pisa"], "tuner.init=pisa is none of default, pissa", "tuner.init=pissa"),
         (["tuner.loraplus_lr_ratio=0"], "should be above 0", "tuner.loraplus_lr_ratio=16"),
-        ([*MOE_JOB, "tuner.quantise=nf4"], "tuner.quantise=nf4 is not built for experts", "tuner.quantise=null"),
+        ([*MOE_JOB, "tuner.quantise=nf4", "model.config.moe_intermediate_size=96"], "whole blocks of 64", "tuner.quan"),
     ],
 )
 def test_what_means_nothing_is_refused(overrides: list[str], message: str, hint: str) -> None:
@@ -120,13 +120,41 @@ def test_targets_beside_full_tuning_are_refused() -> None:
     assert caught.value.hint == "tuner=lora tuner.targets=[q_proj]"
 
 
-def test_special_adapters_on_experts_are_refused() -> None:
-    experts = replace(SMOLLM2, family="qwen3_moe", layers=2, experts=4, experts_per_token=2, expert_ffn=64)
-    job = JobConfig(tuner=TunerConfig(dora=True, targets=["q_proj", "down_proj"]))
-    words = r"tuner\.dora=true is not built for experts, routers, the embedding and the output layer.* chooses 8"
-    with pytest.raises(ConfigError, match=words) as caught:
-        adapted_linears(job, experts)
-    assert caught.value.hint == "tuner.targets=[q_proj,k_proj,v_proj,o_proj]"
+def test_a_plan_says_what_peft_has_no_place_for() -> None:
+    fixed = ("topology.tp=1", "topology.pp=1", "topology.cp=1", "topology.ep=8", "topology.etp=1")
+    experts = [*SMOLLM2_JOB, *MOE_JOB, "tuner.targets=[q_proj,gate,down_proj]", *fixed]
+    reasons = plan_job(compose_job([*experts, "tuner.dora=true"])).plan.reasons
+    words = "DoRA on experts and routers: PEFT has no place for it, so isotrain export makes it --to merged only"
+    assert words in reasons
+    held = ["tuner.init=pissa", "tuner.dora=true tuner.targets=[q_proj]", "tuner.quantise=nf4"]
+    for setting in held:
+        assert words not in plan_job(compose_job([*experts, *setting.split()])).plan.reasons
+    words = words.replace("DoRA", "DoRA and dropout")
+    assert words in plan_job(compose_job([*experts, "tuner.dora=true", "tuner.dropout=0.1"])).plan.reasons
+
+
+@pytest.mark.parametrize("setting", [{"dora": True}, {"init": "pissa"}])
+def test_special_adapters_on_the_ends_are_refused(setting: dict[str, Any]) -> None:
+    untied = replace(SMOLLM2, tied_embeddings=False)
+    with pytest.raises(
+        ConfigError, match=r"is not built for the embedding .*, but tuner\.targets has lm_head"
+    ) as caught:
+        adapted_linears(JobConfig(tuner=TunerConfig(targets=["q_proj", "lm_head"], **setting)), untied)
+    assert caught.value.hint.startswith("tuner.targets=[q_proj,")
+
+
+def test_experts_in_4_bits_are_counted() -> None:
+    """All linears but routers; by hand of one layer."""
+    counts = stage_counts(work_of(MOE, Topology(dp=2, ep=2)), 0)
+    attention = 64 * 128 + 2 * 64 * 64 + 128 * 64
+    assert counts.linears == 6 * attention
+    assert counts.expert == 6 * 4 * 3 * 64 * 32
+    work = work_of(replace(MOE, expert_ffn=64), Topology(dp=2, ep=2))
+    quantised = replace(work, proposal=replace(work.proposal, quantise="nf4"))
+    plain, packed = (estimate_memory(each, LAPTOP)[0].weights for each in (work, quantised))
+    held = 6 * (attention + 4 * 3 * 64 * 64)
+    one_at_a_time = 64 * (128 + 64 + 64) * 4  # q|k|v
+    assert plain - packed == pytest.approx(held * (4 - 0.5 - 1 / 64 - 1 / 4096) - one_at_a_time, abs=2)
 
 
 def test_the_output_layer_learns_by_an_adapter_or_whole() -> None:
@@ -139,7 +167,7 @@ def test_the_output_layer_learns_by_an_adapter_or_whole() -> None:
     assert caught.value.hint == "tuner.modules_to_save=[]"
     assert adapted_linears(JobConfig(tuner=TunerConfig(targets=["embed_tokens"])), SMOLLM2) == {"model.embed_tokens"}
     plus = JobConfig(tuner=TunerConfig(targets=["embed_tokens"], loraplus_lr_ratio=16.0))
-    with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not built for .* the embedding"):
+    with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not built for the embedding"):
         adapted_linears(plus, SMOLLM2)
     for targets in (["lm_head"], ".*(q_proj|lm_head)"):
         with pytest.raises(ConfigError, match="lm_head is the embedding in this model") as caught:

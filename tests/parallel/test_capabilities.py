@@ -116,6 +116,20 @@ def with_hint(proposal: Proposal, hint: str) -> Proposal:
             "tuner.quantise=null",
         ),
         (
+            replace(MOE, hidden=64, heads=4, kv_heads=2, head_dim=32, expert_ffn=384),
+            Proposal(Topology(dp=4, etp=4), global_sequences=4, quantise="nf4"),
+            "tuner.quantise=nf4 with topology.etp=4 would cut rows of 384 (experts' down_proj) elements inside a block "
+            "of 64; legal are 1, 2, 3, 6",
+            "topology.etp=3",
+        ),
+        (
+            replace(MOE, hidden=64, heads=4, kv_heads=2, head_dim=32, expert_ffn=96),
+            Proposal(Topology(), quantise="nf4"),
+            "tuner.quantise=nf4 needs rows of whole blocks of 64 elements, but the model's have 64, 128 (o_proj) and "
+            "96 (experts' down_proj)",
+            "tuner.quantise=null",
+        ),
+        (
             MOE,
             Proposal(Topology(dp=4, ep=4), global_sequences=4),
             "model has 6 experts, which topology.ep=4 does not divide",
