@@ -25,6 +25,15 @@ from orchestrator.checkpoint.manifest import FileRecord, Manifest, record_of
 from orchestrator.errors import ConfigError, DataError, ResourceError
 
 NEWEST = f"checkpoints/{LATEST}"  # in a run folder
+PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
 BLOCK_BYTES = 8 * 2**20
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 # What clients of stores raise for a bad line, where they do not raise OSError as fsspec asks them to.
@@ -80,7 +89,7 @@ class Place:
             self._system, self._root = fsspec.core.url_to_fs(self.url, **options)
         except ImportError as error:
             protocol = url.partition("://")[0]
-            package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}.get(protocol)
+            package = PACKAGES.get(protocol)
             raise ConfigError(f"{url} needs a package: {error}", f"pip install {package or protocol}") from error
         except ValueError as error:
             raise ConfigError(f"{url} cannot be opened: {error}", "s3://BUCKET/PATH, gcs://... or a folder") from error
