@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.certify.cell import train_cell
+from parallel.sequence import SequenceCut
 
 Row = tuple[int, int, int]
 
@@ -60,13 +61,13 @@ def expert_shares_not_summed(*cell: Any) -> Any:
     """Fault 5: under ETP the replicated half of an expert's adapter keeps its own rank's share of the gradient."""
     from parallel import lora
 
-    right = lora._mark
+    right = lora.mark
 
     def unmarked(half: Any, *args: Any) -> None:
         right(half, *args)
         half.sum_over_expert_tp = False
 
-    with patch.object(lora, "_mark", unmarked):
+    with patch.object(lora, "mark", unmarked):
         return train_cell(*cell)
 
 
@@ -144,6 +145,26 @@ def groups_cut_wrongly(*cell: Any) -> Any:
         yield rank * count, start, count
 
     with patch.object(names, "local_rows", in_order):
+        return train_cell(*cell)
+
+
+def positions_of_each_rank(*cell: Any) -> Any:
+    """Under context parallelism each rank turns its tokens as if its part of a row began the row."""
+    from parallel.engines import megatron_rotary
+
+    def from_zero(self: Any, max_seq_len: int, *_: Any, **__: Any) -> torch.Tensor:
+        return megatron_rotary.angles(self.turns, max_seq_len // self.cut.size, SequenceCut())
+
+    with patch.object(megatron_rotary.Rotary, "forward", from_zero):
+        return train_cell(*cell)
+
+
+def wrong_rotary_base(*cell: Any) -> Any:
+    """Another base than the model's config has; every topology is wrong alike."""
+    from parallel.engines import megatron_model
+
+    right = megatron_model.frequencies
+    with patch.object(megatron_model, "frequencies", lambda theta, *rest: right(theta / 4, *rest)):
         return train_cell(*cell)
 
 

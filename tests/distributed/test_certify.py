@@ -27,6 +27,7 @@ PLANTED: list[tuple[Callable[..., Any], str, str]] = [
     (mutations.groups_cut_wrongly, "full", "tp2"),
     (mutations.one_adapter_per_expert_rank, "lora", "dp2·ep2"),
     (mutations.expert_shares_not_summed, "lora", "dp2·etp2"),
+    (mutations.positions_of_each_rank, "lora", "cp2"),
 ]
 
 
@@ -73,6 +74,16 @@ def test_a_planted_fault_is_red(pool: Pool, fault: Callable[..., Any], tuner: st
     assert found[layout].verdict == "red", found[layout]
     replicas = "should be the same on ranks" in found[layout].reason  # a save has compared them before the certificate
     assert found[layout].worst or replicas, found[layout]
+
+
+def test_what_is_wrong_everywhere_alike_is_red_by_what_transformers_says(pool: Pool) -> None:
+    found = cells(pool, "full", "dp2+distributed", train=mutations.wrong_rotary_base)
+    worst = found["one"].worst
+    assert found["one"].verdict == "red" and worst is not None and worst.what == "logits"
+    assert (found["dp2+distributed"].verdict, found["dp2+distributed"].reason) == (
+        "refused",
+        "one process is red itself",
+    )
 
 
 def test_a_rank_that_fails_is_red_and_says_why(pool: Pool) -> None:

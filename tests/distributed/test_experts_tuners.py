@@ -23,7 +23,6 @@ from parallel import nf4
 from parallel.seeding import DropoutClock
 from parallel.topology import Topology
 from tests.helpers import exported, peft_loop, runs
-from tests.helpers.cells import in_grid
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
@@ -46,7 +45,12 @@ PLACES: dict[str, dict[str, Any]] = {
     "cp2-ep2": {"topology": Topology(cp=2, ep=2)},
     "pp2-dp2-ep2": {"topology": Topology(pp=2, dp=2, ep=2), "recompute": "full"},
 }
-FINER = ("one", "dp2-ep2", "dp2-etp2", "cp2-ep2")
+EVERYWHERE = "tp2-dp2-ep2-etp2"
+QUICK = [("dora", EVERYWHERE), ("dora-pissa", EVERYWHERE), ("nf4", "pp2-dp2-ep2")]
+FINER = [
+    *((case, place) for case in ("dora", "nf4") for place in PLACES if (case, place) not in QUICK),
+    *(("pissa", EVERYWHERE), ("pissa", "pp2-dp2-ep2"), ("dora-nf4", EVERYWHERE)),
+]
 
 
 def run_of(case: str, **where: Any) -> Run:
@@ -160,17 +164,7 @@ def started(run: Run, folder: str) -> list[tuple[Any, ...]]:
     return state
 
 
-@pytest.mark.parametrize(
-    ("case", "place"),
-    in_grid(
-        [
-            *((case, place) for case in ("dora", "nf4") for place in PLACES),
-            *((case, "tp2-dp2-ep2-etp2") for case in ("pissa", "dora-pissa", "dora-nf4")),
-            ("pissa", "pp2-dp2-ep2"),
-        ],
-        FINER,
-    ),
-)
+@pytest.mark.parametrize(("case", "place"), [*QUICK, *(pytest.param(*cell, marks=pytest.mark.grid) for cell in FINER)])
 def test_training_is_the_formulas(
     pool: Pool, tiny_model: Callable[..., Path], oracle: Callable[[str], Any], case: str, place: str
 ) -> None:
@@ -184,10 +178,10 @@ def test_training_is_the_formulas(
 
 @pytest.mark.parametrize(
     ("case", "place"),
-    in_grid(
-        [("lora", place) for place in PLACES if place != "one"] + [("dora", "tp2-dp2-ep2-etp2")],
-        FINER,
-    ),
+    [
+        ("dora", EVERYWHERE),
+        *(pytest.param("lora", place, marks=pytest.mark.grid) for place in PLACES if place != "one"),
+    ],
 )
 def test_dropout_on_experts_belongs_to_the_token(
     pool: Pool, tiny_model: Callable[..., Path], one_process: Callable[[str], Any], case: str, place: str
@@ -247,7 +241,7 @@ def assert_same_weights(joined: Path, apart: Path) -> None:
             assert torch.allclose(value[place.slices][0], other[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("case", ["dora", "dora-nf4", "pissa"])
+@pytest.mark.parametrize("case", [pytest.param("dora", marks=pytest.mark.grid), "dora-nf4", "pissa"])
 def test_an_export_says_in_transformers_what_it_says_here(
     pool: Pool, tiny_model: Callable[..., Path], tmp_path: Path, case: str
 ) -> None:
@@ -255,7 +249,7 @@ def test_an_export_says_in_transformers_what_it_says_here(
     from peft import PeftConfig
 
     folder = tiny_model("qwen3_moe", **SHAPE)
-    run = run_of(case, **PLACES["tp2-dp2-ep2-etp2"]).on(learning_rate=1e-2)
+    run = run_of(case, **PLACES[EVERYWHERE]).on(learning_rate=1e-2)
     found = pool.run(4, exported.train_and_save, run, str(folder), str(tmp_path / "checkpoints"))
     ours = torch.from_numpy(next(each for each in found if each is not None))
     checkpoint = tmp_path / "checkpoints" / f"step-{run.steps:06d}"

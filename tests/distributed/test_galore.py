@@ -30,7 +30,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "dp2-cp2": {"topology": Topology(dp=2, cp=2)},
     "pp2-vpp2": {"topology": Topology(pp=2), "vpp": 2},
 }
-FINER = ("one", "tp3", "dp2-cp2", "pp2-vpp2")
+FINER = ("one", "tp3", "tp2-dp2", "dp2-cp2", "pp2-vpp2")
 
 
 class PaperGalore:
