@@ -163,6 +163,8 @@ def test_one_point_can_be_cancelled_by_itself(slurm: FakeSlurm, sweep: Sweeping,
     sweep("seed=0,1", f"run_dir={tmp_path}/s")
     assert main(["cancel", str(read_tasks(tmp_path / "s")[0])]) == 0
     assert [call for call in slurm.calls if call[0] == "scancel"] == [["scancel", "1_0"]]
+    slurm.set_state("RUNNING ArrayJobId=1 ArrayTaskId=1")  # of the other Slurm says nothing any more
+    assert [one.state for one in statuses(tmp_path / "s")] == ["CANCELLED", "RUNNING"]
 
 
 def test_waiting_tasks_that_slurm_names_together_are_told_apart(
