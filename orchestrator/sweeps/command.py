@@ -44,7 +44,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     from orchestrator.config.multirun import is_hydras
     from orchestrator.sweeps.planning import plan_sweep, words_of_folders
     from orchestrator.sweeps.running import run_here
-    from orchestrator.sweeps.searching import are_for_slurm, asked_metric, plan_anywhere
+    from orchestrator.sweeps.searching import are_for_slurm, asked_metric, plan_anywhere, plan_only
 
     if rank_environment() is not None:
         raise ConfigError("sweep starts its own ranks, and this process is already one (RANK is set)", "isotrain sweep")
@@ -52,7 +52,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     words = words_of_folders(arguments.overrides)
     if any(is_hydras(word) for word in words):
         return _search(words, arguments)
-    sweep = plan_sweep(words, grid(words), plan_anywhere)
+    sweep = plan_sweep(words, grid(words), plan_only if arguments.dry_run else plan_anywhere)
     _say(_summary(sweep, arguments.jobs))
     if are_for_slurm(sweep):
         return _sweep_on_slurm(sweep, metric, arguments)

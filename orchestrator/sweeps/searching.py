@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.commands import Planned, Say, run_folder
+from orchestrator.commands import Planned, Say, check_device, check_files, run_folder
 from orchestrator.config.building import quote_override
 from orchestrator.config.grid import Grid
 from orchestrator.config.job import JobConfig
@@ -30,12 +30,20 @@ class _Stopped(Exception):
 
 
 def plan_anywhere(job: JobConfig, decision: Decision) -> Planned:
-    """The plan of a point where its cluster is: on this machine, or under Slurm.
+    """The plan of a point that is to start where its cluster is, on this machine or under Slurm.
 
     Raises:
-        ConfigError, SpecError, LaunchError: it cannot work; says why.
+        ConfigError, SpecError, LaunchError: it cannot work, or what it needs is not there; says why.
     """
-    return (plan_on_slurm if is_slurms(job.cluster) else plan_here)(job, decision)
+    check_files(job, decision.kind)
+    if not is_slurms(job.cluster):
+        check_device(job.cluster)
+    return plan_only(job, decision)
+
+
+def plan_only(job: JobConfig, decision: Decision) -> Planned:
+    """:func:`plan_anywhere` of a point that is not to start: model, data and devices may be elsewhere."""
+    return plan_on_slurm(job) if is_slurms(job.cluster) else plan_here(job)
 
 
 def are_for_slurm(sweep: PlannedSweep) -> bool:
