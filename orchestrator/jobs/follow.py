@@ -23,6 +23,7 @@ from orchestrator.jobs.record import (
 )
 from orchestrator.runs import latest_step
 from orchestrator.supervise import last_logged_step
+from orchestrator.sweeps.book import is_sweep
 
 ASK_EVERY_S = 2.0
 
@@ -72,7 +73,8 @@ def chosen_runs(words: Sequence[str]) -> list[Path]:
     folders = [Path(word).expanduser().absolute() for word in words]
     for folder in folders:
         if read_submission(folder) is None:
-            raise ConfigError(f"{folder} has no job of Slurm's", f"isotrain submit ... run_dir={folder}")
+            hint = f"isotrain sweep {folder}" if is_sweep(folder) else f"isotrain submit ... run_dir={folder}"
+            raise ConfigError(f"{folder} has no job of Slurm's", hint)
     return folders
 
 

@@ -158,16 +158,12 @@ def _submit(sweep: PlannedSweep, points: Sequence[PlannedPoint], at_once: int | 
 
 def on_slurm(sweep: PlannedSweep, metric: Metric) -> Book:
     """The book of a sweep whose points are, or were, jobs."""
-    book = sweep.book(metric)
-    waiting = [one.run_dir for one in sweep.waiting]
-    states = states_of(waiting)
-    rows = [
-        _row(row, sweep.folder / row.point.folder, states[sweep.folder / row.point.folder][-1])
-        if row.state == "waiting"
-        else row
-        for row in book.rows
-    ]
-    return dataclasses.replace(book, rows=tuple(rows))
+    states = states_of([one.run_dir for one in sweep.waiting])
+    rows = []
+    for row in sweep.book(metric).rows:
+        run_dir = sweep.folder / row.point.folder
+        rows.append(_row(row, run_dir, states[run_dir][-1]) if run_dir in states else row)
+    return Book(sweep.words, metric, tuple(rows))
 
 
 def _row(row: Row, run_dir: Path, state: JobState) -> Row:

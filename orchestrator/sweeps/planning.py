@@ -20,7 +20,8 @@ from orchestrator.supervise import explain
 from orchestrator.sweeps.book import FILE, Book, Metric, Point, Row, State, read_book
 from orchestrator.sweeps.measuring import measured
 
-BESIDE = {".lock", "hydra"}  # what may lie in a folder before the sweep's own file does
+HYDRAS = "hydra"  # the folder of a sweeper's own files
+BESIDE = {".lock", HYDRAS}  # what may lie in a folder before the sweep's own file does
 MOST_LINES = 12  # of differences that are listed
 Result = TypeVar("Result")
 

@@ -16,8 +16,8 @@ from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.follow import wait_for
 from orchestrator.runs import Decision
 from orchestrator.sweeps.array import is_slurms, on_slurm, plan_on_slurm, submit_sweep
-from orchestrator.sweeps.book import Book, Metric, Row
-from orchestrator.sweeps.planning import PlannedSweep, plan_sweep
+from orchestrator.sweeps.book import Book, Metric, Row, write_book
+from orchestrator.sweeps.planning import HYDRAS, PlannedSweep, plan_sweep
 from orchestrator.sweeps.running import exit_code, plan_here, run_here
 
 
@@ -72,7 +72,7 @@ def search(words: Sequence[str], say: Say) -> tuple[Path, Book, int]:
     batches = _Batches(words, say)
     code = int(ExitCode.DONE)
     try:
-        multirun(words, batches.folder / "hydra", batches.run)
+        multirun(words, batches.folder / HYDRAS, batches.run)
     except PointFailed as error:
         say(f"the sweeper stops: {error}")
         code = int(ExitCode.RED)
@@ -108,12 +108,16 @@ class _Batches:
         swept = [tuple(word.lstrip("+") for word in words if _key(word) not in keys) for words in batch]
         grid = Grid(tuple(self._common), tuple(dict.fromkeys(swept)))
         sweep = plan_sweep(self._words, grid, plan_anywhere, may_grow=True)
+        (self.folder / HYDRAS).mkdir(
+            parents=True, exist_ok=True
+        )  # as launchers do: some sweepers write there at the end
         self._say(f"batch of {len(sweep.points)} points: {len(sweep.waiting)} to run")
         if are_for_slurm(sweep):
             submit_sweep(sweep, metric, jobs, self._say)
             wait_for([sweep.folder], self._say)
             sweep = plan_sweep(self._words, grid, plan_anywhere, may_grow=True)
             self.book = on_slurm(sweep, metric)
+            write_book(sweep.folder, self.book)
             self.code = exit_code(sweep, self.book)
         else:
             self.book, self.code = run_here(sweep, metric, jobs or 1, self._say)
