@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.commands import Planned, Say, check_device, check_files, run_folder
-from orchestrator.config.building import quote_override
+from orchestrator.commands import Planned, Say, check_device, check_files
+from orchestrator.config.building import as_override
 from orchestrator.config.grid import Grid
 from orchestrator.config.job import JobConfig
 from orchestrator.config.loading import compose_job
@@ -16,8 +17,8 @@ from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.follow import wait_for
 from orchestrator.runs import Decision
 from orchestrator.sweeps.array import is_slurms, on_slurm, plan_on_slurm, submit_sweep
-from orchestrator.sweeps.book import Book, Metric, Row, write_book
-from orchestrator.sweeps.planning import HYDRAS, PlannedSweep, plan_sweep
+from orchestrator.sweeps.book import Book, Metric, Row, key_of, write_book
+from orchestrator.sweeps.planning import HYDRAS, PlannedSweep, plan_sweep, sweep_folder
 from orchestrator.sweeps.running import exit_code, plan_here, run_here
 
 
@@ -93,28 +94,34 @@ class _Batches:
 
     def __init__(self, words: Sequence[str], say: Say) -> None:
         common = common_words(words)
-        job = compose_job(common)
-        self.folder = run_folder(job) if job.run_dir else run_folder(job).with_name(f"sweep-{run_folder(job).name}")
-        self._words = [*words, *([] if job.run_dir else [quote_override("run_dir", str(self.folder))])]
-        self._common = [*common, *self._words[len(words) :]]
+        self.folder = sweep_folder(compose_job(common))
+        here = f"run_dir={as_override(str(self.folder))}"  # also where the words leave it open
+        self._words = [*words, here]
+        self._common = [*(word for word in common if key_of(word) != "run_dir"), here]
         self._say = say
         self.book: Book | None = None
         self.code = 0
 
     def run(self, batch: Sequence[tuple[str, ...]], jobs: int | None, best: str) -> list[float | Exception]:
         """Train a batch; the metric of each point, or why it has none."""
+        if not batch:
+            return []
         metric = asked_metric(best)
-        keys = {_key(word) for word in self._common}
-        swept = [tuple(word.lstrip("+") for word in words if _key(word) not in keys) for words in batch]
+        keys = {key_of(word) for word in self._common}
+        swept = [tuple(word.lstrip("+") for word in words if key_of(word) not in keys) for words in batch]
         grid = Grid(tuple(self._common), tuple(dict.fromkeys(swept)))
         sweep = plan_sweep(self._words, grid, plan_anywhere, may_grow=True)
-        (self.folder / HYDRAS).mkdir(
-            parents=True, exist_ok=True
-        )  # as launchers do: some sweepers write there at the end
+        (self.folder / HYDRAS).mkdir(parents=True, exist_ok=True)  # some sweepers write there at their end
         self._say(f"batch of {len(sweep.points)} points: {len(sweep.waiting)} to run")
         if are_for_slurm(sweep):
-            submit_sweep(sweep, metric, jobs, self._say)
-            wait_for([sweep.folder], self._say)
+            self.book, _ = submit_sweep(sweep, metric, jobs, self._say)
+            try:
+                wait_for([sweep.folder], self._say)
+            except KeyboardInterrupt:
+                self.code = int(ExitCode.ABORTED)
+                raise _Stopped(
+                    f"the jobs go on; to end them: isotrain cancel {shlex.quote(str(self.folder))}"
+                ) from None
             sweep = plan_sweep(self._words, grid, plan_anywhere, may_grow=True)
             self.book = on_slurm(sweep, metric)
             write_book(sweep.folder, self.book)
@@ -125,10 +132,6 @@ class _Batches:
             raise _Stopped("stopped; what is done is kept")
         rows = {row.point.overrides: row for row in self.book.rows}
         return [_result(rows[one], metric) for one in swept]
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
 
 
 def _result(row: Row, metric: Metric) -> float | Exception:

@@ -401,6 +401,7 @@ def test_multirun_is_a_sweep_and_takes_the_settings_of_hydras_launchers(
     said = capsys.readouterr()
     value = json.loads(said.out)
     assert states(value) == ["done", "pruned", "failed", "pruned"] and value["best"]["value"] == 0.5
+    assert f"next: isotrain export {tmp_path}/s/000-seed=0+topology.tp=1 --to peft adapter" in said.err
     assert "the sweeper stops: point 2 (seed=7 topology.tp=1) failed: row 3 is no JSON" in said.err
     assert main(["train", "-m", *TINY, "seed=0,1", "steps=1", f"run_dir={tmp_path}/t", "--json"]) == 0
 
@@ -412,6 +413,7 @@ def test_multirun_is_a_sweep_and_takes_the_settings_of_hydras_launchers(
         (["hydra/sweeper=nope"], "Could not find 'hydra/sweeper/nope'", "hydra/sweeper=basic"),
         (["hydra.sweeper.n_trials=3"], "Could not override 'hydra.sweeper.n_trials'", "see docs/sweeps.md"),
         (["hydra/sweeper=basic", "--dry-run"], "Hydra's sweepers choose points as they go", "leave it out"),
+        (["hydra/sweeper=basic", "seed=range(3,3)"], "the sweeper has asked for no point", "tuner.r=8,16"),
         (["hydra/sweeper=basic", "stepz=1"], "unknown key 'stepz'", "steps=1"),
         (
             ["hydra/sweeper=basic", "topology.tp=3"],

@@ -213,6 +213,13 @@ def test_batches_of_hydras_sweepers_are_arrays_that_are_waited_for(
     script = tmp_path / "s" / "slurm" / "train.sbatch"
     assert len(slurm.jobs) == 2 and "#SBATCH --array=2%1\n" in script.read_text()
 
+    def interrupt(folders: list[Path], say: Callable[[str], None]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orchestrator.sweeps.searching.wait_for", interrupt)
+    code, _, said = sweep(*words[:-1], f"run_dir={tmp_path}/t")
+    assert code == 130 and f"the jobs go on; to end them: isotrain cancel {tmp_path}/t" in said
+
 
 @pytest.mark.parametrize(
     ("words", "message"),
