@@ -13,6 +13,7 @@ from orchestrator.config.building import read_job
 from orchestrator.errors import ConfigError, ExitCode, PeerLost
 from orchestrator.jobs.asking import job_of, states_of
 from orchestrator.jobs.record import (
+    is_cancelled,
     read_ended,
     read_submission,
     runs_in,
@@ -22,6 +23,7 @@ from orchestrator.jobs.record import (
 )
 from orchestrator.runs import latest_step
 from orchestrator.supervise import last_logged_step
+from orchestrator.sweeps.book import is_sweep
 
 ASK_EVERY_S = 2.0
 
@@ -71,7 +73,8 @@ def chosen_runs(words: Sequence[str]) -> list[Path]:
     folders = [Path(word).expanduser().absolute() for word in words]
     for folder in folders:
         if read_submission(folder) is None:
-            raise ConfigError(f"{folder} has no job of Slurm's", f"isotrain submit ... run_dir={folder}")
+            hint = f"isotrain sweep {folder}" if is_sweep(folder) else f"isotrain submit ... run_dir={folder}"
+            raise ConfigError(f"{folder} has no job of Slurm's", hint)
     return folders
 
 
@@ -87,8 +90,12 @@ def statuses(run_dir: Path) -> list[Status]:
 def _status(run_dir: Path, state: JobState) -> Status:
     ended = read_ended(run_dir)
     mine = ended if ended and ended.job_id == state.job_id and not ended.requeued else None
-    if mine and state.state == UNKNOWN and state.reason == FORGOTTEN:
-        state = dataclasses.replace(state, state="COMPLETED" if mine.code == 0 else "FAILED", reason="", code=mine.code)
+    if state.state == UNKNOWN and state.reason == FORGOTTEN:
+        if mine:
+            known = "COMPLETED" if mine.code == 0 else "FAILED"
+            state = dataclasses.replace(state, state=known, reason="", code=mine.code)
+        elif is_cancelled(run_dir, state.job_id):  # a task that waited leaves nothing behind
+            state = dataclasses.replace(state, state="CANCELLED", reason="")
     words = mine.message if mine and mine.code and not state.is_active else state.reason
     steps = read_job(run_dir).steps
     progress = (last_logged_step(run_dir / "metrics.jsonl") or 0, latest_step(run_dir) or 0, steps)
@@ -131,7 +138,7 @@ def cancel_run(run_dir: Path, now: bool) -> str:
         raise PeerLost(f"Slurm does not answer: {silent.reason}", "the same command again")
     active = [state for state in states if state.is_active]
     alone = runs == [run_dir]
-    name = f"job {states[0].job_id.partition('_')[0]} is" if alone else f"{len(active)} jobs of {run_dir} are"
+    name = f"job {jobs[run_dir]} is" if alone else f"{len(active)} jobs of {run_dir} are"
     if not active:
         return f"{name} over already ({states[0].state})" if alone else f"the jobs of {run_dir} are over already"
     running = [state for state in active if state.state == "RUNNING"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.slurm.commands import JobState
-from orchestrator.commands import Planned, Say, check_files, make_folder
+from orchestrator.commands import Planned, Say, make_folder
 from orchestrator.config.job import ClusterConfig, JobConfig, SlurmConfig
 from orchestrator.errors import ConfigError, ExitCode, PeerLost
 from orchestrator.jobs.asking import states_of
@@ -23,7 +23,7 @@ from orchestrator.jobs.submit import (
     write_script,
 )
 from orchestrator.locking import locked
-from orchestrator.runs import Decision, write_run
+from orchestrator.runs import write_run
 from orchestrator.sweeps.book import Book, Metric, Row, write_book
 from orchestrator.sweeps.planning import PlannedPoint, PlannedSweep
 
@@ -38,7 +38,7 @@ def is_slurms(cluster: ClusterConfig) -> bool:
     return cluster.nodes > 1 or cluster.slurm != SlurmConfig()
 
 
-def plan_on_slurm(job: JobConfig, decision: Decision) -> Planned:
+def plan_on_slurm(job: JobConfig) -> Planned:
     """The plan of a point that is a task of an array.
 
     Raises:
@@ -46,7 +46,6 @@ def plan_on_slurm(job: JobConfig, decision: Decision) -> Planned:
     """
     if job.cluster.slurm.array is not None:
         raise ConfigError(f"cluster.slurm.array={job.cluster.slurm.array}: a sweep is an array itself", "--jobs N")
-    check_files(job, decision.kind)
     return plan_submission(job)
 
 
@@ -159,16 +158,12 @@ def _submit(sweep: PlannedSweep, points: Sequence[PlannedPoint], at_once: int | 
 
 def on_slurm(sweep: PlannedSweep, metric: Metric) -> Book:
     """The book of a sweep whose points are, or were, jobs."""
-    book = sweep.book(metric)
-    waiting = [one.run_dir for one in sweep.waiting]
-    states = states_of(waiting)
-    rows = [
-        _row(row, sweep.folder / row.point.folder, states[sweep.folder / row.point.folder][-1])
-        if row.state == "waiting"
-        else row
-        for row in book.rows
-    ]
-    return dataclasses.replace(book, rows=tuple(rows))
+    states = states_of([one.run_dir for one in sweep.waiting])
+    rows = []
+    for row in sweep.book(metric).rows:
+        run_dir = sweep.folder / row.point.folder
+        rows.append(_row(row, run_dir, states[run_dir][-1]) if run_dir in states else row)
+    return Book(sweep.words, metric, tuple(rows))
 
 
 def _row(row: Row, run_dir: Path, state: JobState) -> Row:

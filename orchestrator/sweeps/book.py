@@ -19,6 +19,16 @@ LONGEST_NAME = 120  # bytes; the number in front makes every folder's name its o
 State = Literal["pruned", "waiting", "running", "done", "failed", "interrupted"]
 
 
+def key_of(override: str) -> str:
+    """The key of a word.
+
+    Example:
+        >>> key_of("++optimizer.lr=0.1")
+        'optimizer.lr'
+    """
+    return override.partition("=")[0].lstrip("+")
+
+
 @dataclass(frozen=True)
 class Point:
     """One run of a sweep: ``overrides`` are the words that make it differ from the others.

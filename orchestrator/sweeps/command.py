@@ -44,7 +44,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     from orchestrator.config.multirun import is_hydras
     from orchestrator.sweeps.planning import plan_sweep, words_of_folders
     from orchestrator.sweeps.running import run_here
-    from orchestrator.sweeps.searching import are_for_slurm, asked_metric, plan_anywhere
+    from orchestrator.sweeps.searching import are_for_slurm, asked_metric, plan_anywhere, plan_only
 
     if rank_environment() is not None:
         raise ConfigError("sweep starts its own ranks, and this process is already one (RANK is set)", "isotrain sweep")
@@ -52,7 +52,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     words = words_of_folders(arguments.overrides)
     if any(is_hydras(word) for word in words):
         return _search(words, arguments)
-    sweep = plan_sweep(words, grid(words), plan_anywhere)
+    sweep = plan_sweep(words, grid(words), plan_only if arguments.dry_run else plan_anywhere)
     _say(_summary(sweep, arguments.jobs))
     if are_for_slurm(sweep):
         return _sweep_on_slurm(sweep, metric, arguments)
@@ -101,6 +101,7 @@ def _summary(sweep: PlannedSweep, jobs: int | None) -> str:
 
 def report(folder: Path, book: Book, as_json: bool, code: int) -> int:
     """Draw the picture, show the table, say which point is best and what to type next; returns ``code``."""
+    from orchestrator.config.building import read_job
     from orchestrator.sweeps.picture import write_picture
 
     picture = write_picture(folder, book)
@@ -108,7 +109,9 @@ def report(folder: Path, book: Book, as_json: bool, code: int) -> int:
     best = book.best
     if best is not None:
         _say(f"best {book.metric.name}: {best.value:.4f}, point {best.point.number}: {best.point.words}")
-        _say(f"next: isotrain export {folder / best.point.folder} --to peft adapter")
+        run = folder / best.point.folder
+        kind = "merged model" if read_job(run).tuner.name == "full" else "peft adapter"
+        _say(f"next: isotrain export {shlex.quote(str(run))} --to {kind}")
     elif any(row.state == "done" for row in book.rows):
         _say(f"no finished point has a number for {book.metric.name}: --best NAME takes a column of metrics.jsonl")
     if picture:
@@ -137,11 +140,13 @@ def _print_table(book: Book) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    keys = list(dict.fromkeys(_key(text) for row in book.rows for text in row.point.overrides))
+    from orchestrator.sweeps.book import key_of
+
+    keys = list(dict.fromkeys(key_of(text) for row in book.rows for text in row.point.overrides))
     columns = ("point", *keys, "state", "code", "step", book.metric.name, "seconds", "why")
     table = Table(*columns, box=None, pad_edge=False)
     for row in book.ranked():
-        values = {_key(text): text.partition("=")[2] for text in row.point.overrides}
+        values = {key_of(text): text.partition("=")[2] for text in row.point.overrides}
         cells: Sequence[str] = (
             *(str(row.point.number), *(values.get(key, "") for key in keys), row.state),
             *("" if row.code is None else str(row.code), f"{row.step}/{row.steps}" if row.steps else ""),
@@ -150,10 +155,6 @@ def _print_table(book: Book) -> None:
         )
         table.add_row(*map(Text, cells), style="bold" if row == book.best else None)
     Console(width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE).print(table)
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+")
 
 
 SWEEP = Command(

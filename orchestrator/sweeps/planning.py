@@ -20,7 +20,8 @@ from orchestrator.supervise import explain
 from orchestrator.sweeps.book import FILE, Book, Metric, Point, Row, State, read_book
 from orchestrator.sweeps.measuring import measured
 
-BESIDE = {".lock", "hydra"}  # what may lie in a folder before the sweep's own file does
+HYDRAS = "hydra"  # the folder of a sweeper's own files
+BESIDE = {".lock", HYDRAS}  # what may lie in a folder before the sweep's own file does
 MOST_LINES = 12  # of differences that are listed
 Result = TypeVar("Result")
 
@@ -153,15 +154,18 @@ def _folder_of(composed: Sequence[JobConfig | ConfigError]) -> Path:
             f"run_dir differs from point to point ({folders[0]}, {folders[1]}): it is the folder of the whole sweep",
             "run_dir=runs/NAME   (each point gets a folder in it)",
         )
-    if not folders[0]:
-        folder = run_folder(dataclasses.replace(jobs[0], run_dir=None))
-        return folder.with_name(f"sweep-{folder.name}")
-    folder = Path(folders[0])
+    folder = sweep_folder(jobs[0])
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run_dir={folder} is a file", "run_dir=ANOTHER")
     if folder.is_dir() and not (folder / FILE).is_file() and {file.name for file in folder.iterdir()} - BESIDE:
         raise ConfigError(f"run_dir={folder} is not empty and holds no sweep (no {FILE})", "run_dir=ANOTHER")
     return folder
+
+
+def sweep_folder(job: JobConfig) -> Path:
+    """Where a sweep of this job is kept: its ``run_dir``, or a new folder in ``runs/``."""
+    folder = run_folder(job)
+    return folder if job.run_dir else folder.with_name(f"sweep-{folder.name}")
 
 
 def _numbered(swept: Sequence[tuple[str, ...]], book: Book | None) -> list[Point]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from launch.environment import rank_variables, usable_cores, visible_devices
 from launch.many import Task, TaskEnd, run_tasks
-from orchestrator.commands import Planned, Say, check_device, check_files, make_folder, plan_job, rendered_launch
+from orchestrator.commands import Planned, Say, make_folder, plan_job, rendered_launch
 from orchestrator.config.building import job_to_yaml
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.locking import locked
-from orchestrator.runs import Decision, write_whole
+from orchestrator.runs import write_whole
 from orchestrator.sweeps.book import Book, Metric, Row, write_book
 from orchestrator.sweeps.measuring import measured
 from orchestrator.sweeps.planning import PlannedPoint, PlannedSweep
@@ -24,14 +24,12 @@ from orchestrator.sweeps.planning import PlannedPoint, PlannedSweep
 STOPPED = (int(ExitCode.INTERRUPTED), int(ExitCode.ABORTED), -int(signal.SIGTERM))
 
 
-def plan_here(job: JobConfig, decision: Decision) -> Planned:
+def plan_here(job: JobConfig) -> Planned:
     """The plan of a point that is trained on this machine.
 
     Raises:
         ConfigError, SpecError, LaunchError: it cannot work; says why.
     """
-    check_files(job, decision.kind)
-    check_device(job.cluster)
     planned = plan_job(job)
     rendered_launch(planned, Path(job.run_dir or ""))
     return planned

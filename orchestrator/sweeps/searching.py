@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.commands import Planned, Say, run_folder
-from orchestrator.config.building import quote_override
+from orchestrator.commands import Planned, Say, check_device, check_files
+from orchestrator.config.building import as_override
 from orchestrator.config.grid import Grid
 from orchestrator.config.job import JobConfig
 from orchestrator.config.loading import compose_job
@@ -16,8 +17,8 @@ from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.follow import wait_for
 from orchestrator.runs import Decision
 from orchestrator.sweeps.array import is_slurms, on_slurm, plan_on_slurm, submit_sweep
-from orchestrator.sweeps.book import Book, Metric, Row
-from orchestrator.sweeps.planning import PlannedSweep, plan_sweep
+from orchestrator.sweeps.book import Book, Metric, Row, key_of, write_book
+from orchestrator.sweeps.planning import HYDRAS, PlannedSweep, plan_sweep, sweep_folder
 from orchestrator.sweeps.running import exit_code, plan_here, run_here
 
 
@@ -30,12 +31,20 @@ class _Stopped(Exception):
 
 
 def plan_anywhere(job: JobConfig, decision: Decision) -> Planned:
-    """The plan of a point where its cluster is: on this machine, or under Slurm.
+    """The plan of a point that is to start where its cluster is, on this machine or under Slurm.
 
     Raises:
-        ConfigError, SpecError, LaunchError: it cannot work; says why.
+        ConfigError, SpecError, LaunchError: it cannot work, or what it needs is not there; says why.
     """
-    return (plan_on_slurm if is_slurms(job.cluster) else plan_here)(job, decision)
+    check_files(job, decision.kind)
+    if not is_slurms(job.cluster):
+        check_device(job.cluster)
+    return plan_only(job, decision)
+
+
+def plan_only(job: JobConfig, decision: Decision) -> Planned:
+    """:func:`plan_anywhere` of a point that is not to start: model, data and devices may be elsewhere."""
+    return plan_on_slurm(job) if is_slurms(job.cluster) else plan_here(job)
 
 
 def are_for_slurm(sweep: PlannedSweep) -> bool:
@@ -64,7 +73,7 @@ def search(words: Sequence[str], say: Say) -> tuple[Path, Book, int]:
     batches = _Batches(words, say)
     code = int(ExitCode.DONE)
     try:
-        multirun(words, batches.folder / "hydra", batches.run)
+        multirun(words, batches.folder / HYDRAS, batches.run)
     except PointFailed as error:
         say(f"the sweeper stops: {error}")
         code = int(ExitCode.RED)
@@ -85,27 +94,37 @@ class _Batches:
 
     def __init__(self, words: Sequence[str], say: Say) -> None:
         common = common_words(words)
-        job = compose_job(common)
-        self.folder = run_folder(job) if job.run_dir else run_folder(job).with_name(f"sweep-{run_folder(job).name}")
-        self._words = [*words, *([] if job.run_dir else [quote_override("run_dir", str(self.folder))])]
-        self._common = [*common, *self._words[len(words) :]]
+        self.folder = sweep_folder(compose_job(common))
+        here = f"run_dir={as_override(str(self.folder))}"  # also where the words leave it open
+        self._words = [*words, here]
+        self._common = [*(word for word in common if key_of(word) != "run_dir"), here]
         self._say = say
         self.book: Book | None = None
         self.code = 0
 
     def run(self, batch: Sequence[tuple[str, ...]], jobs: int | None, best: str) -> list[float | Exception]:
         """Train a batch; the metric of each point, or why it has none."""
+        if not batch:
+            return []
         metric = asked_metric(best)
-        keys = {_key(word) for word in self._common}
-        swept = [tuple(word.lstrip("+") for word in words if _key(word) not in keys) for words in batch]
+        keys = {key_of(word) for word in self._common}
+        swept = [tuple(word.lstrip("+") for word in words if key_of(word) not in keys) for words in batch]
         grid = Grid(tuple(self._common), tuple(dict.fromkeys(swept)))
         sweep = plan_sweep(self._words, grid, plan_anywhere, may_grow=True)
+        (self.folder / HYDRAS).mkdir(parents=True, exist_ok=True)  # some sweepers write there at their end
         self._say(f"batch of {len(sweep.points)} points: {len(sweep.waiting)} to run")
         if are_for_slurm(sweep):
-            submit_sweep(sweep, metric, jobs, self._say)
-            wait_for([sweep.folder], self._say)
+            self.book, _ = submit_sweep(sweep, metric, jobs, self._say)
+            try:
+                wait_for([sweep.folder], self._say)
+            except KeyboardInterrupt:
+                self.code = int(ExitCode.ABORTED)
+                raise _Stopped(
+                    f"the jobs go on; to end them: isotrain cancel {shlex.quote(str(self.folder))}"
+                ) from None
             sweep = plan_sweep(self._words, grid, plan_anywhere, may_grow=True)
             self.book = on_slurm(sweep, metric)
+            write_book(sweep.folder, self.book)
             self.code = exit_code(sweep, self.book)
         else:
             self.book, self.code = run_here(sweep, metric, jobs or 1, self._say)
@@ -113,10 +132,6 @@ class _Batches:
             raise _Stopped("stopped; what is done is kept")
         rows = {row.point.overrides: row for row in self.book.rows}
         return [_result(rows[one], metric) for one in swept]
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
 
 
 def _result(row: Row, metric: Metric) -> float | Exception:

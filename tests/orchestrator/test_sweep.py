@@ -30,8 +30,8 @@ from orchestrator.sweeps import running
 from orchestrator.sweeps.book import LONGEST_NAME, Book, Metric, Point, Row, read_book, write_book
 from orchestrator.sweeps.picture import write_picture
 from orchestrator.sweeps.planning import PlannedPoint, plan_sweep
-from orchestrator.sweeps.running import gpu_shares, plan_here, shares
-from orchestrator.sweeps.searching import asked_metric
+from orchestrator.sweeps.running import gpu_shares, shares
+from orchestrator.sweeps.searching import asked_metric, plan_only
 from tests.orchestrator.test_cli import ROOT, TINY
 
 Sweeping = Callable[..., tuple[int, dict[str, Any], str]]
@@ -280,8 +280,12 @@ def test_a_sweep_inside_of_torchrun_is_refused(sweep: Sweeping, monkeypatch: pyt
 
 
 def test_a_dry_run_shows_every_point_and_writes_nothing(sweep: Sweeping, tmp_path: Path) -> None:
-    code, value, _ = sweep("seed=0,1", "topology.tp=1,3", f"run_dir={tmp_path}/s", "--dry-run")
+    words = ["seed=0,1", "topology.tp=1,3", f"run_dir={tmp_path}/s"]
+    code, value, _ = sweep(*words, "data.path=/not/here.jsonl", "--dry-run")  # as that of train: files may be elsewhere
     assert code == 0 and states(value) == ["waiting", "pruned", "waiting", "pruned"]
+    assert "/not/here.jsonl" in sweep(*words, "data.path=/not/here.jsonl")[1]["error"]
+    code, value, _ = sweep("data.path=/not/here.jsonl,builtin:lighthouse", f"run_dir={tmp_path}/s", "--dry-run")
+    assert code == 0 and states(value) == ["waiting", "waiting"]
     assert not list(tmp_path.iterdir())
 
 
@@ -337,7 +341,7 @@ def test_runs_at_once_share_the_cores(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(running, "usable_cores", lambda: 8)
     words = [*TINY, "seed=0,1", f"run_dir={tmp_path}/s"]
-    waiting = plan_sweep(words, grid(words), plan_here).waiting
+    waiting = plan_sweep(words, grid(words), plan_only).waiting
     assert shares(waiting, 2) == [{"OMP_NUM_THREADS": "4"}] * 2
     assert shares(waiting, 1) == [{}]
 
@@ -397,6 +401,7 @@ def test_multirun_is_a_sweep_and_takes_the_settings_of_hydras_launchers(
     said = capsys.readouterr()
     value = json.loads(said.out)
     assert states(value) == ["done", "pruned", "failed", "pruned"] and value["best"]["value"] == 0.5
+    assert f"next: isotrain export {tmp_path}/s/000-seed=0+topology.tp=1 --to peft adapter" in said.err
     assert "the sweeper stops: point 2 (seed=7 topology.tp=1) failed: row 3 is no JSON" in said.err
     assert main(["train", "-m", *TINY, "seed=0,1", "steps=1", f"run_dir={tmp_path}/t", "--json"]) == 0
 
@@ -408,6 +413,7 @@ def test_multirun_is_a_sweep_and_takes_the_settings_of_hydras_launchers(
         (["hydra/sweeper=nope"], "Could not find 'hydra/sweeper/nope'", "hydra/sweeper=basic"),
         (["hydra.sweeper.n_trials=3"], "Could not override 'hydra.sweeper.n_trials'", "see docs/sweeps.md"),
         (["hydra/sweeper=basic", "--dry-run"], "Hydra's sweepers choose points as they go", "leave it out"),
+        (["hydra/sweeper=basic", "seed=range(3,3)"], "the sweeper has asked for no point", "tuner.r=8,16"),
         (["hydra/sweeper=basic", "stepz=1"], "unknown key 'stepz'", "steps=1"),
         (
             ["hydra/sweeper=basic", "topology.tp=3"],

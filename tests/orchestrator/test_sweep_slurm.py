@@ -132,12 +132,15 @@ def test_a_lost_answer_submits_nothing_twice(
     assert [one.job_id for one in statuses(tmp_path / "s")] == ["1_0", "1_1"]
 
 
-def test_a_refused_array_leaves_no_job(slurm: FakeSlurm, sweep: Sweeping, tmp_path: Path) -> None:
+def test_a_refused_array_leaves_no_job(
+    slurm: FakeSlurm, sweep: Sweeping, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["seed=0,1", f"run_dir={tmp_path}/s"]
     slurm.replies("refuse Invalid job array specification")
     code, value, _ = sweep(*words)
     assert code == 64 and "Slurm refuses the job: Invalid job array specification" in value["error"]
-    assert main(["status", str(tmp_path / "s")]) == 64
+    assert main(["status", str(tmp_path / "s"), "--json"]) == 64
+    assert json.loads(capsys.readouterr().out)["hint"] == f"isotrain sweep {tmp_path}/s"
     assert sweep(*words)[1]["job_id"] == "1"
 
 
@@ -163,6 +166,8 @@ def test_one_point_can_be_cancelled_by_itself(slurm: FakeSlurm, sweep: Sweeping,
     sweep("seed=0,1", f"run_dir={tmp_path}/s")
     assert main(["cancel", str(read_tasks(tmp_path / "s")[0])]) == 0
     assert [call for call in slurm.calls if call[0] == "scancel"] == [["scancel", "1_0"]]
+    slurm.set_state("RUNNING ArrayJobId=1 ArrayTaskId=1")  # of the other Slurm says nothing any more
+    assert [one.state for one in statuses(tmp_path / "s")] == ["CANCELLED", "RUNNING"]
 
 
 def test_waiting_tasks_that_slurm_names_together_are_told_apart(
@@ -190,6 +195,30 @@ def test_a_task_finds_its_point_and_its_log(slurm: FakeSlurm, sweep: Sweeping, t
     with pytest.raises(ConfigError, match=r"job 1_7 is no task of .*: it has 2, numbered 0 to 1") as raised:
         run_of_task(folder, Allocation("1_7", 1, "n1", task=7))
     assert raised.value.hint == f"isotrain sweep {folder}"
+
+
+def test_batches_of_hydras_sweepers_are_arrays_that_are_waited_for(
+    slurm: FakeSlurm, sweep: Sweeping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(folders: list[Path], say: Callable[[str], None]) -> None:
+        for run in read_tasks(folders[0]).values():
+            if not (run / "metrics.jsonl").exists():
+                finish(run, 2)
+        slurm.set_state("COMPLETED")
+
+    monkeypatch.setattr("orchestrator.sweeps.searching.wait_for", wait)
+    words = ["hydra/sweeper=basic", "hydra.sweeper.max_batch_size=2", "seed=0,1,2", "steps=2", f"run_dir={tmp_path}/s"]
+    code, value, _ = sweep(*words, "--jobs", "1")
+    assert code == 0 and [point["value"] for point in value["points"]] == [3.0] * 3
+    script = tmp_path / "s" / "slurm" / "train.sbatch"
+    assert len(slurm.jobs) == 2 and "#SBATCH --array=2%1\n" in script.read_text()
+
+    def interrupt(folders: list[Path], say: Callable[[str], None]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orchestrator.sweeps.searching.wait_for", interrupt)
+    code, _, said = sweep(*words[:-1], f"run_dir={tmp_path}/t")
+    assert code == 130 and f"the jobs go on; to end them: isotrain cancel {tmp_path}/t" in said
 
 
 @pytest.mark.parametrize(
