@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,6 +105,32 @@ def nearest_variant(kind: str) -> Device | None:
     """
     fitting = [name for name in _names() if _plain(kind).startswith(name)]
     return _names()[max(fitting, key=len)] if fitting else None
+
+
+def seen_device(name: str, memory_gib: float = 0.0) -> tuple[Device, bool]:
+    """The device that a driver or a scheduler names, and whether it is that; else the nearest.
+
+    Args:
+        name: such as ``NVIDIA A100-PCIE-40GB``, or a GRES kind such as ``nvidia_h100_80gb_hbm3``; may be empty.
+        memory_gib: of one device, 0 where it is not known. It tells variants of a kind apart, and is what the nearest
+            is nearest in; of nothing at all that is an H100.
+    Example:
+        >>> [seen_device(name, size)[0].kind for name, size in (("NVIDIA A100-PCIE-40GB", 39.4), ("tesla_v100", 15.8))]
+        ['A100-40GB', 'V100-16GB']
+        >>> seen_device("NVIDIA L4", 22.2)[1]
+        False
+    """
+    found = nearest_variant(re.sub("nvidia|tesla|geforce|amd", "", name.lower()))
+    accelerators = [one for one in catalogue().values() if not one.is_measured]
+    if found is None:
+        return _nearest_in_memory(accelerators, memory_gib) if memory_gib else device("H100"), False
+    family = found.kind.partition("-")[0]
+    variants = [one for one in accelerators if one.kind.partition("-")[0] == family]
+    return _nearest_in_memory(variants, memory_gib) if memory_gib else found, True
+
+
+def _nearest_in_memory(devices: list[Device], memory_gib: float) -> Device:
+    return min(devices, key=lambda one: abs(one.memory_bytes - memory_gib * 2**30))
 
 
 @cache

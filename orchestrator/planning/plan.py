@@ -43,6 +43,7 @@ class Plan:
         distributed: each of the dp x cp ranks keeps its part of the optimizer's state only.
         considered: layouts that were weighed: topologies with their settings.
         passes: estimated seconds of one micro-batch on every stage; empty in a plan.json of before.
+        cluster: what the plan is for, as it was named or found; None in a plan of isotrain 0.1.
     """
 
     topology: Topology
@@ -68,6 +69,7 @@ class Plan:
     distributed: bool = False
     considered: int = 0
     passes: tuple[StagePass, ...] = ()
+    cluster: ClusterSpec | None = None
 
     def to_json(self) -> str:
         """The text of plan.json."""
@@ -92,6 +94,7 @@ class Plan:
                     "reasons": tuple(value["reasons"]),
                     "rejected": tuple(Rejected(**one) for one in value["rejected"]),
                     "passes": tuple(StagePass(**one) for one in value.get("passes", ())),
+                    "cluster": ClusterSpec(**value["cluster"]) if value.get("cluster") else None,
                 }
             )
         except (ValueError, TypeError, KeyError) as error:
@@ -163,6 +166,7 @@ def _plan(question: Question, found: Found) -> Plan:
         distributed=proposal.distributed,
         considered=found.considered,
         passes=best.passes,
+        cluster=question.cluster,
     )
 
 
@@ -170,7 +174,7 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     """Why this plan, in words."""
     job, cluster, topology = question.job, question.cluster, best.proposal.topology
     asked = {key: value for key, value in asdict(job.topology).items() if value is not None}
-    reasons = []
+    reasons = [f"cluster={cluster.name}: {cluster.found}"] if cluster.found else []
     if asked:
         reasons.append("asked for: " + " ".join(f"topology.{key}={str(value).lower()}" for key, value in asked.items()))
     topologies = 1 + sum(one.step_s > 0 for one in found.rejected)
