@@ -8,16 +8,28 @@ from functools import lru_cache
 
 from orchestrator.planning.counts import Workload, layers_alike, moment_numbers, stage_counts
 from orchestrator.planning.devices import Device, device
+from orchestrator.planning.kept import (
+    Cut,
+    Kept,
+    StageKept,
+    angles,
+    embedding_kept,
+    finish_kept,
+    first_norm,
+    layer_input,
+    layer_kept,
+)
 from orchestrator.planning.memory import StageMemory, stage_memory
 from orchestrator.planning.setup import Holding, Setup, Software
 from orchestrator.planning.shape import Shape, shape_of
 from orchestrator.planning.timing import StepTime, step_time
+from parallel import names
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.stages import stage_layers
 
-OURS = Software(overlaps=False, loss_elements=1 << 24)
+OURS = Software(overlaps=False, loss_elements=1 << 24, wide_adapters=True)
 """This project's own steps: fused attention, blocked logits (``parallel.loss``), reductions after the last
-micro-batch."""
+micro-batch, adapters in fp32."""
 DEFAULT_KIND = {"cpu": "cpu", "cuda": "H100-80GB"}
 
 
@@ -35,6 +47,8 @@ def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
     proposal, topology = work.proposal, work.proposal.topology
     alike, stand_ins = _stages_alike(work.model, work.adapted, work.stages, topology.pp, bool(work.extras.chosen))
     held = {stage: _holding(work, stage) for stage, _ in alike}
+    cut = _cut(work, cluster)
+    kept = {} if work.model.latent else {stage: _stage_kept(work, cut, stage) for stage, _ in alike}
     return Setup(
         shape=_trained_shape(work.model),
         device=cluster_device(cluster),
@@ -61,6 +75,25 @@ def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
         software=OURS,
         stage_holdings=tuple(held[stage] for stage in stand_ins),
         alike=alike,
+        stage_kept=tuple(kept[stage] for stage in stand_ins) if kept else (),
+    )
+
+
+def _cut(work: Workload, cluster: ClusterSpec) -> Cut:
+    proposal, topology = work.proposal, work.proposal.topology
+    return Cut(
+        tp=topology.tp,
+        etp=topology.etp,
+        ep=topology.ep,
+        cp=topology.cp,
+        cp_comm=proposal.cp_comm,
+        sp=proposal.sp,
+        value_bytes=work.value_bytes,
+        device=cluster.device,
+        is_full=proposal.tuner == "full",
+        adapted=work.adapted,
+        rank=work.adapter_rank * (2 if work.extras.fixed_halves else 1),
+        magnitudes=work.extras.magnitudes,
     )
 
 
@@ -93,14 +126,42 @@ def _stages_alike(
     return tuple(sorted(Counter(stand_ins).items())), tuple(stand_ins)
 
 
+def _stage_kept(work: Workload, cut: Cut, stage: int) -> StageKept:
+    """What a stage keeps of a micro-batch.
+
+    Where nothing before the first layer learns, its norm keeps nothing; under recompute what is embedded is made to
+    take a gradient (``parallel.engines.megatron_model``).
+    """
+    model, alike = work.model, layers_alike(work.model, work.adapted)
+    counts = Counter(alike[layer] for layer in stage_layers(work.stages, work.proposal.topology.pp, stage))
+    first, last = stage == 0, stage == work.proposal.topology.pp - 1
+    learned = work.adapted | {name.removesuffix(".weight") for name in work.extras.chosen}
+    is_frozen = first and not cut.is_full and names.EMBEDDING_MODULE not in learned
+    start = {"none": first_norm(model, cut) * -1 if is_frozen else Kept(), "selective": Kept()}
+    layers = {
+        kind: sum((layer_kept(model, cut, layer, kind) * count for layer, count in counts.items()), before)
+        for kind, before in start.items()
+    }
+    alone = [layer_kept(model, cut, layer) for layer in counts]
+    largest = max(alone, key=lambda one: one.per_token, default=Kept())
+    return StageKept(
+        layers=layers,
+        inputs=layer_input(model, cut) * sum(counts.values()) + angles(model),
+        largest=largest + layer_input(model, cut) * -1,
+        start=embedding_kept(cut) if first else Kept(),
+        finish=finish_kept(model, cut) if last else Kept(),
+    )
+
+
 def _holding(work: Workload, stage: int) -> Holding:
-    counts, full = stage_counts(work, stage), work.proposal.tuner == "full"
+    counts = stage_counts(work, stage)
     return Holding(
         base=counts.base,
         expert=counts.expert,
         trainable=counts.trainable,
         expert_trainable=counts.expert_trainable,
-        adapters=0 if full else counts.trainable * (2 if work.extras.fixed_halves else 1),
+        adapters=counts.adapters * (2 if work.extras.fixed_halves else 1),
+        adapters_trainable=counts.adapters,
         quantised=counts.linears + counts.expert if work.proposal.quantise else 0,
         moments=moment_numbers(work, stage) if work.extras.galore else None,
     )
