@@ -67,8 +67,17 @@ def gpus_of(gres: str) -> tuple[int, str]:
     return max(counts, default=(0, ""), key=lambda one: one[0])
 
 
-def job_gpus(allocation: Allocation) -> tuple[int, str]:
-    """GPUs of a job on each of its nodes, and Slurm's name of their kind: by its variables, else by what it asked for.
+@dataclass(frozen=True)
+class Share:
+    """What a job has of each of its nodes; 0 and empty where Slurm does not say. ``kind``: of its GPUs."""
+
+    gpus: int = 0
+    kind: str = ""
+    memory_mib: int = 0
+
+
+def job_share(allocation: Allocation) -> Share:
+    """What a job has of its nodes: by its variables, which not every command of Slurm's sets, else by ``scontrol``.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -76,7 +85,20 @@ def job_gpus(allocation: Allocation) -> tuple[int, str]:
     fields = fields_of(ask_again(["scontrol", "--oneliner", "show", "job", allocation.job_id]).partition("\n")[0])
     asked = fields.get("TresPerNode", "").replace("gres/", "").replace("gres:", "")
     count, kind = gpus_of(asked.replace("gpu=", "gpu:"))
-    given = re.findall(r"gres/gpu:([^=,]+)=(\d+)", fields.get("AllocTRES", fields.get("TRES", "")))
-    total = re.search(r"gres/gpu=(\d+)", fields.get("AllocTRES", fields.get("TRES", "")))
-    count = allocation.gpus_per_node or count or (int(total[1]) // allocation.nodes if total else 0)
-    return count, kind or (given[0][0] if given else "")
+    given = dict(part.split("=") for part in fields.get("AllocTRES", fields.get("TRES", "")).split(",") if "=" in part)
+    kinds = [name.partition(":")[2] for name in given if name.startswith("gres/gpu:")]
+    return Share(
+        gpus=allocation.gpus_per_node or count or int(given.get("gres/gpu", "0")) // allocation.nodes,
+        kind=kind or "".join(kinds[:1]),
+        memory_mib=allocation.memory_mib or int(mebibytes(given.get("mem", "0M")) / allocation.nodes),
+    )
+
+
+def mebibytes(size: str) -> float:
+    """A size in Slurm's words.
+
+    Example:
+        >>> mebibytes("250G"), mebibytes("4000M"), mebibytes("1.50T")
+        (256000.0, 4000.0, 1572864.0)
+    """
+    return float(size[:-1]) * 1024.0 ** ("KMGT".index(size[-1]) - 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from launch.environment import slurm_variables, usable_cores
 from launch.slurm.allocation import read_allocation
 from launch.slurm.commands import SlurmError, partitions
-from launch.slurm.nodes import job_gpus, seen_nodes
+from launch.slurm.nodes import job_share, seen_nodes
 from orchestrator.config.job import AUTO, ClusterConfig, JobConfig
 from orchestrator.detection.host import available_memory_bytes, has_driver, seen_accelerators, seen_nvlinks
 from orchestrator.errors import ConfigError
@@ -140,16 +140,15 @@ def _allocated(variables: dict[str, str]) -> Machines:
     """The nodes of the job that this process is in, with the part of them that the job has."""
     given = read_allocation(variables)
     nodes = seen_nodes(given.node_list)
-    gpus, kind = job_gpus(given)
+    share = job_share(given)
     smallest = min(nodes, key=lambda node: (node.cores, node.memory_mib))
-    memory_mib = given.memory_mib or min(node.memory_mib for node in nodes)
+    memory_mib = share.memory_mib or min(node.memory_mib for node in nodes)
     cores = min(given.cpus_per_node, smallest.cores) if "SLURM_CPUS_ON_NODE" in variables else smallest.cores
-    named = kind or smallest.kind
-    size = 0.0
-    if gpus and not named and has_driver() and (seen := seen_accelerators()).names:
+    named, size = share.kind or smallest.kind, 0.0
+    if share.gpus and not named and has_driver() and (seen := seen_accelerators()).names:
         named, size = seen.names[0], min(seen.memory_gib)
     where = f"in Slurm's job {given.job_id}"
-    return Machines(given.nodes, cores, memory_mib / 1024, gpus, named, size, given.ranks_per_node, where)
+    return Machines(given.nodes, cores, memory_mib / 1024, share.gpus, named, size, given.ranks_per_node, where)
 
 
 def _in_partition(name: str) -> Machines:

@@ -12,7 +12,7 @@ import pytest
 
 from launch.environment import usable_cores
 from launch.slurm.allocation import Allocation
-from launch.slurm.nodes import job_gpus
+from launch.slurm.nodes import Share, job_share
 from orchestrator.commands import plan_job
 from orchestrator.config.building import job_from_yaml, job_to_yaml
 from orchestrator.config.job import ClusterConfig
@@ -182,18 +182,18 @@ JOB = "JobId=7 JobState=RUNNING NumNodes=2 AllocTRES=cpu=32,mem=250G,node=2,{tre
 @pytest.mark.parametrize(
     ("tres", "asked", "given", "expected"),
     [
-        ("gres/gpu=8,gres/gpu:a100=8", "gres/gpu:4", 0, (4, "a100")),
-        ("billing=4", "gres:gpu:h100:2", 0, (2, "h100")),
-        ("gres/gpu=8", "(null)", 0, (4, "")),
-        ("gres/gpu=8,gres/gpu:a100=8", "(null)", 3, (3, "a100")),
-        ("billing=4", "(null)", 0, (0, "")),
+        ("gres/gpu=8,gres/gpu:a100=8", "gres/gpu:4", 0, Share(4, "a100", 128000)),
+        ("billing=4", "gres:gpu:h100:2", 0, Share(2, "h100", 128000)),
+        ("gres/gpu=8", "(null)", 0, Share(4, "", 128000)),
+        ("gres/gpu=8,gres/gpu:a100=8", "(null)", 3, Share(3, "a100", 128000)),
+        ("billing=4", "(null)", 0, Share(0, "", 128000)),
     ],
 )
-def test_gpus_of_a_job_are_what_it_was_given(
-    desk: Callable[[str, str], None], tres: str, asked: str, given: int, expected: tuple[int, str]
+def test_the_share_of_a_job_is_what_it_was_given(
+    desk: Callable[[str, str], None], tres: str, asked: str, given: int, expected: Share
 ) -> None:
     desk("scontrol", show(JOB.format(tres=tres, asked=asked)))
-    assert job_gpus(Allocation("7", 2, "n[1-2]", gpus_per_node=given)) == expected
+    assert job_share(Allocation("7", 2, "n[1-2]", gpus_per_node=given)) == expected
 
 
 def test_in_an_allocation_the_cluster_is_its_part_of_the_nodes(
@@ -208,7 +208,7 @@ def test_in_an_allocation_the_cluster_is_its_part_of_the_nodes(
     found = found_cluster(auto("cluster.slurm.partition=elsewhere"))
     assert (found.nodes, found.gpus_per_node, found.gpu) == (2, 4, "H100-80GB") and "in Slurm's job 7" in found.found
     on_cores = found_cluster(auto("cluster.device=cpu"))
-    assert (on_cores.gpus_per_node, on_cores.memory_gib) == (4, 125.0)
+    assert (on_cores.gpus_per_node, on_cores.memory_gib) == (4, 31.2)
 
 
 def test_open_numbers_are_for_auto_alone() -> None:
