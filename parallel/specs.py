@@ -177,7 +177,8 @@ class ClusterSpec:
     """The machines of a run. ``gpus_per_node`` counts ranks per node (processes, on a CPU).
 
     ``memory_gib`` is what one rank may use: a GPU's memory, or a rank's fair part of the host's. ``gpu`` names the
-    kind. ``found``: how the numbers were found out, in words; empty where they were named.
+    kind. ``found``: how the numbers were found out, in words; empty where they were named. ``profile``: the file of
+    what was measured there; empty where nothing was.
     """
 
     name: str
@@ -187,6 +188,7 @@ class ClusterSpec:
     memory_gib: float = 4.0
     gpu: str | None = None
     found: str = ""
+    profile: str = ""
 
     @property
     def ranks(self) -> int:

@@ -64,6 +64,7 @@ class ClusterConfig:
     Of the cluster named ``auto``, 0 and the device ``auto`` are found out (``orchestrator.detection.cluster``).
 
     ``gpu``: the kind in the catalogue of devices (``orchestrator/planning/devices.yaml``); None: an H100 on cuda.
+    ``profile``: a file of ``isotrain calibrate``; None: this host's, where it has one and the plan is for it.
     """
 
     name: str = "laptop"
@@ -72,6 +73,7 @@ class ClusterConfig:
     device: str = "cpu"
     memory_gib: float = 4.0
     gpu: str | None = None
+    profile: str | None = None
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 

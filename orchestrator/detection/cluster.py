@@ -9,10 +9,12 @@ from launch.environment import slurm_variables, usable_cores
 from launch.slurm.allocation import read_allocation
 from launch.slurm.commands import SlurmError, partitions
 from launch.slurm.nodes import job_share, seen_nodes
-from orchestrator.config.job import AUTO, ClusterConfig, JobConfig
+from orchestrator.config.job import AUTO, ClusterConfig, JobConfig, SlurmConfig
 from orchestrator.detection.host import available_memory_bytes, has_driver, seen_accelerators, seen_nvlinks
 from orchestrator.errors import ConfigError
 from orchestrator.planning.devices import device, seen_device
+from orchestrator.planning.estimate import cluster_device
+from orchestrator.planning.profile import profile_file, read_profile
 from parallel.specs import ClusterSpec
 
 MOST_RANKS = 4
@@ -41,12 +43,25 @@ class Machines:
 def found_cluster(asked: ClusterConfig) -> ClusterSpec:
     """The cluster of a job: as it was named, or for ``cluster=auto`` as it is found now; what was typed stays.
 
+    With it the profile of this host, where there is one, it is of these devices, and the cluster is one node and not
+    Slurm's.
+
     Looked at is, in this order: the allocation of Slurm's that this process is in, the partition that
     ``cluster.slurm.partition`` names, this host.
 
     Raises:
         ConfigError: there is no such partition or no GPU, or Slurm does not answer.
     """
+    found = _found(asked)
+    profile = asked.profile or ""
+    if not profile and found.nodes == 1 and asked.slurm == SlurmConfig():
+        file = profile_file(found.device)
+        kind = cluster_device(found).kind
+        profile = str(file) if file.is_file() and read_profile(str(file)).kind == kind else ""
+    return replace(found, profile=profile)
+
+
+def _found(asked: ClusterConfig) -> ClusterSpec:
     is_open = asked.device == AUTO or not (asked.nodes and asked.gpus_per_node and asked.memory_gib)
     if asked.name != AUTO or not is_open:
         sizes = (asked.nodes, asked.gpus_per_node)

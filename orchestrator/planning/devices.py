@@ -20,6 +20,21 @@ FALLBACKS = {"fp4": "fp8", "fp8": "bf16", "bf16": "fp16", "fp16": "bf16"}
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a profile of one machine adds to its figures (``orchestrator.planning.profile``).
+
+    ``attention``: its rate / that of products. ``message_s``: one message between ranks of a host. ``threads``: of a
+    process, on ``cores`` that all share (0: every rank has a device of its own). ``words``: where and when.
+    """
+
+    attention: float
+    message_s: float
+    threads: int
+    cores: int
+    words: str
+
+
+@dataclass(frozen=True)
 class Device:
     """One kind of accelerator.
 
@@ -30,6 +45,7 @@ class Device:
         message_s: latency of one message, where it was measured (0: the model's constant).
         sources: for each figure where it was printed.
         calibrated: whether a published run on this kind is among the benchmark's rows.
+        measured: what was measured of the machine at hand, where it was.
     """
 
     kind: str
@@ -43,6 +59,7 @@ class Device:
     message_s: float
     calibrated: bool
     sources: dict[str, str]
+    measured: Measured | None = None
 
     @property
     def is_measured(self) -> bool:

@@ -20,6 +20,7 @@ from orchestrator.planning.kept import (
     layer_kept,
 )
 from orchestrator.planning.memory import StageMemory, stage_memory
+from orchestrator.planning.profile import measured_device
 from orchestrator.planning.setup import Holding, Setup, Software
 from orchestrator.planning.shape import Shape, shape_of
 from orchestrator.planning.timing import StepTime, step_time
@@ -34,12 +35,13 @@ DEFAULT_KIND = {"cpu": "cpu", "cuda": "H100-80GB"}
 
 
 def cluster_device(cluster: ClusterSpec) -> Device:
-    """The catalogue's entry of a cluster's devices.
+    """The catalogue's entry of a cluster's devices, with what its profile has measured.
 
     Raises:
-        ConfigError: the catalogue has no ``cluster.gpu``.
+        ConfigError: the catalogue has no ``cluster.gpu``, or the profile is of another kind.
     """
-    return device(cluster.gpu or DEFAULT_KIND[cluster.device])
+    found = device(cluster.gpu or DEFAULT_KIND[cluster.device])
+    return measured_device(cluster.profile, cluster.gpus_per_node, found.kind) if cluster.profile else found
 
 
 def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:

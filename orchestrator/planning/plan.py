@@ -175,6 +175,8 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     job, cluster, topology = question.job, question.cluster, best.proposal.topology
     asked = {key: value for key, value in asdict(job.topology).items() if value is not None}
     reasons = [f"cluster={cluster.name}: {cluster.found}"] if cluster.found else []
+    if measured := best.setup.device.measured:
+        reasons.append(f"times as {measured.words}")
     if asked:
         reasons.append("asked for: " + " ".join(f"topology.{key}={str(value).lower()}" for key, value in asked.items()))
     topologies = 1 + sum(one.step_s > 0 for one in found.rejected)
