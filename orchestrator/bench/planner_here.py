@@ -14,7 +14,7 @@ from orchestrator.bench.planner import table
 from orchestrator.commands import plan_job, train
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ResourceError
-from orchestrator.pages import between_marks
+from orchestrator.marks import between_marks
 
 MARK = "<!-- planner here: written by `isotrain bench planner --here --write docs/planner.md` -->"
 RUN = (

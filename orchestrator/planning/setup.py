@@ -59,8 +59,8 @@ class Holding:
 
     ``trainable``: those with a gradient, adapters included; ``expert_trainable``: of them those of experts.
     ``adapters``: parameters beside ``base``, fixed ones among them; ``adapters_trainable``: without these.
-    ``quantised``: those of ``base`` in 4 bits. ``moments``: numbers that the optimizer keeps beside master weights, where
-    these are not Adam's two for each trained parameter.
+    ``quantised``: those of ``base`` in 4 bits. ``moments``: numbers that the optimizer keeps beside master weights,
+    where these are not Adam's two for each trained parameter.
     """
 
     base: float
