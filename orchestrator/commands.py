@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.environment import ledger_file
 from launch.exits import RankExit, clear_exits
 from launch.launcher import render
 from launch.local import launch
@@ -83,10 +84,12 @@ def plan_job(job: JobConfig) -> Planned:
     Raises:
         ConfigError, SpecError: the job cannot work on its cluster; says why, with a hint.
     """
+    from orchestrator.ledger import corrected
     from orchestrator.planning.plan import make_plan
 
     model, cluster = model_spec(job.model), found_cluster(job.cluster)
-    return Planned(on_cluster(job, cluster), model, make_plan(job, model, cluster))
+    plan = corrected(make_plan(job, model, cluster), job, model, ledger_file())
+    return Planned(on_cluster(job, cluster), model, plan)
 
 
 def plan_advice(planned: Planned) -> Advice:

@@ -22,7 +22,16 @@ RUN = (
     *("batch.global_sequences=8", "batch.micro_sequences=1", "batch.sequence_tokens=128", "memory.recompute=none"),
     *("optimizer.distributed=false", "topology.vpp=1", "topology.sp=false", "checkpoint.every_steps=0"),
 )
-TOPOLOGIES = ({}, {"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 3}, {"dp": 4}, {"pp": 2, "dp": 2}, {"pp": 4})
+TOPOLOGIES: tuple[dict[str, int], ...] = (
+    {},
+    {"dp": 2},
+    {"pp": 2},
+    {"cp": 2},
+    {"tp": 3},
+    {"dp": 4},
+    {"pp": 2, "dp": 2},
+    {"pp": 4},
+)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,15 @@ DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "bf16"}
 
 
 @dataclass(frozen=True)
+class History:
+    """What similar runs took, in terms of their own estimates: medians over ``runs``."""
+
+    runs: int
+    time: float
+    memory: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """A topology, the batch split and the estimates behind them.
 
@@ -44,6 +53,7 @@ class Plan:
         considered: layouts that were weighed: topologies with their settings.
         passes: estimated seconds of one micro-batch on every stage; empty in a plan.json of before.
         cluster: what the plan is for, as it was named or found; None in a plan of isotrain 0.1.
+        history: what similar runs took; None where there is none.
     """
 
     topology: Topology
@@ -70,6 +80,17 @@ class Plan:
     considered: int = 0
     passes: tuple[StagePass, ...] = ()
     cluster: ClusterSpec | None = None
+    history: History | None = None
+
+    @property
+    def expected_step_s(self) -> float:
+        """The estimated step, corrected by similar runs where there are any."""
+        return self.step_time.total_s * (self.history.time if self.history else 1.0)
+
+    @property
+    def expected_bytes(self) -> float:
+        """The estimate of the fullest rank, corrected alike."""
+        return max(stage.total for stage in self.memory) * (self.history.memory if self.history else 1.0)
 
     def to_json(self) -> str:
         """The text of plan.json."""
@@ -95,6 +116,7 @@ class Plan:
                     "rejected": tuple(Rejected(**one) for one in value["rejected"]),
                     "passes": tuple(StagePass(**one) for one in value.get("passes", ())),
                     "cluster": ClusterSpec(**value["cluster"]) if value.get("cluster") else None,
+                    "history": History(**value["history"]) if value.get("history") else None,
                 }
             )
         except (ValueError, TypeError, KeyError) as error:

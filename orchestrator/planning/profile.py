@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from launch.environment import isotrain_cache
+from launch.environment import profiles_folder
 from orchestrator.errors import ConfigError
 from orchestrator.planning.devices import Device, Measured, device
 
@@ -88,7 +88,7 @@ def fit_link(messages: Sequence[Message]) -> tuple[float, float]:
 
 def profile_file(device: str, host: str | None = None) -> Path:
     """Where this host's profile is kept by default, for each of its devices (cpu or cuda)."""
-    return isotrain_cache() / "profiles" / f"{host or socket.gethostname()}-{device}.json"
+    return profiles_folder() / f"{host or socket.gethostname()}-{device}.json"
 
 
 @lru_cache(maxsize=8)

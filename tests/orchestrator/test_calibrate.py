@@ -50,7 +50,7 @@ JOB = ["model=smollm2_135m", "data=lighthouse", "topology.tp=1", "topology.cp=1"
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with a profile of this host's CPU."""
-    monkeypatch.setenv("ISOTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ISOTRAIN_PROFILES", str(tmp_path / "profiles"))
     file = profile_file("cpu")
     file.parent.mkdir(parents=True)
     file.write_text(PROFILE.to_json())
