@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -47,10 +48,17 @@ def cluster_device(cluster: ClusterSpec) -> Device:
 def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
     """The setup of a workload on a cluster, with its exact parameters."""
     proposal, topology = work.proposal, work.proposal.topology
-    alike, stand_ins = _stages_alike(work.model, work.adapted, work.stages, topology.pp, bool(work.extras.chosen))
+    alike, stand_ins, layers = _stages_alike(
+        work.model, work.adapted, work.stages, topology.pp, bool(work.extras.chosen)
+    )
     held = {stage: _holding(work, stage) for stage, _ in alike}
     cut = _cut(work, cluster)
-    kept = {} if work.model.latent else {stage: _stage_kept(work, cut, stage) for stage, _ in alike}
+    kept: dict[int, StageKept] = {}
+    if not work.model.latent:
+        alone = _layers_kept(work.model, cut)
+        kept = {
+            stage: _stage_kept(work, cut, stage, [(alone[one], n) for one, n in layers[stage]]) for stage, _ in alike
+        }
     return Setup(
         shape=_trained_shape(work.model),
         device=cluster_device(cluster),
@@ -113,42 +121,47 @@ def _stage_sizes(stages: tuple[tuple[int, ...], ...], pp: int) -> tuple[int, ...
 @lru_cache(maxsize=1024)
 def _stages_alike(
     model: ModelSpec, adapted: frozenset[str], stages: tuple[tuple[int, ...], ...], pp: int, chosen: bool
-) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
-    """Stages that stand for all that have the same layers, with their number; and for each stage the one that does.
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], dict[int, tuple[tuple[int, int], ...]]]:
+    """Stages that stand for all that have the same layers, with their number; for each stage the one that does; and the
+    layers of those that stand for others, each that is like no other with its number.
 
     The ends hold more than layers, and weights may be ``chosen`` by name: these stages are like no other.
     """
     alike = layers_alike(model, adapted)
     first: dict[object, int] = {}
-    stand_ins = []
+    stand_ins, held = [], {}
     for stage in range(pp):
         layers = frozenset(Counter(alike[layer] for layer in stage_layers(stages, pp, stage)).items())
         alone = stage if chosen or stage in (0, pp - 1) else None
         stand_ins.append(first.setdefault((alone, layers), stage))
-    return tuple(sorted(Counter(stand_ins).items())), tuple(stand_ins)
+        held[stand_ins[-1]] = tuple(layers)
+    return tuple(sorted(Counter(stand_ins).items())), tuple(stand_ins), held
 
 
-def _stage_kept(work: Workload, cut: Cut, stage: int) -> StageKept:
-    """What a stage keeps of a micro-batch.
+@lru_cache(maxsize=512)
+def _layers_kept(model: ModelSpec, cut: Cut) -> dict[int, dict[str, Kept]]:
+    """What each layer keeps that no other is like, by recompute."""
+    kinds = ("none", "selective")
+    distinct = set(layers_alike(model, cut.adapted))
+    return {layer: {kind: layer_kept(model, cut, layer, kind) for kind in kinds} for layer in distinct}
+
+
+def _stage_kept(work: Workload, cut: Cut, stage: int, held: Sequence[tuple[dict[str, Kept], int]]) -> StageKept:
+    """What a stage keeps of a micro-batch that holds so many of these layers.
 
     Where nothing before the first layer learns, its norm keeps nothing; under recompute what is embedded is made to
     take a gradient (``parallel.engines.megatron_model``).
     """
-    model, alike = work.model, layers_alike(work.model, work.adapted)
-    counts = Counter(alike[layer] for layer in stage_layers(work.stages, work.proposal.topology.pp, stage))
+    model = work.model
     first, last = stage == 0, stage == work.proposal.topology.pp - 1
     learned = work.adapted | {name.removesuffix(".weight") for name in work.extras.chosen}
     is_frozen = first and not cut.is_full and names.EMBEDDING_MODULE not in learned
     start = {"none": first_norm(model, cut) * -1 if is_frozen else Kept(), "selective": Kept()}
-    layers = {
-        kind: sum((layer_kept(model, cut, layer, kind) * count for layer, count in counts.items()), before)
-        for kind, before in start.items()
-    }
-    alone = [layer_kept(model, cut, layer) for layer in counts]
-    largest = max(alone, key=lambda one: one.per_token, default=Kept())
+    layers = {kind: sum((one[kind] * count for one, count in held), before) for kind, before in start.items()}
+    largest = max((one["none"] for one, _ in held), key=lambda one: one.per_token, default=Kept())
     return StageKept(
         layers=layers,
-        inputs=layer_input(model, cut) * sum(counts.values()) + angles(model),
+        inputs=layer_input(model, cut) * sum(count for _, count in held) + angles(model),
         largest=largest + layer_input(model, cut) * -1,
         start=embedding_kept(cut) if first else Kept(),
         finish=finish_kept(model, cut) if last else Kept(),

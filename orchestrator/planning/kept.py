@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 from parallel import names
 from parallel.families.family import Linear
@@ -83,7 +82,6 @@ class Cut:
         return 1 / self.tp if self.sp else 1.0
 
 
-@lru_cache(maxsize=4096)
 def layer_kept(model: ModelSpec, cut: Cut, layer: int, recompute: str = "none") -> Kept:
     """What one layer keeps for one micro-batch."""
     value, hidden = cut.value_bytes, model.hidden
