@@ -53,12 +53,8 @@ def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
     )
     held = {stage: _holding(work, stage) for stage, _ in alike}
     cut = _cut(work, cluster)
-    kept: dict[int, StageKept] = {}
-    if not work.model.latent:
-        alone = _layers_kept(work.model, cut)
-        kept = {
-            stage: _stage_kept(work, cut, stage, [(alone[one], n) for one, n in layers[stage]]) for stage, _ in alike
-        }
+    alone = _layers_kept(work.model, cut)
+    kept = {stage: _stage_kept(work, cut, stage, [(alone[one], n) for one, n in layers[stage]]) for stage, _ in alike}
     return Setup(
         shape=_trained_shape(work.model),
         device=cluster_device(cluster),
@@ -85,7 +81,7 @@ def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
         software=OURS,
         stage_holdings=tuple(held[stage] for stage in stand_ins),
         alike=alike,
-        stage_kept=tuple(kept[stage] for stage in stand_ins) if kept else (),
+        stage_kept=tuple(kept[stage] for stage in stand_ins),
     )
 
 

@@ -4,7 +4,7 @@ The method is that of Korthikanti et al. 2022 (arXiv:2205.05198, section 4): wha
 divided by tp, the rest only under sequence parallelism. The terms are those of ``parallel/fused.py``,
 ``fused_attention.py``, ``lora.py``, ``dora.py``, ``context_attention.py`` and of megatron-core's mixture of experts;
 ``tests/distributed/test_held_memory.py`` holds them to 3 % of what autograd keeps. Experts are taken to get equal
-shares of the tokens. Latent attention is not described here.
+shares of the tokens.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def layer_kept(model: ModelSpec, cut: Cut, layer: int, recompute: str = "none") 
     value, hidden = cut.value_bytes, model.hidden
     norms = (4 if model.sandwich_norms else 2) * (hidden * value + FULL_PRECISION) * cut.share
     offsets = (4 if model.sandwich_norms else 2) * hidden * FULL_PRECISION if model.norm_offset else 0
-    total = Kept(norms, fixed=offsets) + _attention(model, cut, layer, recompute)
+    attend = _latent_attention if model.latent else _attention
+    total = Kept(norms, fixed=offsets) + attend(model, cut, layer, recompute)
     linears = names.layer_names(model, layer).linears
     if model.has_experts(layer):
         total += _experts(model, cut, linears, layer)
@@ -140,7 +141,7 @@ def _inputs(model: ModelSpec, cut: Cut, linears: tuple[Linear, ...], layer: int)
     value, hidden = cut.value_bytes, model.hidden
     attends = {linear.path for linear in linears if linear.path.startswith("self_attention.")}
     found = 0.0
-    before = [one for one in linears if one.path in attends and one.cut == "column"]
+    before = [one for one in linears if one.path in attends and not one.path.endswith(("_up", "_proj"))]
     if any(_needs_input(cut, linear, layer) for linear in before):
         found += hidden * value * cut.share
     behind = [one for one in linears if one.path not in attends and not one.expert and one.cut != "row"]
@@ -158,7 +159,7 @@ def _linear(model: ModelSpec, cut: Cut, linear: Linear, layer: int) -> Kept:
     roles = _learns(cut, linear, layer)
     if not roles:
         return Kept()
-    value, tokens = cut.value_bytes, cut.share if linear.cut == "row" else 1.0
+    value, tokens = cut.value_bytes, 1.0 if linear.cut == "column" else cut.share
     columns, rows = (cut.tp if linear.cut == kind else 1 for kind in ("column", "row"))
     out = sum(names.shape(role, model)[0] for role, _ in linear.parts) / columns
     width = names.shape(linear.parts[0][0], model)[1] / rows
@@ -198,6 +199,33 @@ def _attention(model: ModelSpec, cut: Cut, layer: int, recompute: str) -> Kept:
     if repeats and not windowed:
         return Kept(4 * query + lse + normed + (fused if model.qk_norm else 0.0), turns)
     return Kept(query + key + fused + query + lse + normed, turns)
+
+
+def _latent_attention(model: ModelSpec, cut: Cut, layer: int, recompute: str) -> Kept:
+    """The same of ``parallel/provider_latent.py``.
+
+    Compressed queries, keys and values before and after their norm, which every tensor-parallel rank has whole;
+    queries, keys and values padded to one width, with the output; cosines and sines of the turned features. Under
+    selective recompute they are not padded, and values are a view that keeps what they were made with.
+    """
+    latent = model.latent
+    assert latent is not None
+    value, heads = cut.value_bytes, model.heads / cut.tp
+    need = {
+        one.path.removeprefix("self_attention.linear_"): _needs_input(cut, one, layer)
+        for one in names.layer_names(model, layer).linears
+    }
+    found = ((latent.latent_rank + latent.rotary_dim) * value + FULL_PRECISION) * cut.share
+    found += latent.latent_rank * value * cut.share * need["kv_up"]
+    if latent.query_rank:
+        found += (latent.query_rank * value + FULL_PRECISION) * cut.share
+        found += latent.query_rank * value * cut.share * need["q_up"]
+    found += heads * latent.value_dim * value * need["proj"]
+    if recompute == "selective":
+        found += heads * (2 * latent.key_dim + latent.plain_dim + latent.value_dim) * value
+    else:
+        found += heads * (4 * model.attended_dim * value + FULL_PRECISION)
+    return Kept(found, 2 * latent.rotary_dim * FULL_PRECISION)
 
 
 def _is_fused(model: ModelSpec, cut: Cut, layer: int, recompute: str) -> bool:
