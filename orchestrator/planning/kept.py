@@ -17,6 +17,8 @@ from parallel.families.family import Linear
 from parallel.specs import ModelSpec
 
 FULL_PRECISION = 4
+MAGNITUDES = 2 * FULL_PRECISION + 1
+"""Bytes of a row of DoRA's: its length, its factor, and whether it is adapted."""
 INDEX = 8
 """Bytes of a position in a tensor: torch's int64."""
 
@@ -166,7 +168,7 @@ def _linear(model: ModelSpec, cut: Cut, linear: Linear, layer: int) -> Kept:
     low = len(roles) * cut.rank
     found = Kept(low * value * tokens, fixed=low * (out + width) * value)
     if cut.magnitudes:
-        found += Kept(out * value * tokens, fixed=out * (2 * FULL_PRECISION + 1))
+        found += Kept(out * value * tokens, fixed=out * MAGNITUDES)
     return found
 
 
@@ -259,6 +261,9 @@ def _experts(model: ModelSpec, cut: Cut, linears: tuple[Linear, ...], layer: int
         width = sizes[0][1] / (cut.etp if linear.cut == "row" else 1)
         row += low * value
         fixed += low * (out + width) * value * (model.experts // cut.ep)
+        if cut.magnitudes and low:
+            row += out * value
+            fixed += out * MAGNITUDES * (model.experts // cut.ep)
     spread = cut.share * cut.etp
     chosen = model.experts * (1 + FULL_PRECISION) + copies * (2 * INDEX + FULL_PRECISION)
     found = Kept(copies * row * spread + chosen * cut.share, fixed=fixed)

@@ -43,6 +43,7 @@ FINER = {
     "latent-lora-tp2-sp": Run("deepseek_v3", topology=Topology(tp=2), sp=True),
     "latent-full-cp2": Run("deepseek_v2", topology=Topology(cp=2), full=True),
     "experts-lora": Run("qwen3_moe", targets=r".*(self_attn|experts).*"),
+    "experts-dora": Run("qwen3_moe", targets=r".*(self_attn|experts).*", dora=True),
     "full-recomputed": Run(full=True, recompute="full"),
     "lora-selective": Run(recompute="selective"),
     "full-selective": Run(recompute="selective", full=True),
