@@ -152,6 +152,30 @@ def isotrain_cache(variables: Mapping[str, str] | None = None) -> Path:
     return Path(known.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isotrain"
 
 
+def profiles_folder(variables: Mapping[str, str] | None = None) -> Path:
+    """Where measured profiles of machines lie: $ISOTRAIN_PROFILES, else ``profiles`` in isotrain's cache.
+
+    Example:
+        >>> profiles_folder({"ISOTRAIN_CACHE": "/scratch"}).as_posix()
+        '/scratch/profiles'
+    """
+    known = os.environ if variables is None else variables
+    return Path(known.get("ISOTRAIN_PROFILES") or isotrain_cache(known) / "profiles").expanduser()
+
+
+def ledger_file(variables: Mapping[str, str] | None = None) -> Path | None:
+    """Where runs are noted: $ISOTRAIN_LEDGER (empty: nowhere), else ``ledger.sqlite`` in isotrain's cache.
+
+    Example:
+        >>> ledger_file({"ISOTRAIN_CACHE": "/scratch"}), ledger_file({"ISOTRAIN_LEDGER": ""})
+        (PosixPath('/scratch/ledger.sqlite'), None)
+    """
+    known = os.environ if variables is None else variables
+    if "ISOTRAIN_LEDGER" in known:
+        return Path(known["ISOTRAIN_LEDGER"]).expanduser() if known["ISOTRAIN_LEDGER"] else None
+    return isotrain_cache(known) / "ledger.sqlite"
+
+
 def hugging_face_cache(variables: Mapping[str, str] | None = None) -> Path:
     """Where huggingface_hub keeps snapshots: $HF_HUB_CACHE, else $HF_HOME/hub, else ~/.cache/huggingface/hub.
 

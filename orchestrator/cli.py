@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.calibrate.command import add_calibrate, run_calibrate
 from orchestrator.cli_checkpoints import add_checkpoints, add_verify, run_checkpoints, run_explain, run_verify
 from orchestrator.cli_doors import add_convert, add_copy, add_export, run_convert, run_copy, run_export
 from orchestrator.cli_plan import add_bench, add_plan, run_bench, run_plan, show_plan
@@ -274,6 +275,12 @@ COMMANDS: dict[str, Command] = {
         "isotrain certify model=smollm2_135m --up-to 2 --tuner lora",
         _add_certify,
         _certify,
+    ),
+    "calibrate": Command(
+        "Measure this machine in under 3 minutes; plans for it use what was measured, and say so.",
+        "isotrain calibrate",
+        add_calibrate,
+        run_calibrate,
     ),
     "bench": Command(
         "Hold the planner's estimates against published, measured runs.",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.environment import ledger_file
 from launch.exits import RankExit, clear_exits
 from launch.launcher import render
 from launch.local import launch
@@ -20,12 +21,13 @@ from launch.states import clear_states
 from orchestrator.config.building import read_job
 from orchestrator.config.job import ClusterConfig, JobConfig, ModelConfig
 from orchestrator.config.loading import compose_job, override_job
+from orchestrator.detection.cluster import found_cluster, on_cluster
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.locking import locked
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.recovery import patience, progress, run_ranks
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, write_run
-from parallel.specs import ClusterSpec, ModelSpec, SpecError
+from parallel.specs import ModelSpec, SpecError
 
 if TYPE_CHECKING:
     from orchestrator.explaining import Explanation
@@ -82,17 +84,19 @@ def plan_job(job: JobConfig) -> Planned:
     Raises:
         ConfigError, SpecError: the job cannot work on its cluster; says why, with a hint.
     """
+    from orchestrator.ledger import corrected
     from orchestrator.planning.plan import make_plan
 
-    model = model_spec(job.model)
-    return Planned(job, model, make_plan(job, model, cluster_spec(job.cluster)))
+    model, cluster = model_spec(job.model), found_cluster(job.cluster)
+    plan = corrected(make_plan(job, model, cluster), job, model, ledger_file())
+    return Planned(on_cluster(job, cluster), model, plan)
 
 
 def plan_advice(planned: Planned) -> Advice:
     """What a plan achieves, and what fewer ranks or one change would do."""
     from orchestrator.planning.advice import advise
 
-    return advise(planned.job, planned.model, cluster_spec(planned.job.cluster), planned.plan)
+    return advise(planned.job, planned.model, found_cluster(planned.job.cluster), planned.plan)
 
 
 def explain_choice(overrides: Sequence[str], asked: Sequence[str]) -> list[str]:
@@ -107,13 +111,7 @@ def explain_choice(overrides: Sequence[str], asked: Sequence[str]) -> list[str]:
     planned = plan_job(compose_job(list(overrides)))
     other = compose_job([*overrides, *asked])
     model = model_spec(other.model)
-    return why(planned.job, model, cluster_spec(other.cluster), planned.plan, other)
-
-
-def cluster_spec(cluster: ClusterConfig) -> ClusterSpec:
-    """The cluster as the planner knows it."""
-    sizes = (cluster.nodes, cluster.gpus_per_node)
-    return ClusterSpec(cluster.name, *sizes, cluster.device, cluster.memory_gib, cluster.gpu)
+    return why(planned.job, model, found_cluster(other.cluster), planned.plan, other)
 
 
 def rendered_launch(planned: Planned, run_dir: Path) -> Rendered:
@@ -186,8 +184,8 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     if decision.kind == "finished":
         return Finished(run_dir, 0, decision.step, decision.message)
     check_files(job, decision.kind)
-    check_device(job.cluster)
     planned = plan_job(job)
+    check_device(planned.job.cluster)
     rendered = rendered_launch(planned, run_dir)
     make_folder(run_dir)
     say(decision.message)

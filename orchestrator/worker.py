@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from launch.environment import RankEnvironment, isotrain_cache, meeting_place, rank_environment, wanted_threads
+from launch.environment import (
+    RankEnvironment,
+    isotrain_cache,
+    ledger_file,
+    meeting_place,
+    rank_environment,
+    wanted_threads,
+)
 from launch.exits import first_cause, read_exits
 from launch.meeting import meet
 from launch.states import preparing
@@ -25,13 +32,14 @@ from orchestrator.config.building import read_job
 from orchestrator.config.job import JobConfig
 from orchestrator.data import TokenisedData, prepare
 from orchestrator.errors import ConfigError, ExitCode, IsotrainError
+from orchestrator.ledger import append, likeness, measured, steps_of
 from orchestrator.locking import still_mine
 from orchestrator.loop import Run, train
 from orchestrator.metrics import Metrics
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.plan import Plan
 from orchestrator.restoring import Restoring, restore
-from parallel.device import backend
+from parallel.device import backend, peak_bytes
 from parallel.groups import open_groups
 
 Value = TypeVar("Value")
@@ -176,7 +184,20 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, 
     finally:
         if metrics is not None:
             metrics.close()
+    _note(me, run, start.steps + 1)
     return int(code)
+
+
+def _note(me: RankEnvironment, run: Run, first_step: int) -> None:
+    """Append what this launch took to the ledger; all ranks call it, for each knows its own peak."""
+    peak = torch.tensor(peak_bytes(run.plan.device))
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=run.cpu_group)
+    file, found = ledger_file(), measured(steps_of(run.run_dir / "metrics.jsonl", first_step), int(peak))
+    if me.rank or file is None or found is None:
+        return
+    problem = append(file, likeness(run.job, model_spec(run.job.model), run.plan), run.plan, found)
+    if problem:
+        print(problem, file=sys.stderr, flush=True)
 
 
 def _open_data(me: RankEnvironment, job: JobConfig, run_dir: Path, cpu_group: dist.ProcessGroup) -> TokenisedData:

@@ -8,6 +8,7 @@ factories build on the CPU and whose streams and events do nothing. With an acce
 from __future__ import annotations
 
 import contextlib
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -191,3 +192,10 @@ def cuda_type_names() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that this process has had: what torch handed out on a GPU, what was resident on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

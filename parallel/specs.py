@@ -177,7 +177,8 @@ class ClusterSpec:
     """The machines of a run. ``gpus_per_node`` counts ranks per node (processes, on a CPU).
 
     ``memory_gib`` is what one rank may use: a GPU's memory, or a rank's fair part of the host's. ``gpu`` names the
-    kind.
+    kind. ``found``: how the numbers were found out, in words; empty where they were named. ``profile``: the file of
+    what was measured there; empty where nothing was.
     """
 
     name: str
@@ -186,6 +187,8 @@ class ClusterSpec:
     device: str = "cpu"
     memory_gib: float = 4.0
     gpu: str | None = None
+    found: str = ""
+    profile: str = ""
 
     @property
     def ranks(self) -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ISOTRAIN_LEDGER"] = ""  # what this machine's user has run or measured is no part of any test
+os.environ["ISOTRAIN_PROFILES"] = "/dev/null/profiles"
 
 import pytest
 

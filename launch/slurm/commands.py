@@ -185,11 +185,11 @@ def job_states(job_id: str) -> list[JobState]:
         if UNKNOWN_JOB.search(str(error)):
             return _accounted(job_id) or [JobState(job_id, UNKNOWN, FORGOTTEN)]
         return [JobState(job_id, UNKNOWN, str(error).splitlines()[0])]
-    states = [_state(_fields(line)) for line in shown.splitlines() if line.strip()]
+    states = [_state(fields_of(line)) for line in shown.splitlines() if line.strip()]
     return sorted(states, key=lambda state: (len(state.job_id), state.job_id))
 
 
-def _fields(line: str) -> dict[str, str]:
+def fields_of(line: str) -> dict[str, str]:
     """``Key=value`` pairs of scontrol's one line. The first of a name counts: what users choose (paths) comes last."""
     fields: dict[str, str] = {}
     for word in line.split():
@@ -235,7 +235,7 @@ def _accounted(job_id: str) -> list[JobState]:
 def was_preempted(job_id: str) -> bool:
     """Whether Slurm is taking a running job's nodes for another one."""
     try:
-        fields = _fields(ask_again(["scontrol", "--oneliner", "show", "job", job_id]))
+        fields = fields_of(ask_again(["scontrol", "--oneliner", "show", "job", job_id]))
     except SlurmError:
         return False
     return fields.get("PreemptTime", "None") != "None" and fields.get("JobState") in ("RUNNING", "PREEMPTED")
@@ -248,7 +248,7 @@ def node_address(node: str) -> str:
         SlurmError: Slurm does not answer, or does not know the node.
     """
     shown = ask_again(["scontrol", "--oneliner", "show", "node", node])
-    return _fields(shown).get("NodeAddr", node)
+    return fields_of(shown).get("NodeAddr", node)
 
 
 def host_names(node_list: str) -> list[str]:

@@ -74,7 +74,7 @@ class Report:
             "summary": self._summary_table(),
             "time": self._time_table(),
             "memory": self._memory_table(),
-            "regret": _table(("group", "regret", "sweeps"), _rows(regrets(self.predictions))),
+            "regret": table(("group", "regret", "sweeps"), _rows(regrets(self.predictions))),
             "constants": _constants_table(),
             "devices": _devices_table(),
         }
@@ -91,14 +91,14 @@ class Report:
             "runs out of memory that were foreseen": found,
             "runs that ran and were called too large": alarms,
         }
-        return _table(("score", "value", "of"), [row for row in _rows(lines) if row[2] != "0"])
+        return table(("score", "value", "of"), [row for row in _rows(lines) if row[2] != "0"])
 
     def _choice_table(self) -> str:
         rows = []
         for group, score in held_by_group(self.choices).items():
             fitting = sum(one.fits for one in self.choices if one.group == group)
             rows.append((group, f"{score.value:.1%}", str(score.count), str(fitting)))
-        return _table(("group", "held", "configurations", "fit by estimate"), rows)
+        return table(("group", "held", "configurations", "fit by estimate"), rows)
 
     def _time_table(self) -> str:
         times = time_errors(self.predictions)
@@ -106,14 +106,14 @@ class Report:
         for group, score in times.items():
             without = f"{self.left_out[group].value:.1%}" if group in self.left_out else "-"
             rows.append((group, f"{score.value:.1%}", without, str(score.count)))
-        return _table(("group", "error", "left out", "configurations"), rows)
+        return table(("group", "error", "left out", "configurations"), rows)
 
     def _memory_table(self) -> str:
         rows = [
             (group, kind.split(",")[0].split(" on ")[0], f"{score.value:.1%}", str(score.count))
             for (group, kind), score in memory_errors(self.predictions).items()
         ]
-        return _table(("group", "reading", "error", "rows"), rows)
+        return table(("group", "reading", "error", "rows"), rows)
 
 
 def bench(
@@ -197,7 +197,7 @@ def _constants_table() -> str:
     meanings = re.findall(r"(?ms)^ {8}(\w+): (.*?)(?=^ {8}\w+: |\Z)", (Constants.__doc__ or "").split("Args:")[1])
     told = {name: " ".join(meaning.split()) for name, meaning in meanings}
     rows = [(f"`{each.name}`", f"{getattr(FITTED, each.name):.3g}", told[each.name]) for each in fields(Constants)]
-    return _table(("constant", "value", "what it is"), rows)
+    return table(("constant", "value", "what it is"), rows)
 
 
 def _devices_table() -> str:
@@ -219,14 +219,14 @@ def _devices_table() -> str:
             )
         )
     names = ("kind", "bf16", "fp8", "GB", "TB/s", "link GB/s", "domain", "network GB/s", "calibrated")
-    return _table(names, rows)
+    return table(names, rows)
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table.
 
     Example:
-        >>> print(_table(("a", "b"), [("x", "1")]))
+        >>> print(table(("a", "b"), [("x", "1")]))
         | a | b |
         | --- | ---: |
         | x | 1 |

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.config.job import JobConfig, TunerConfig
+from orchestrator.config.job import AUTO, JobConfig, TunerConfig
 from orchestrator.errors import ConfigError
 from parallel.galore_spec import PROJECTIONS
 
@@ -29,6 +29,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.on_failure": ("stop", "continue"),
     "metrics.sinks": ("jsonl", "tensorboard", "wandb"),
 }
+
+FOUND_OUT = {"cluster.nodes": 0, "cluster.gpus_per_node": 0, "cluster.memory_gib": 0, "cluster.device": AUTO}
 
 PROLOGUES = ("module", "venv", "conda", "apptainer", "pyxis")
 
@@ -100,14 +102,14 @@ def check_values(job: JobConfig) -> None:
     for key, choices in CHOICES.items():
         value = _value(job, key)
         for item in value if isinstance(value, list) else [value]:
-            if item is not None and item not in choices:
+            if item is not None and item not in choices and not _is_found_out(job, key, item):
                 meant = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32"}.get(str(item), str(item))
                 near = (difflib.get_close_matches(meant, choices, n=1) or [choices[0]])[0]
                 proposal = f"[{near}]" if isinstance(value, list) else near
                 raise ConfigError(f"{key}={item} is none of {', '.join(choices)}", f"{key}={proposal}")
     for key, (asked, is_right, example) in RANGES.items():
         value = _value(job, key)
-        if value is not None and not is_right(value):
+        if value is not None and not is_right(value) and not _is_found_out(job, key, value):
             raise ConfigError(f"{key}={value} should be {asked}", f"{key}={example}")
     if job.optimizer.min_lr > job.optimizer.lr:
         raise ConfigError(
@@ -115,6 +117,11 @@ def check_values(job: JobConfig) -> None:
         )
     _check_tuner(job)
     _check_targets(job)
+
+
+def _is_found_out(job: JobConfig, key: str, value: object) -> bool:
+    """Whether a value stands for what ``cluster=auto`` finds."""
+    return job.cluster.name == AUTO and value == FOUND_OUT.get(key)
 
 
 def _check_tuner(job: JobConfig) -> None:

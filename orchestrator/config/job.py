@@ -53,11 +53,18 @@ class SlurmConfig:
     signal_s: int = 120
 
 
+AUTO = "auto"
+"""The name of the cluster that is found out."""
+
+
 @dataclass(frozen=True)
 class ClusterConfig:
     """``gpus_per_node`` counts ranks per node, also on a CPU. ``memory_gib`` is per rank.
 
+    Of the cluster named ``auto``, 0 and the device ``auto`` are found out (``orchestrator.detection.cluster``).
+
     ``gpu``: the kind in the catalogue of devices (``orchestrator/planning/devices.yaml``); None: an H100 on cuda.
+    ``profile``: a file of ``isotrain calibrate``; None: this host's, where it has one and the plan is for it.
     """
 
     name: str = "laptop"
@@ -66,6 +73,7 @@ class ClusterConfig:
     device: str = "cpu"
     memory_gib: float = 4.0
     gpu: str | None = None
+    profile: str | None = None
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 

@@ -26,7 +26,11 @@ def with_absolute_paths(job: JobConfig) -> JobConfig:
         model=replace(job.model, path=_absolute(model) if _is_folder(model) else model),
         data=replace(job.data, path=data if data and data.startswith(BUILTIN) else _absolute(data)),
         tuner=replace(job.tuner, path=_absolute(tuner)),
-        cluster=replace(job.cluster, slurm=replace(job.cluster.slurm, secrets=_absolute(job.cluster.slurm.secrets))),
+        cluster=replace(
+            job.cluster,
+            profile=_absolute(job.cluster.profile),
+            slurm=replace(job.cluster.slurm, secrets=_absolute(job.cluster.slurm.secrets)),
+        ),
     )
 
 

@@ -53,10 +53,12 @@ def examine(overrides: Sequence[str]) -> list[Finding]:
     from launch.environment import scheduler_job
     from orchestrator.commands import run_folder
     from orchestrator.config.loading import compose_job
+    from orchestrator.detection.cluster import found_cluster, on_cluster
     from orchestrator.doctor import job as jobs
     from orchestrator.doctor import slurm
 
     job = compose_job(overrides)
+    job = on_cluster(job, found_cluster(job.cluster))
     run_dir = run_folder(job)
     is_slurm = slurm.goes_through_slurm(job.cluster)
     is_elsewhere = is_slurm and not scheduler_job()
@@ -78,9 +80,10 @@ def examine(overrides: Sequence[str]) -> list[Finding]:
 
 
 def _software(job: JobConfig, is_elsewhere: bool) -> list[Finding]:
+    from orchestrator.detection.host import seen_accelerators
     from orchestrator.doctor import software
 
-    accelerators = software.seen_accelerators()
+    accelerators = seen_accelerators()
     return [
         software.check_python(),
         *software.check_versions(software.seen_versions()),
@@ -92,6 +95,7 @@ def _software(job: JobConfig, is_elsewhere: bool) -> list[Finding]:
 
 def _machine(job: JobConfig, planned: Planned | None) -> list[Finding]:
     from launch.environment import usable_cores
+    from orchestrator.detection.host import available_memory_bytes
     from orchestrator.doctor import machine
     from orchestrator.doctor.job import planned_gib
 
@@ -100,7 +104,7 @@ def _machine(job: JobConfig, planned: Planned | None) -> list[Finding]:
     findings = [machine.check_cores(ranks, usable_cores(), cluster.device)]
     if cluster.device == "cpu":
         needed = planned_gib(planned) / cluster.nodes if planned else cluster.gpus_per_node * cluster.memory_gib
-        available = machine.available_memory_bytes() / machine.GIB
+        available = available_memory_bytes() / machine.GIB
         findings.append(machine.check_memory(needed, available, planned is not None))
     return findings
 

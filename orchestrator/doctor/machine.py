@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 
 from launch.pool import Pool, RankError
 from orchestrator.config.job import ClusterConfig
@@ -36,18 +35,6 @@ def check_cores(ranks: int, cores: int, device: str) -> Finding:
         return Finding("cores", "ok", words)
     hint = f"cluster.gpus_per_node={cores}" if device == "cpu" else "ask for more cores (sbatch --cpus-per-task)"
     return Finding("cores", "warning", f"{words}: they take turns", hint)
-
-
-def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that this process may still get: the machine's, or what is left of its container's if that is less."""
-    fields = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
 
 
 def check_memory(needed_gib: float, available_gib: float, is_planned: bool) -> Finding:

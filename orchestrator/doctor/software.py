@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
-import re
 import shlex
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from orchestrator.config.job import ClusterConfig
+from orchestrator.detection.host import Accelerators
 from orchestrator.doctor.finding import Finding, State
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -32,18 +31,6 @@ class Versions:
     found: dict[str, str | None]
     asked: dict[str, str]
     pinned: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Accelerators:
-    """What torch sees. ``build``: its CUDA version, None for CPUs only; ``reason``: why it sees no device."""
-
-    build: str | None = None
-    nccl: str = ""
-    driver: str = ""
-    names: tuple[str, ...] = ()
-    memory_gib: tuple[float, ...] = ()
-    reason: str = ""
 
 
 def seen_versions() -> Versions:
@@ -119,36 +106,6 @@ def check_version(name: str, versions: Versions) -> Finding:
     return Finding(name, "ok", found)
 
 
-def seen_accelerators() -> Accelerators:
-    """What torch sees of CUDA here; nothing is allocated on a device."""
-    import torch
-
-    if torch.version.cuda is None:
-        return Accelerators()
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # torch's own words: no driver, or one that is too old
-        return Accelerators(torch.version.cuda, driver=_driver(), reason=str(error).splitlines()[0])
-    there = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return Accelerators(
-        build=torch.version.cuda,
-        nccl=".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "",
-        driver=_driver(),
-        names=tuple(one.name for one in there),
-        memory_gib=tuple(one.total_memory / 2**30 for one in there),
-    )
-
-
-def _driver() -> str:
-    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    lines = done.stdout.split()
-    return lines[0] if done.returncode == 0 and lines else ""
-
-
 def check_cuda(seen: Accelerators, cluster: ClusterConfig, is_elsewhere: bool) -> Finding:
     """Whether torch's build, its NCCL and the driver fit each other and the cluster.
 
@@ -176,7 +133,7 @@ def check_cuda(seen: Accelerators, cluster: ClusterConfig, is_elsewhere: bool) -
 
 def check_devices(seen: Accelerators, cluster: ClusterConfig, is_elsewhere: bool) -> Finding:
     """The cluster's devices against those that torch sees: how many, which kind, and their memory."""
-    from orchestrator.planning.devices import device, nearest_variant
+    from orchestrator.planning.devices import device, seen_device
 
     if cluster.device != "cuda":
         return Finding("devices", "ok", f"cluster={cluster.name} asks for none")
@@ -191,8 +148,8 @@ def check_devices(seen: Accelerators, cluster: ClusterConfig, is_elsewhere: bool
     if cluster.memory_gib > smallest:
         words = f"cluster.memory_gib={cluster.memory_gib:g}, but {seen.names[0]} has {smallest:.1f} GiB"
         return Finding("devices", "warning", words, f"cluster.memory_gib={smallest - 1.5:.0f}")
-    kind = nearest_variant(re.sub(r"\b(NVIDIA|AMD|GeForce|Tesla)\b", "", seen.names[0]))
-    if cluster.gpu and kind and device(cluster.gpu).kind != kind.kind:
+    kind, is_known = seen_device(seen.names[0], smallest)
+    if cluster.gpu and is_known and device(cluster.gpu).kind != kind.kind:
         words = f"cluster.gpu={cluster.gpu}, but torch sees {seen.names[0]}: times are estimated for the former"
         return Finding("devices", "warning", words, f"cluster.gpu={kind.kind}")
     return Finding("devices", "ok", f"{there} x {seen.names[0]}, {smallest:.1f} GiB")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.environment import hugging_face_cache, isotrain_cache, usable_cores
 from launch.slurm.commands import SlurmError, ask
+from launch.slurm.nodes import gpus_of
 from orchestrator.config.loading import config_root, group_choices
 from orchestrator.data.conversations import find_format
 from orchestrator.data.sources import READERS, read_rows
@@ -74,20 +75,9 @@ def _slurm() -> Iterator[str]:
         return
     rows = [row for row in rows if len(row) == 3]
     for partition, nodes, gres in sorted(rows, key=lambda row: not row[0].endswith("*"))[:1]:
-        gpus = gpus_of(gres)
+        gpus, _ = gpus_of(gres)
         kind = f"slurm_4x8 cluster.gpus_per_node={gpus}" if gpus else "slurm_cpu"
         yield f"{kind} cluster.nodes={nodes} cluster.slurm.partition={partition.rstrip('*')}"
-
-
-def gpus_of(gres: str) -> int:
-    """GPUs of a node in Slurm's words.
-
-    Example:
-        >>> gpus_of("gpu:h100:8(S:0-1),nvme:2"), gpus_of("gpu:4"), gpus_of("(null)")
-        (8, 4, 0)
-    """
-    found = [part.partition("(")[0].split(":") for part in gres.split(",")]
-    return sum(int(words[-1]) for words in found if words[0] == "gpu" and words[-1].isdigit())
 
 
 def _gpus() -> Iterator[str]:

@@ -24,9 +24,10 @@ from launch.slurm.commands import SlurmError, host_names, node_address, requeue,
 from launch.slurm.step import Signals, StepRequest, StepResult, run_step
 from orchestrator.commands import Say, check_files, ended, make_folder, run_folder
 from orchestrator.config.building import read_job
-from orchestrator.config.job import ClusterConfig, JobConfig, SlurmConfig
+from orchestrator.config.job import AUTO, ClusterConfig, JobConfig, SlurmConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.config.secrets import read_secrets
+from orchestrator.detection.cluster import as_asked
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.nodes import plan_on
 from orchestrator.jobs.record import (
@@ -77,13 +78,14 @@ def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> 
     if decision.kind == "finished":
         return int(ExitCode.DONE)
     check_files(job, decision.kind)
-    planned = plan_on(dataclasses.replace(job, run_dir=str(run_dir)), allocation.nodes)
+    asked = dataclasses.replace(job, run_dir=str(run_dir))
+    planned = plan_on(asked, allocation.nodes)
     job = planned.job
     if job.cluster.nodes < allocation.nodes:
         say(f"{job.cluster.nodes} of {allocation.nodes} nodes are used: the batch cannot be cut for more of them")
     make_folder(run_dir)
     with locked(run_dir):
-        write_run(run_dir, job, planned.plan.to_json())
+        write_run(run_dir, as_asked(job, asked), planned.plan.to_json())
         if overrides:
             write_submission(run_dir, Submission(f"isotrain:by-hand-{allocation.job_id}", allocation.job_id))
         say(planned.words)
@@ -123,14 +125,17 @@ def by_hand(overrides: Sequence[str], allocation: Allocation) -> JobConfig:
     """
     job = compose_job(overrides)
     named = any(text.startswith("cluster=") for text in overrides)
+    if job.cluster.name == AUTO:  # its nodes are looked at when it is planned
+        return dataclasses.replace(job, run_dir=_folder(job, allocation))
     cluster = job.cluster if named else cluster_of(allocation, job.cluster)
     on_node = (allocation.gpus_per_node if cluster.device == "cuda" else 0) or (cluster.gpus_per_node if named else 1)
     cluster = dataclasses.replace(cluster, nodes=allocation.nodes, gpus_per_node=allocation.ranks_per_node or on_node)
-    run_dir = job.run_dir
-    if run_dir is None:
-        name = Path(job.model.path or "model").name.lower()
-        run_dir = str(Path("runs", f"{name}-job-{allocation.job_id}").absolute())
-    return dataclasses.replace(job, cluster=cluster, run_dir=run_dir)
+    return dataclasses.replace(job, cluster=cluster, run_dir=_folder(job, allocation))
+
+
+def _folder(job: JobConfig, allocation: Allocation) -> str:
+    name = Path(job.model.path or "model").name.lower()
+    return job.run_dir or str(Path("runs", f"{name}-job-{allocation.job_id}").absolute())
 
 
 def cluster_of(allocation: Allocation, otherwise: ClusterConfig) -> ClusterConfig:

@@ -11,7 +11,7 @@ from parallel.specs import SpecError
 
 
 def node_range(cluster: ClusterConfig) -> tuple[int, int]:
-    """Fewest and most nodes that a run may have.
+    """Fewest and most nodes that a run may have; 0 where they are still to be found out.
 
     Example:
         >>> node_range(ClusterConfig(nodes=4))
@@ -29,7 +29,7 @@ def plan_on(job: JobConfig, nodes: int) -> Planned:
     Raises:
         ConfigError, SpecError: no number of nodes can be used; the reason against the most.
     """
-    fewest = min(nodes, node_range(job.cluster)[0])
+    fewest = min(nodes, node_range(job.cluster)[0] or nodes)
     reason: ConfigError | SpecError | None = None
     for count in range(nodes, fewest - 1, -1):
         try:

@@ -19,6 +19,7 @@ from orchestrator.commands import Planned, Say, check_files, make_folder, run_fo
 from orchestrator.config.job import ClusterConfig, JobConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.config.secrets import read_secrets
+from orchestrator.detection.cluster import as_asked, found_cluster, on_cluster, refuse_login_node
 from orchestrator.errors import ConfigError, PeerLost
 from orchestrator.jobs.nodes import node_range, plan_on
 from orchestrator.jobs.record import Submission, forget_submission, read_submission, slurm_folder, write_submission
@@ -30,9 +31,10 @@ ON_RANKS = ("apptainer", "pyxis")  # prologues that wrap the ranks; the others a
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job as it would be submitted; nothing has been done yet."""
+    """A job as it would be submitted; nothing has been done yet. ``job``: as it was asked."""
 
     run_dir: Path
+    job: JobConfig
     planned: Planned
     decision: Decision
     script: str
@@ -62,7 +64,7 @@ def prepare(overrides: Sequence[str]) -> Prepared:
     job = compose_job(overrides)
     run_dir = run_folder(job)
     planned = plan_submission(job)
-    return Prepared(run_dir, planned, decide_train(run_dir, job), script_of(job.cluster, run_dir))
+    return Prepared(run_dir, job, planned, decide_train(run_dir, job), script_of(planned.job.cluster, run_dir))
 
 
 def plan_submission(job: JobConfig) -> Planned:
@@ -71,7 +73,8 @@ def plan_submission(job: JobConfig) -> Planned:
     Raises:
         ConfigError, SpecError: it does not, or its file of secrets cannot be read.
     """
-    fewest, most = node_range(job.cluster)
+    refuse_login_node(job.cluster)
+    fewest, most = node_range(on_cluster(job, found_cluster(job.cluster)).cluster)
     plan_on(job, fewest)
     planned = plan_on(job, most)
     if job.cluster.slurm.secrets:
@@ -161,7 +164,8 @@ def submit(overrides: Sequence[str], say: Say = lambda text: None) -> Submitted:
         say(decision.message)
         say(prepared.planned.words)
         with locked(run_dir):
-            write_run(run_dir, dataclasses.replace(job, run_dir=str(run_dir)), prepared.planned.plan.to_json())
+            kept = dataclasses.replace(as_asked(job, prepared.job), run_dir=str(run_dir))
+            write_run(run_dir, kept, prepared.planned.plan.to_json())
             forget_earlier(run_dir)
             script = write_script(run_dir, job.cluster, prepared.script)
         submission = new_submission()

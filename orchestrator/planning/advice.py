@@ -25,6 +25,7 @@ LIMITS = {
     "links between ranks": ("tensor_s", "context_s", "expert_s", "pipeline_s", "data_s"),
     "the pipeline bubble": ("bubble_s",),
     "the host's launches": ("launch_s",),
+    "cores that ranks share": ("shared_s",),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ AS_MEASURED = Constants(1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0)
 """For devices whose catalogue entry is what runs achieve."""
 
 
-def constants_for(is_measured: bool, constants: Constants = FITTED) -> Constants:
-    """The shares of a device."""
-    return AS_MEASURED if is_measured else constants
+def constants_for(is_measured: bool, constants: Constants = FITTED, attention: float = 0.0) -> Constants:
+    """The shares of a device. ``attention``: measured on the machine at hand, as all its other rates then are."""
+    if is_measured:
+        return replace(AS_MEASURED, attention=attention) if attention else AS_MEASURED
+    if attention:
+        return replace(constants, matmul=1.0, matmul_low=1.0, attention=attention, memory=1.0, link=1.0)
+    return constants

@@ -65,8 +65,8 @@ class StageCounts:
     """Parameters on one rank of a stage. ``matmul``: those that a token is multiplied with, embedding excluded.
 
     ``expert_trainable``: those of ``trainable`` that belong to experts, which are replicated over other ranks.
-    ``expert``: those of ``base`` that belong to experts. ``linears``: those of the layers' dense linears, which may be
-    quantised.
+    ``expert``: those of ``base`` that belong to experts. ``adapters``: those of ``trainable`` beside ``base``.
+    ``linears``: those of the layers' dense linears, which may be quantised.
     """
 
     base: int
@@ -76,6 +76,7 @@ class StageCounts:
     layers: int
     linears: int = 0
     expert: int = 0
+    adapters: int = 0
 
 
 def layer_matmul_parameters(model: ModelSpec, layer: int) -> int:
@@ -138,6 +139,7 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
         layers=len(layers),
         expert=experts,
         linears=sum(one.linears * count for one, count in held) // topology.tp,
+        adapters=0 if full else adapters,
     )
 
 

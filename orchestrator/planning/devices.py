@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,21 @@ FALLBACKS = {"fp4": "fp8", "fp8": "bf16", "bf16": "fp16", "fp16": "bf16"}
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a profile of one machine adds to its figures (``orchestrator.planning.profile``).
+
+    ``attention``: its rate / that of products. ``message_s``: one message between ranks of a host. ``threads``: of a
+    process, on ``cores`` that all share (0: every rank has a device of its own). ``words``: where and when.
+    """
+
+    attention: float
+    message_s: float
+    threads: int
+    cores: int
+    words: str
+
+
+@dataclass(frozen=True)
 class Device:
     """One kind of accelerator.
 
@@ -29,6 +45,7 @@ class Device:
         message_s: latency of one message, where it was measured (0: the model's constant).
         sources: for each figure where it was printed.
         calibrated: whether a published run on this kind is among the benchmark's rows.
+        measured: what was measured of the machine at hand, where it was.
     """
 
     kind: str
@@ -42,6 +59,7 @@ class Device:
     message_s: float
     calibrated: bool
     sources: dict[str, str]
+    measured: Measured | None = None
 
     @property
     def is_measured(self) -> bool:
@@ -104,6 +122,32 @@ def nearest_variant(kind: str) -> Device | None:
     """
     fitting = [name for name in _names() if _plain(kind).startswith(name)]
     return _names()[max(fitting, key=len)] if fitting else None
+
+
+def seen_device(name: str, memory_gib: float = 0.0) -> tuple[Device, bool]:
+    """The device that a driver or a scheduler names, and whether it is that; else the nearest.
+
+    Args:
+        name: such as ``NVIDIA A100-PCIE-40GB``, or a GRES kind such as ``nvidia_h100_80gb_hbm3``; may be empty.
+        memory_gib: of one device, 0 where it is not known. It tells variants of a kind apart, and is what the nearest
+            is nearest in; of nothing at all that is an H100.
+    Example:
+        >>> [seen_device(name, size)[0].kind for name, size in (("NVIDIA A100-PCIE-40GB", 39.4), ("tesla_v100", 15.8))]
+        ['A100-40GB', 'V100-16GB']
+        >>> seen_device("NVIDIA L4", 22.2)[1]
+        False
+    """
+    found = nearest_variant(re.sub("nvidia|tesla|geforce|amd", "", name.lower()))
+    accelerators = [one for one in catalogue().values() if not one.is_measured]
+    if found is None:
+        return _nearest_in_memory(accelerators, memory_gib) if memory_gib else device("H100"), False
+    family = found.kind.partition("-")[0]
+    variants = [one for one in accelerators if one.kind.partition("-")[0] == family]
+    return _nearest_in_memory(variants, memory_gib) if memory_gib else found, True
+
+
+def _nearest_in_memory(devices: list[Device], memory_gib: float) -> Device:
+    return min(devices, key=lambda one: abs(one.memory_bytes - memory_gib * 2**30))
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.planning.constants import FITTED, Constants
+from orchestrator.planning.kept import Kept
 from orchestrator.planning.setup import Holding, Setup
 
 GIB = 2**30
@@ -77,7 +78,7 @@ def _one_stage(setup: Setup, stage: int, constants: Constants) -> StageMemory:
     held = setup.holdings[stage]
     owners = {
         "weights": _weight_bytes(setup, held),
-        "adapters": int(held.adapters * setup.value_bytes),
+        "adapters": int(held.adapters * (4 if setup.software.wide_adapters else setup.value_bytes)),
         "gradients": _gradient_bytes(setup, held),
         "optimizer": _optimizer_bytes(setup, held),
         "activations": _activation_bytes(setup, stage),
@@ -112,18 +113,22 @@ def _optimizer_bytes(setup: Setup, held: Holding) -> int:
     """Adam's two fp32 moments, and fp32 master weights below fp32; cut over the replicas by a distributed optimizer.
 
     Replicas are dp x cp ranks, of experts those that hold the same ones. Rajbhandari et al. 2020 (ZeRO), section 3.1:
-    K = 12 bytes per parameter with master weights, 8 without. Projected moments (GaLore's) are never cut so.
+    K = 12 bytes per parameter with master weights, 8 without: adapters that are fp32 are their own. Projected moments
+    (GaLore's) are never cut so.
     """
     if setup.offload:
         return 0
     if held.moments is not None:
         return int(4 * held.moments + (0 if setup.precision == "fp32" else 4 * held.trainable))
-    per_parameter = 8 if setup.precision == "fp32" else 12
+    master = 0 if setup.precision == "fp32" else 4
     replicas, expert_replicas = 1, 1
     if setup.zero:
         replicas, expert_replicas = setup.shard_ranks or setup.replicas, setup.expert_replicas
-    dense = held.trainable - held.expert_trainable
-    return int(-(-dense * per_parameter // replicas) - (-held.expert_trainable * per_parameter // expert_replicas))
+    wide = held.adapters_trainable if setup.software.wide_adapters else 0.0
+    of_experts = min(wide, held.expert_trainable)  # experts are adapted, or they learn themselves
+    dense = (held.trainable - held.expert_trainable) * (8 + master) - (wide - of_experts) * master
+    expert = held.expert_trainable * (8 + master) - of_experts * master
+    return int(-(-dense // replicas) - (-expert // expert_replicas))
 
 
 def _buffer_bytes(setup: Setup, held: Holding, stage: int) -> int:
@@ -146,12 +151,26 @@ def _activation_bytes(setup: Setup, stage: int) -> int:
     in_flight = float(min(pp - stage, setup.micro_batches))
     if virtual > 1:
         in_flight = min(pp * (1 + (pp - 1) / (pp * virtual)) - 2 * stage / virtual, setup.micro_batches)
+    if setup.stage_kept:
+        return _kept_bytes(setup, stage, in_flight)
     kinds = {kind: count for kind, count in setup.kinds_by_stage[stage].items() if count}
     each = {kind: layer_activation_bytes(setup, kind) for kind in kinds}
     if setup.recompute == "full":
         kept = sum(kinds.values()) * residual_bytes(setup)
         return int(in_flight * kept) + max(each.values(), default=0)
     return int(in_flight * sum(count * each[kind] for kind, count in kinds.items()))
+
+
+def _kept_bytes(setup: Setup, stage: int, in_flight: float) -> int:
+    """The same of a program whose tensors are known."""
+    kept = setup.stage_kept[stage]
+    if setup.recompute == "full":
+        waiting, rerun = kept.inputs, kept.largest
+    else:
+        waiting, rerun = kept.layers[setup.recompute], Kept()
+    tokens, positions = setup.rank_tokens, setup.tokens / setup.cp
+    waiting = (waiting + kept.start) * in_flight
+    return int(max((waiting + more).bytes(tokens, positions) for more in (kept.finish, rerun)))
 
 
 def residual_bytes(setup: Setup) -> int:

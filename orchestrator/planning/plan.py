@@ -28,6 +28,15 @@ DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "bf16"}
 
 
 @dataclass(frozen=True)
+class History:
+    """What similar runs took, in terms of their own estimates: medians over ``runs``."""
+
+    runs: int
+    time: float
+    memory: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """A topology, the batch split and the estimates behind them.
 
@@ -43,6 +52,8 @@ class Plan:
         distributed: each of the dp x cp ranks keeps its part of the optimizer's state only.
         considered: layouts that were weighed: topologies with their settings.
         passes: estimated seconds of one micro-batch on every stage; empty in a plan.json of before.
+        cluster: what the plan is for, as it was named or found; None in a plan of isotrain 0.1.
+        history: what similar runs took; None where there is none.
     """
 
     topology: Topology
@@ -68,6 +79,18 @@ class Plan:
     distributed: bool = False
     considered: int = 0
     passes: tuple[StagePass, ...] = ()
+    cluster: ClusterSpec | None = None
+    history: History | None = None
+
+    @property
+    def expected_step_s(self) -> float:
+        """The estimated step, corrected by similar runs where there are any."""
+        return self.step_time.total_s * (self.history.time if self.history else 1.0)
+
+    @property
+    def expected_bytes(self) -> float:
+        """The estimate of the fullest rank, corrected alike."""
+        return max(stage.total for stage in self.memory) * (self.history.memory if self.history else 1.0)
 
     def to_json(self) -> str:
         """The text of plan.json."""
@@ -92,6 +115,8 @@ class Plan:
                     "reasons": tuple(value["reasons"]),
                     "rejected": tuple(Rejected(**one) for one in value["rejected"]),
                     "passes": tuple(StagePass(**one) for one in value.get("passes", ())),
+                    "cluster": ClusterSpec(**value["cluster"]) if value.get("cluster") else None,
+                    "history": History(**value["history"]) if value.get("history") else None,
                 }
             )
         except (ValueError, TypeError, KeyError) as error:
@@ -163,6 +188,7 @@ def _plan(question: Question, found: Found) -> Plan:
         distributed=proposal.distributed,
         considered=found.considered,
         passes=best.passes,
+        cluster=question.cluster,
     )
 
 
@@ -170,7 +196,9 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     """Why this plan, in words."""
     job, cluster, topology = question.job, question.cluster, best.proposal.topology
     asked = {key: value for key, value in asdict(job.topology).items() if value is not None}
-    reasons = []
+    reasons = [f"cluster={cluster.name}: {cluster.found}"] if cluster.found else []
+    if measured := best.setup.device.measured:
+        reasons.append(f"times as {measured.words}")
     if asked:
         reasons.append("asked for: " + " ".join(f"topology.{key}={str(value).lower()}" for key, value in asked.items()))
     topologies = 1 + sum(one.step_s > 0 for one in found.rejected)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from orchestrator.planning.devices import Device
+from orchestrator.planning.kept import StageKept
 from orchestrator.planning.shape import Linear, Shape
 
 
@@ -31,6 +32,7 @@ class Software:
         scatters_sends: tensor-parallel ranks send a part each to the next stage, and gather it there.
         loops_experts: experts are computed one after the other, in products of their own.
         layer_messages: collectives per layer where weights are sharded.
+        wide_adapters: adapters are fp32 whatever the model is, and so are their own master weights.
     """
 
     fused_attention: bool = True
@@ -48,6 +50,7 @@ class Software:
     native_attention: bool = True
     scatters_sends: bool = True
     loops_experts: bool = False
+    wide_adapters: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class Holding:
     """Parameters on one rank of a stage. ``expert``: those of ``base`` that belong to experts.
 
     ``trainable``: those with a gradient, adapters included; ``expert_trainable``: of them those of experts.
-    ``adapters``: parameters beside ``base``. ``quantised``: those of ``base`` in 4 bits. ``moments``: numbers that the
-    optimizer keeps beside master weights, where these are not Adam's two for each trained parameter.
+    ``adapters``: parameters beside ``base``, fixed ones among them; ``adapters_trainable``: without these.
+    ``quantised``: those of ``base`` in 4 bits. ``moments``: numbers that the optimizer keeps beside master weights,
+    where these are not Adam's two for each trained parameter.
     """
 
     base: float
@@ -66,6 +70,7 @@ class Holding:
     adapters: float = 0.0
     quantised: float = 0.0
     moments: float | None = None
+    adapters_trainable: float = 0.0
 
 
 def fast_domain(device: Device, gpus_per_node: int) -> int:
@@ -86,6 +91,7 @@ class Setup:
         stage_holdings: exact parameters of each stage, where they are known; empty: from the shape.
         alike: stages that stand for others with the same layers and parameters, and for how many; the first of them,
             which holds most micro-batches. Empty: not known.
+        stage_kept: what each stage keeps for the backward pass, where a program's own tensors are known.
     """
 
     shape: Shape
@@ -117,6 +123,7 @@ class Setup:
     software: Software = field(default_factory=Software)
     stage_holdings: tuple[Holding, ...] = ()
     alike: tuple[tuple[int, int], ...] = ()
+    stage_kept: tuple[StageKept, ...] = ()
 
     @cached_property
     def distinct(self) -> tuple[tuple[int, int], ...]:
@@ -199,6 +206,7 @@ class Setup:
                 trainable=beside if self.frozen else base,
                 expert_trainable=0.0 if self.frozen else expert,
                 adapters=beside,
+                adapters_trainable=beside,
                 quantised=dense if self.quantised else 0.0,
             )
 

@@ -63,6 +63,7 @@ def plan_summary(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | 
         "model": {"path": job.model.path, **asdict(model)},
         "memory_gib_per_rank": [round(stage.total / GIB, 3) for stage in plan.memory],
         "estimated_step_s": plan.step_time.total_s,
+        "expected_step_s": plan.expected_step_s,
     }
 
 

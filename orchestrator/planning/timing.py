@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.planning.compute import Computing, LayerWork, Work
 from orchestrator.planning.constants import FITTED, Constants, constants_for
@@ -21,6 +21,7 @@ class StepTime:
     ``matmul_s``, ``attention_s``, ``memory_s`` (norms, activations, casts), ``launch_s``: of the slowest stage.
     ``recompute_s``: what it computes twice. ``head_s``: output layer and loss, where they are on it. ``tensor_s``,
     ``context_s``, ``expert_s``: collectives inside of its layers. ``data_s``: gradients and sharded parameters.
+    ``shared_s``: cores that other ranks of the machine are on.
     """
 
     matmul_s: float = 0.0
@@ -36,6 +37,7 @@ class StepTime:
     pipeline_s: float = 0.0
     data_s: float = 0.0
     optimizer_s: float = 0.0
+    shared_s: float = 0.0
 
     @property
     def compute_s(self) -> float:
@@ -89,7 +91,7 @@ class LayerCosts:
 
 def layer_costs(setup: Setup, constants: Constants = FITTED) -> LayerCosts:
     """The costs of a setup's layers."""
-    constants = constants_for(setup.device.is_measured, constants)
+    constants = _constants(setup, constants)
     computing, links = Computing(setup, constants), Links(setup, constants)
     layers = {kind: computing.layer(kind) for kind, count in setup.shape.kinds().items() if count}
     talks = {kind: _layer_talk(setup, links, constants, kind, layers[kind].forward.attention) for kind in layers}
@@ -102,14 +104,14 @@ def step_time(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | N
     The slowest stage sets the pace; the other stages' micro-batch is added once, divided by the virtual chunks
     (Narayanan et al. 2021, arXiv:2104.04473, section 2.2: a bubble of ``(pp - 1) / vpp`` micro-batches).
     """
-    constants = constants_for(setup.device.is_measured, constants)
+    constants = _constants(setup, constants)
     costs = costs or layer_costs(setup, constants)
     stages = [(_stage(setup, costs, stage), count) for stage, count in setup.distinct]
     slowest = max((stage for stage, _ in stages), key=lambda stage: stage.total)
     passes = setup.micro_batches
     others = sum(stage.total * count for stage, count in stages) - slowest.total
     computing = passes * (slowest.work.total + slowest.launch + slowest.again + slowest.ends)
-    return StepTime(
+    time = StepTime(
         matmul_s=passes * slowest.work.matmul,
         attention_s=passes * slowest.work.attention,
         memory_s=passes * slowest.work.memory,
@@ -124,6 +126,28 @@ def step_time(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | N
         data_s=_data_s(setup, constants, computing),
         optimizer_s=_optimizer_s(setup, constants),
     )
+    busy = passes * sum((stage.work.total + stage.launch + stage.again + stage.ends) * count for stage, count in stages)
+    return replace(time, shared_s=_shared_s(setup, busy, time))
+
+
+def _constants(setup: Setup, constants: Constants) -> Constants:
+    measured = setup.device.measured
+    return constants_for(setup.device.is_measured, constants, measured.attention if measured else 0.0)
+
+
+def _shared_s(setup: Setup, busy_s: float, time: StepTime) -> float:
+    """What ranks that share a machine's cores wait for them: all that they compute takes all cores at least so long.
+
+    Where ranks wait for each other anyway (a pipeline's bubble) their cores compute for others meanwhile.
+
+    Args:
+        busy_s: what one rank of every stage computes, together.
+    """
+    measured = setup.device.measured
+    if measured is None or not measured.cores:
+        return 0.0
+    busy_s = (busy_s + setup.pp * time.optimizer_s) * setup.tp * setup.cp * setup.dp
+    return max(0.0, busy_s * measured.threads / measured.cores - time.total_s)
 
 
 def stage_passes(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | None = None) -> tuple[StagePass, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from launch.slurm.commands import JobState
 from orchestrator.commands import Planned, Say, make_folder
 from orchestrator.config.job import ClusterConfig, JobConfig, SlurmConfig
+from orchestrator.detection.cluster import as_asked
 from orchestrator.errors import ConfigError, ExitCode, PeerLost
 from orchestrator.jobs.asking import states_of
 from orchestrator.jobs.record import add_tasks, note_submission, read_ended, slurm_folder, write_submission
@@ -140,7 +141,8 @@ def _submit(sweep: PlannedSweep, points: Sequence[PlannedPoint], at_once: int | 
         assert one.planned is not None
         make_folder(one.run_dir)
         with locked(one.run_dir):
-            write_run(one.run_dir, one.planned.job, one.planned.plan.to_json())
+            kept = as_asked(one.planned.job, one.job) if one.job else one.planned.job
+            write_run(one.run_dir, kept, one.planned.plan.to_json())
             forget_earlier(one.run_dir)
     add_tasks(sweep.folder, {one.point.number: one.run_dir.name for one in points})
     script = write_script(sweep.folder, cluster, text)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orchestrator.commands import check_device, cluster_spec
+from orchestrator.commands import check_device
 from orchestrator.config.job import ClusterConfig
+from orchestrator.detection.cluster import found_cluster
 from orchestrator.errors import ConfigError
 
 
@@ -22,4 +23,4 @@ def test_a_cluster_of_cpus_needs_nothing() -> None:
 
 
 def test_the_kind_of_gpu_reaches_the_plan() -> None:
-    assert cluster_spec(ClusterConfig("big", 2, 8, "cuda", 140.0, "H200")).gpu == "H200"
+    assert found_cluster(ClusterConfig("big", 2, 8, "cuda", 140.0, "H200")).gpu == "H200"

@@ -67,5 +67,5 @@ def test_precisions_fall_back_to_units_that_the_device_has() -> None:
 @pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_cluster_of_gpus_names_a_kind(path: Path) -> None:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert (values["gpu"] is None) == (values["device"] == "cpu")
+    assert (values["gpu"] is None) == (values["device"] in ("cpu", "auto"))
     assert values["gpu"] is None or values["memory_gib"] < device(values["gpu"]).memory_bytes / 1e9

@@ -14,20 +14,19 @@ from launch.environment import LaunchError
 from launch.pool import Pool
 from orchestrator.config.job import ClusterConfig, SlurmConfig
 from orchestrator.config.loading import compose_job
+from orchestrator.detection.host import Accelerators, available_memory_bytes, seen_accelerators
 from orchestrator.doctor import folder, machine, software
 from orchestrator.doctor.finding import judged
 from orchestrator.doctor.folder import FolderSeen, check_clock, check_folder, check_lock, check_speed, seen_folder
-from orchestrator.doctor.machine import Port, available_memory_bytes, check_memory, check_ports, met, seen_ports
+from orchestrator.doctor.machine import Port, check_memory, check_ports, met, seen_ports
 from orchestrator.doctor.shared import check_tasks, seen_tasks
 from orchestrator.doctor.slurm import SlurmSeen, check_slurm, goes_through_slurm, seen_slurm
 from orchestrator.doctor.software import (
-    Accelerators,
     Versions,
     check_cuda,
     check_devices,
     check_fast_paths,
     check_versions,
-    seen_accelerators,
     seen_versions,
 )
 from orchestrator.errors import DataError

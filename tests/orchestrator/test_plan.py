@@ -268,7 +268,7 @@ def test_targets_that_match_nothing_are_a_configuration_error() -> None:
         (BIG_MICRO_BATCHES, SMOLLM2, 4.0, "batch.micro_sequences=1"),
         (replace(SPENDTHRIFT, tuner=TunerConfig(name="full")), ONE_LAYER, 1.2, "optimizer.distributed=true"),
         (replace(SPENDTHRIFT, batch=BatchConfig(sequence_tokens=1024)), SMOLLM2, 1.3, "memory.recompute=full"),
-        (replace(asking(pp=1, tp=1), memory=MemoryConfig("none")), SMOLLM2, 1.4, "topology.pp=3"),
+        (replace(asking(pp=1, tp=1), memory=MemoryConfig("none")), SMOLLM2, 1.5, "topology.pp=3"),
         (JobConfig(), SMOLLM2, 0.1, "cluster.memory_gib=1"),
     ],
 )

@@ -1,0 +1,1 @@
+"""What machines there are: this host, and Slurm's nodes; for ``cluster=auto``, the doctor and the interview."""
