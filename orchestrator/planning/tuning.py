@@ -55,16 +55,18 @@ def beyond_peft(tuner: TunerConfig, adapted: frozenset[str], model: ModelSpec) -
 
 
 def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) -> None:
-    """DoRA and PiSSA are built for linears of layers; PiSSA's rank is at most that of the weights."""
+    """What is not built for the ends of a model; PiSSA's rank is at most that of the weights."""
     tuner = job.tuner
-    asked = {"tuner.dora=true": tuner.dora, "tuner.init=pissa": tuner.init == "pissa"}
-    if EMBEDDING_MODULE in adapted:
-        asked[f"tuner.loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}"] = tuner.loraplus_lr_ratio != 1
-    unbuilt = sorted(adapted & {HEAD_MODULE, EMBEDDING_MODULE})
-    for setting in (setting for setting, is_asked in asked.items() if is_asked):
-        if unbuilt:
+    asked = [  # the embedding starts at zero in PEFT, PiSSA or not
+        (EMBEDDING_MODULE, "tuner.dora=true", tuner.dora),
+        (HEAD_MODULE, "tuner.dora=true", tuner.dora),
+        (EMBEDDING_MODULE, "tuner.init=pissa", tuner.init == "pissa"),
+        (EMBEDDING_MODULE, f"tuner.loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}", tuner.loraplus_lr_ratio != 1),
+    ]
+    for module, setting, is_asked in asked:
+        if is_asked and module in adapted:
             raise ConfigError(
-                f"{setting} is not built for the embedding and the output layer, but tuner.targets has {unbuilt[0]}",
+                f"{setting} is not built for {module}, which tuner.targets names",
                 f"tuner.targets=[{','.join(leaf_names(model))}]",
             )
     twice = sorted(adapted & {name.removesuffix(".weight") for name in chosen_weights(job, model)})

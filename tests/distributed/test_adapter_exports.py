@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pissa-dora-rslora": {"init": "pissa", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
     "modules-to-save": {"family": "qwen2", "modules_to_save": ("embed_tokens", "lm_head", "norm")},
     "output-layer": {"family": "qwen2", "targets": ("lm_head", "q_proj")},
+    "pissa-output-layer": {"family": "qwen2", "init": "pissa", "targets": ("lm_head", "q_proj")},
     "embedding": {"family": "qwen2", "targets": ("embed_tokens", "q_proj")},
     "deepseek": {
         "family": "deepseek_v3",
@@ -35,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied-embedding": {"modules_to_save": ("embed_tokens",)},
     "dora-rslora-bias": {"family": "qwen2", "dora": True, "rslora": True, "targets": ("q_proj", "up_proj", "o_proj")},
 }
-SUBSUMED = ("rslora", "pissa", "dora")  # by the kinds that hold several of them
+SUBSUMED = ("rslora", "pissa", "dora", "pissa-output-layer")  # by the kinds that hold several of them
 STEPS, COMPLETED = 4, 2
 
 

@@ -133,14 +133,17 @@ def test_a_plan_says_what_peft_has_no_place_for() -> None:
     assert words in plan_job(compose_job([*experts, "tuner.dora=true", "tuner.dropout=0.1"])).plan.reasons
 
 
-@pytest.mark.parametrize("setting", [{"dora": True}, {"init": "pissa"}])
-def test_special_adapters_on_the_ends_are_refused(setting: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("target", "setting"),
+    [("lm_head", {"dora": True}), ("embed_tokens", {"dora": True}), ("embed_tokens", {"init": "pissa"})],
+)
+def test_special_adapters_on_the_ends_are_refused(target: str, setting: dict[str, Any]) -> None:
     untied = replace(SMOLLM2, tied_embeddings=False)
-    with pytest.raises(
-        ConfigError, match=r"is not built for the embedding .*, but tuner\.targets has lm_head"
-    ) as caught:
-        adapted_linears(JobConfig(tuner=TunerConfig(targets=["q_proj", "lm_head"], **setting)), untied)
+    with pytest.raises(ConfigError, match=rf"is not built for .*{target}, which tuner\.targets names") as caught:
+        adapted_linears(JobConfig(tuner=TunerConfig(targets=["q_proj", target], **setting)), untied)
     assert caught.value.hint.startswith("tuner.targets=[q_proj,")
+    pissa = TunerConfig(targets=["q_proj", "lm_head"], init="pissa")
+    assert "lm_head" in adapted_linears(JobConfig(tuner=pissa), untied)
 
 
 def test_experts_in_4_bits_are_counted() -> None:
@@ -167,7 +170,7 @@ def test_the_output_layer_learns_by_an_adapter_or_whole() -> None:
     assert caught.value.hint == "tuner.modules_to_save=[]"
     assert adapted_linears(JobConfig(tuner=TunerConfig(targets=["embed_tokens"])), SMOLLM2) == {"model.embed_tokens"}
     plus = JobConfig(tuner=TunerConfig(targets=["embed_tokens"], loraplus_lr_ratio=16.0))
-    with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not built for the embedding"):
+    with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not built for model\.embed_tokens"):
         adapted_linears(plus, SMOLLM2)
     for targets in (["lm_head"], ".*(q_proj|lm_head)"):
         with pytest.raises(ConfigError, match="lm_head is the embedding in this model") as caught:
