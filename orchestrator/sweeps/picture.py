@@ -60,7 +60,7 @@ def write_picture(folder: Path, book: Book) -> Path | None:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">',
         f"<title>{title}</title><style>{STYLE}</style>",
-        f'<text x="{MARGIN}" y="24" font-weight="bold">{title}</text>',
+        f'<text x="{MARGIN}" y="24" style="font-weight:bold">{title}</text>',
         *_curves(book, curves),
         *_bars(book, [(row.point.number, row.point.words, row.value or 0.0) for row in ranked]),
         "</svg>",
@@ -117,7 +117,7 @@ def _bars(book: Book, ranked: Sequence[tuple[int, str, float]]) -> list[str]:
     for place, (number, words, value) in enumerate(ranked):
         y = top + place * BAR_HEIGHT
         left, right = sorted((along(0.0), along(value)))
-        weight = ' font-weight="bold"' if place == 0 else ""
+        weight = ' style="font-weight:bold"' if place == 0 else ""
         shown = words if len(words) <= 62 else f"{words[:60]}..."
         parts.append(f'<text x="{MARGIN}" y="{y + 12}"{weight}>{number}: {escape(shown)}</text>')
         parts.append(
