@@ -18,6 +18,7 @@ from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.interview.command import add_init, run_init
 from orchestrator.jobs.cli import ALLOCATION
 from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
+from orchestrator.pages.command import add_report, run_report
 from orchestrator.piping import until_unread
 from orchestrator.sweeps.command import SWEEP
 
@@ -280,6 +281,12 @@ COMMANDS: dict[str, Command] = {
         "isotrain bench planner --rows measured.jsonl",
         add_bench,
         run_bench,
+    ),
+    "report": Command(
+        "Write a run's page: curves, launches, ranks, checkpoints, plan; also while it runs.",
+        "isotrain report runs/first --html first.html",
+        add_report,
+        run_report,
     ),
     "checkpoints": Command(
         "List a run's checkpoints: step, loss, size, topology, state.",

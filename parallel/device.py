@@ -8,6 +8,7 @@ factories build on the CPU and whose streams and events do nothing. With an acce
 from __future__ import annotations
 
 import contextlib
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -191,3 +192,15 @@ def cuda_type_names() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most that this process has held: on CUDA what torch's allocator handed out, else its resident memory.
+
+    Example:
+        >>> peak_memory_bytes("cpu") > 2**20
+        True
+    """
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

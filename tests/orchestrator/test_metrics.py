@@ -35,8 +35,15 @@ def log(run_dir: Path, first: int, last: int, config: MetricsConfig = QUIET) -> 
 def test_a_line_per_step_holds_the_promised_keys(tmp_path: Path) -> None:
     log(tmp_path, 1, 2)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    assert list(line) == ["step", "loss", "grad_norm", "learning_rate", "tokens", "step_s", "tokens_per_s"]
+    assert list(line) == ["step", "time", "loss", "grad_norm", "learning_rate", "tokens", "step_s", "tokens_per_s"]
     assert line["tokens_per_s"] == 200.0
+
+
+def test_mfu_is_a_share_of_the_devices_peak_where_that_is_known(tmp_path: Path) -> None:
+    metrics = Metrics(QUIET, tmp_path, 10, peak_tokens_per_s=800.0)
+    metrics.log(1, VALUES)
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == 0.25
 
 
 @pytest.mark.parametrize("resumed_after", [0, 1, 3, 5])
