@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.output import CLEAR_LINE
 from orchestrator.cli_checkpoints import add_checkpoints, add_verify, run_checkpoints, run_explain, run_verify
 from orchestrator.cli_doors import add_convert, add_copy, add_export, run_convert, run_copy, run_export
 from orchestrator.cli_plan import add_bench, add_plan, run_bench, run_plan, show_plan
@@ -89,7 +90,7 @@ def _help() -> str:
 
 
 def _say(text: str) -> None:
-    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""  # a progress bar may be drawn on this line
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""  # the last line of a panel may be here
     print(clear + text, file=sys.stderr, flush=True)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from launch.environment import wandb_is_offline
-from launch.output import Tee
 from orchestrator.config.job import MetricsConfig
 from orchestrator.errors import ConfigError
 from orchestrator.metrics import Metrics
@@ -76,16 +75,6 @@ def test_plain_lines_where_nobody_looks(tmp_path: Path) -> None:
     metrics.log(1, VALUES)
     metrics.close()
     assert stream.getvalue() == "step 1/10  loss 2.5000  grad norm 0.500  lr 1.00e-03  200 tokens/s  ETA ?\n"
-
-
-def test_a_bar_of_one_line_on_a_terminal_and_plain_lines_in_the_log(tmp_path: Path) -> None:
-    terminal, log_stream = io.StringIO(), io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
-    metrics = Metrics(MetricsConfig(), tmp_path, 10, first_step=4, stream=Tee(terminal, log_stream))  # type: ignore[arg-type]
-    metrics.log(4, VALUES)
-    metrics.close()
-    assert "step 4/10" in terminal.getvalue() and "\x1b[" in terminal.getvalue() and "━" in terminal.getvalue()
-    assert log_stream.getvalue().startswith("step 4/10  loss 2.5000") and "\x1b" not in log_stream.getvalue()
 
 
 def test_the_time_left_does_not_count_the_first_step() -> None:
