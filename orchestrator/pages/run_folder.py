@@ -22,6 +22,8 @@ from orchestrator.planning.plan import Plan
 
 Value = TypeVar("Value")
 Line = Mapping[str, Any]
+LARGEST = 1e15
+"""Numbers beyond are damage; what is read are steps, seconds since 1970, and bytes."""
 LEAVES_TRACES = ("job.yaml", "plan.json", "metrics.jsonl", "environment.jsonl", "checkpoints")
 
 
@@ -99,8 +101,12 @@ def number(line: Line, name: str) -> float | None:
         (2.0, None, None)
     """
     value = line.get(name)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None  # type: ignore[arg-type]
+    return float(value) if isinstance(value, int | float) and _is_usual(value) else None
+
+
+def _is_usual(value: object) -> bool:
+    """Whether a value is no number, or one that can be drawn."""
+    return not isinstance(value, bool) and (not isinstance(value, int | float) or -LARGEST < value < LARGEST)
 
 
 def _or_none(name: str, read: Callable[[], Value], problems: list[str]) -> Value | None:
@@ -143,7 +149,7 @@ def _record(kind: type[Value], line: Line) -> Value | None:
         return None
     expected = {"int": int, "float": int | float, "str": str, "int | None": int | None}
     right = all(isinstance(values[field.name], expected[str(field.type)]) for field in fields(kind))  # type: ignore[arg-type]
-    return kind(**values) if right else None
+    return kind(**values) if right and all(map(_is_usual, values.values())) else None
 
 
 def _paces(run_dir: Path) -> list[RankPace]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from orchestrator.cli import main
 from orchestrator.errors import ConfigError
+from orchestrator.history import Launch
+from orchestrator.pace import RankPace
 from orchestrator.pages.attempts import attempts_of
 from orchestrator.pages.curves import curve_chart, spread_chart, thinned
 from orchestrator.pages.run_folder import read_run
@@ -169,3 +176,33 @@ def test_the_end_of_a_run_is_not_disturbed_by_a_page_that_cannot_be_written(tmp_
     (tmp_path / "report.html").mkdir()
     report_end(tmp_path)
     assert not list((tmp_path / "report.html").iterdir())
+
+
+LEAVES = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.integers(), st.floats(), st.text(max_size=5))
+VALUES = st.one_of(LEAVES, st.lists(LEAVES, max_size=2), st.dictionaries(st.text(max_size=3), LEAVES, max_size=2))
+
+
+def lines_of(names: Sequence[str]) -> st.SearchStrategy[list[dict[str, Any]]]:
+    usual = st.sampled_from(names)
+    return st.lists(st.dictionaries(usual, VALUES, max_size=len(names)), max_size=4)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=lines_of(["step", "time", "loss", "step_s", "tokens_per_s", "peak_memory_bytes"]),
+    starts=lines_of(["time", "host", "git", "packages"]),
+    launches=st.one_of(lines_of([field.name for field in fields(Launch)]), st.lists(st.builds(Launch).map(asdict))),
+    pace=st.one_of(VALUES, st.builds(RankPace).map(asdict)),
+    manifest=lines_of(["about", "files"]),
+)
+def test_no_content_of_a_folder_ends_in_a_traceback(
+    tmp_path: Path, steps: Any, starts: Any, launches: Any, pace: Any, manifest: Any
+) -> None:
+    files = {"metrics": steps, "environment": starts, "launches": launches}
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    saved = tmp_path / "checkpoints" / "step-000001" / "manifest.json"
+    for file, value in ((tmp_path / "paces" / "rank-0.json", pace), (saved, manifest)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value))
+    read_page(tmp_path)
