@@ -117,7 +117,7 @@ def test_lost_ranks_are_started_again_and_the_adapter_is_that_of_an_undisturbed_
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "rank 1 was killed by SIGKILL and left no word; starting again from step " in err
-    waits = r"rank 1 waits in \w+ of \w+ \(ranks 0, 1\) at \S+:\d+ in \w+"
+    waits = r"rank 1 waits in \w+ of [\w ]+ \(ranks 0, 1\) at \S+:\d+ in \w+"
     assert re.search(rf"rank 0 gives no sign of life for .*; {waits}; starting again from step \d+", err)
     assert not any(is_alive(pid) for pid in killed + stopped)
     assert run.losses == undisturbed.losses
