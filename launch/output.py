@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+CLEAR_LINE = "\r\x1b[2K"
+
 
 class Tee(io.TextIOBase):
-    """A text stream into a log and onto a terminal; on a real terminal a progress bar's line is cleared first."""
+    """A text stream into a log and onto a terminal; on a real terminal a line of progress is cleared first."""
 
     def __init__(self, terminal: TextIO, log: TextIO) -> None:
         super().__init__()
@@ -25,7 +27,7 @@ class Tee(io.TextIOBase):
         self.log.write(text)
         try:
             if text and self._at_line_start and self.terminal.isatty():
-                self.terminal.write("\r\x1b[2K")
+                self.terminal.write(CLEAR_LINE)
             self.terminal.write(text)
             self.terminal.flush()
         except OSError:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.output import CLEAR_LINE
 from orchestrator.calibrate.command import add_calibrate, run_calibrate
 from orchestrator.cli_checkpoints import add_checkpoints, add_verify, run_checkpoints, run_explain, run_verify
 from orchestrator.cli_doors import add_convert, add_copy, add_export, run_convert, run_copy, run_export
@@ -19,6 +20,7 @@ from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.interview.command import add_init, run_init
 from orchestrator.jobs.cli import ALLOCATION
 from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
+from orchestrator.pages.command import add_report, run_report
 from orchestrator.piping import until_unread
 from orchestrator.sweeps.command import SWEEP
 
@@ -89,7 +91,7 @@ def _help() -> str:
 
 
 def _say(text: str) -> None:
-    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""  # a progress bar may be drawn on this line
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""  # the last line of a panel may be here
     print(clear + text, file=sys.stderr, flush=True)
 
 
@@ -287,6 +289,12 @@ COMMANDS: dict[str, Command] = {
         "isotrain bench planner --rows measured.jsonl",
         add_bench,
         run_bench,
+    ),
+    "report": Command(
+        "Write a run's page: curves, launches, ranks, checkpoints, plan; also while it runs.",
+        "isotrain report runs/first --html first.html",
+        add_report,
+        run_report,
     ),
     "checkpoints": Command(
         "List a run's checkpoints: step, loss, size, topology, state.",

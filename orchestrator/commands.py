@@ -192,6 +192,8 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     say(planned.words)
     if planned.warning:
         say(planned.warning)
+    from orchestrator.pages.run_page import report_end
+
     with locked(run_dir):
         write_run(run_dir, dataclasses.replace(job, run_dir=str(run_dir)), planned.plan.to_json())
         result, given_up = run_ranks(
@@ -203,6 +205,7 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
             say,
             lambda end: end.stopped,
         )
+        report_end(run_dir)
     finished = ended(run_dir, job.steps, result.code, result.cause)
     return dataclasses.replace(finished, code=ExitCode.GAVE_UP, message=given_up) if given_up else finished
 

@@ -25,8 +25,10 @@ from orchestrator.config.job import JobConfig
 from orchestrator.data import BatchShape, SampleOrder, TokenisedData, step_microbatches
 from orchestrator.errors import ExitCode, GaveUp, ResourceError
 from orchestrator.metrics import Metrics
+from orchestrator.pace import Pace
 from orchestrator.planning.plan import Plan
 from orchestrator.schedule import learning_rate
+from parallel.device import peak_memory_bytes
 from parallel.engine import Engine, StepResult
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Run:
     """Everything that a rank trains with. ``cpu_group`` carries CPU tensors; ``metrics`` is there on the first rank.
 
     ``guard``: raises when the run folder has become another launch's. ``base``: the fingerprint of an adapter's model.
+    ``pace``: notes this rank's steps.
     """
 
     job: JobConfig
@@ -56,6 +59,7 @@ class Run:
     metrics: Metrics | None
     guard: Callable[[], None] = lambda: None
     base: str | None = None
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,14 @@ def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
             rate = learning_rate(run.job.optimizer, step, run.job.steps)
             result = run.engine.train_step(batches, rate)
             _check_finite(run, result, step)
+            step_s = time.perf_counter() - started
             if run.metrics is not None:
                 rows = order.rows_at(first, sequences)
-                run.metrics.log(step, _values(result, rate, run.data.lengths(rows), time.perf_counter() - started))
+                held = {"peak_memory_bytes": peak_memory_bytes(run.plan.device)}
+                run.metrics.log(step, _values(result, rate, run.data.lengths(rows), step_s) | held)
             stopping, failed = _agree(run, stop.requested, saver.has_failed)
+            if run.pace is not None:
+                run.pace.note(step, step_s, time.perf_counter() - started - step_s)
             if failed:
                 _attempt(run, saver.last_step, saver.finish)
             every = run.job.checkpoint.every_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -38,6 +39,7 @@ class Metrics:
         first_step: the first step that will be logged: 1, or k + 1 when resuming after step k. Lines of that step
             and later ones, left by a run that was killed after its last checkpoint, are dropped.
         stream: where progress goes; None means standard error.
+        peak_tokens_per_s: what ``mfu`` is a share of; 0 where it is not known.
     Raises:
         ConfigError: a package that a sink needs is not installed.
     """
@@ -49,7 +51,9 @@ class Metrics:
         total_steps: int,
         first_step: int = 1,
         stream: TextIO | None = None,
+        peak_tokens_per_s: float = 0.0,
     ) -> None:
+        self._peak_tokens_per_s = peak_tokens_per_s
         stream = sys.stderr if stream is None else stream
         makers: dict[str, Callable[[], Sink]] = {
             "tensorboard": lambda: _TensorBoard(run_dir, first_step),
@@ -66,11 +70,14 @@ class Metrics:
         Args:
             step: optimizer steps completed, counted from 1.
             values: ``loss``, ``grad_norm``, ``learning_rate``, ``tokens`` (of this step, over all ranks), ``step_s``,
-                and whatever else there is. ``tokens_per_s`` is computed where it is missing.
+                and whatever else there is. ``tokens_per_s`` is computed where it is missing, and ``mfu`` where the
+            devices' peak is known.
         """
         whole = {name: value for name, value in values.items() if name != "step"}
         if "tokens_per_s" not in whole and whole.get("step_s"):
             whole["tokens_per_s"] = whole.get("tokens", 0) / whole["step_s"]
+        if self._peak_tokens_per_s and "tokens_per_s" in whole:
+            whole["mfu"] = whole["tokens_per_s"] / self._peak_tokens_per_s
         for sink in self._sinks:
             sink.log(step, whole)
 
@@ -91,7 +98,8 @@ class _Jsonl:
         self._stream = file.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        line = {"step": step} | {name: jsonable(value) for name, value in values.items()}
+        line = {"step": step, "time": round(time.time(), 3)}
+        line |= {name: jsonable(value) for name, value in values.items()}
         self._stream.write(json.dumps(line, allow_nan=False) + "\n")
         self._stream.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -10,6 +11,7 @@ from typing import Protocol, TypeVar
 from launch.exits import INTERNAL, RankExit
 from launch.watch import Patience
 from orchestrator.config.job import RecoveryConfig
+from orchestrator.history import note_launch
 from orchestrator.runs import latest_step
 
 # Ends of a rank that another try may not meet again: it was killed, crashed, lost a peer, or hangs.
@@ -17,7 +19,10 @@ WORTH_ANOTHER_TRY = frozenset({"Killed", "Crash", "PeerLost", "Silent", "Stalled
 
 
 class Ending(Protocol):
-    """How one start of all ranks ended; ``cause``: the first one, None when all is done."""
+    """How one start of all ranks ended: its exit code, and the first cause, None when all is done."""
+
+    @property
+    def code(self) -> int: ...
 
     @property
     def cause(self) -> RankExit | None: ...
@@ -46,7 +51,9 @@ def run_ranks(
     """
     tries = Tries(restarts, latest_step(run_dir) or 0)
     for attempt in itertools.count():
+        started = time.time()
         end = start(attempt)
+        note_launch(run_dir, started, end.code, end.cause)
         if restarts == 0 or is_stopping(end) or not is_worth_another_try(end.cause):
             return end, ""
         assert end.cause is not None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,9 +39,10 @@ from orchestrator.locking import still_mine
 from orchestrator.loop import Run, train
 from orchestrator.metrics import Metrics
 from orchestrator.models import model_spec, resolve_model
+from orchestrator.pace import Pace
 from orchestrator.planning.plan import Plan
 from orchestrator.restoring import Restoring, restore
-from parallel.device import backend, peak_bytes
+from parallel.device import backend, peak_memory_bytes
 from parallel.groups import open_groups
 
 Value = TypeVar("Value")
@@ -109,13 +112,26 @@ def main_by_hand(overrides: Sequence[str], as_json: bool = False) -> int:
         report = os.fdopen(os.dup(1), "w") if as_json and me.rank == 0 else None  # the log takes over 1 and 2
         code = 0
         if decided != "finished":
+            started = time.time()
             code = guarded(run_dir, me.rank, lambda: main(run_dir, store))
+            if me.rank == 0:
+                _note_end(run_dir, started, code)
         if report is not None:
             cause = first_cause(read_exits(run_dir)) if code else None
             with report:
                 print(json.dumps(ended(run_dir, read_job(run_dir).steps, code, cause).summary()), file=report)
         leave_process(code)
     return code
+
+
+def _note_end(run_dir: Path, started: float, code: int) -> None:
+    """What else a launcher does: write down how this launch has ended, and the run's page."""
+    from orchestrator.history import note_launch
+    from orchestrator.pages.run_page import report_end
+
+    cause = first_cause(read_exits(run_dir)) if code else None
+    note_launch(run_dir, started, code, cause)
+    report_end(run_dir)
 
 
 def _started(me: RankEnvironment) -> tuple[int, int]:
@@ -174,14 +190,16 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, 
     start = restore(engine, me.rank, Restoring(job, run_dir, data.summary.source_sha256, base, cpu_group))
     if not start.steps:
         load_adapter(job, engine)
-    metrics = Metrics(job.metrics, run_dir, job.steps, start.steps + 1) if me.rank == 0 else None
+    metrics = _open_metrics(job, plan, run_dir, start.steps) if me.rank == 0 else None
+    pace = Pace(run_dir, me.rank, partial(peak_memory_bytes, plan.device))
     beside = room(job, model_spec(job.model))
     if me.rank == 0:  # which writes them
         beside = beside.read()
-    run = Run(job, plan, run_dir, groups, cpu_group, engine, data, beside, metrics, guard, base)
+    run = Run(job, plan, run_dir, groups, cpu_group, engine, data, beside, metrics, guard, base, pace)
     try:
         code = train(run, start, stop)
     finally:
+        pace.write()
         if metrics is not None:
             metrics.close()
     _note(me, run, start.steps + 1)
@@ -190,7 +208,7 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, 
 
 def _note(me: RankEnvironment, run: Run, first_step: int) -> None:
     """Append what this launch took to the ledger; all ranks call it, for each knows its own peak."""
-    peak = torch.tensor(peak_bytes(run.plan.device))
+    peak = torch.tensor(peak_memory_bytes(run.plan.device))
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=run.cpu_group)
     file, found = ledger_file(), measured(steps_of(run.run_dir / "metrics.jsonl", first_step), int(peak))
     if me.rank or file is None or found is None:
@@ -198,6 +216,14 @@ def _note(me: RankEnvironment, run: Run, first_step: int) -> None:
     problem = append(file, likeness(run.job, model_spec(run.job.model), run.plan), run.plan, found)
     if problem:
         print(problem, file=sys.stderr, flush=True)
+
+
+def _open_metrics(job: JobConfig, plan: Plan, run_dir: Path, completed: int) -> Metrics:
+    from orchestrator.commands import cluster_spec
+    from orchestrator.planning.advice import peak_tokens_per_s
+
+    peak = peak_tokens_per_s(job, model_spec(job.model), cluster_spec(job.cluster), plan)
+    return Metrics(job.metrics, run_dir, job.steps, completed + 1, peak_tokens_per_s=peak)
 
 
 def _open_data(me: RankEnvironment, job: JobConfig, run_dir: Path, cpu_group: dist.ProcessGroup) -> TokenisedData:

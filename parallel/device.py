@@ -194,8 +194,13 @@ def cuda_type_names() -> Iterator[None]:
         torch.Tensor.type = original  # type: ignore[method-assign]
 
 
-def peak_bytes(device: str) -> int:
-    """The most memory that this process has had: what torch handed out on a GPU, what was resident on a CPU."""
+def peak_memory_bytes(device: str) -> int:
+    """The most that this process has held: on CUDA what torch's allocator handed out, else its resident memory.
+
+    Example:
+        >>> peak_memory_bytes("cpu") > 2**20
+        True
+    """
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

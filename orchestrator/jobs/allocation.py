@@ -41,6 +41,7 @@ from orchestrator.jobs.record import (
     write_submission,
 )
 from orchestrator.locking import locked
+from orchestrator.pages.run_page import report_end
 from orchestrator.recovery import patience, progress, run_ranks
 from orchestrator.runs import decide_train, write_run
 
@@ -93,6 +94,7 @@ def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> 
         verdict = _train(run_dir, job, allocation, signals, say, starts)
         say(verdict.message)
         _write_ended(run_dir, allocation, verdict)
+        report_end(run_dir)
     return _leave(run_dir, verdict, allocation, say)
 
 

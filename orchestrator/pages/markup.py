@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 VOID = frozenset({"meta", "link", "br", "path", "rect", "line", "circle", "polyline"})
 """Elements without an end tag: HTML's own, and SVG's that hold nothing."""
+
+
+NUMBER = re.compile(r"-|[\d.,]+( (s|ms|µs|min|h))?")
+"""Cells that stand below each other by their last digit."""
 
 
 class Markup(str):
@@ -62,7 +67,7 @@ class="number">1</td></tr></tbody></table></div>'
 
 
 def _kind(cells: Sequence[str]) -> str | None:
-    return "number" if cells and all(cell[:1].isdigit() or cell in ("", "-") for cell in cells) else None
+    return "number" if cells and all(NUMBER.fullmatch(cell) for cell in cells) else None
 
 
 def _text(value: str | float) -> str:

@@ -71,13 +71,11 @@ def advise(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan) -
     """
     question = ask(job, model, cluster)
     others = [one for one in search(question).candidates if one.proposal.topology != plan.topology]
-    device = cluster_device(cluster)
-    step_s, tokens = plan.step_time.total_s, plan.global_sequences * plan.sequence_tokens
-    peak = device.peaks[device.precision(plan.precision)] * plan.ranks_used
-    operations = tokens * operations_per_token(shape_of(model), plan.sequence_tokens, job.tuner.name != "full")
+    device, peak = cluster_device(cluster), peak_tokens_per_s(job, model, cluster, plan)
+    tokens_per_s = plan.global_sequences * plan.sequence_tokens / plan.step_time.total_s
     return Advice(
-        tokens_per_s_per_rank=tokens / step_s / plan.ranks_used,
-        utilisation=0.0 if device.is_measured else operations / step_s / peak,
+        tokens_per_s_per_rank=tokens_per_s / plan.ranks_used,
+        utilisation=tokens_per_s / peak if peak else 0.0,
         error=0.0 if device.is_measured else CALIBRATED_ERROR if device.calibrated else UNCALIBRATED_ERROR,
         limit=limit_of(plan.step_time),
         layouts=plan.considered,
@@ -85,6 +83,15 @@ def advise(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan) -
         fewest=_fewest(question, plan),
         faster=_faster(question, plan),
     )
+
+
+def peak_tokens_per_s(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan) -> float:
+    """Tokens per second of all ranks together at their devices' peak: what MFU is a share of; 0 for a CPU."""
+    device = cluster_device(cluster)
+    if device.is_measured:
+        return 0.0
+    peak = device.peaks[device.precision(plan.precision)] * plan.ranks_used
+    return peak / operations_per_token(shape_of(model), plan.sequence_tokens, job.tuner.name != "full")
 
 
 def operations_per_token(shape: Shape, sequence: int, frozen: bool) -> float:

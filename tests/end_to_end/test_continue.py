@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.building import read_job
+from orchestrator.pages.run_folder import read_run
 from orchestrator.schedule import learning_rate
 from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Folder, Shell, close, is_one_screen
@@ -61,6 +62,7 @@ def test_by_hand_torchrun_does_the_same_also_with_an_idle_rank(
     assert {exit["code"] for exit in run.exits.values()} == {0} and len(run.exits) == 4
     assert "rank 3 is idle: the plan uses 3 of 4 ranks" in (run.path / "logs/rank-3.log").read_text()
     assert done.err.count("step 6/6") == 1
+    assert "Run: run" in (run.path / "report.html").read_text() and len(read_run(run.path).launches) == 1
 
 
 def test_by_hand_on_two_nodes_every_rank_is_used_and_the_run_is_the_same(

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from orchestrator.cli import main
+from orchestrator.pages.run_folder import read_run
 from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Folder, Shell, close, distance, tensors
+from tests.pages.parsed import parsed
 
 ADAPTER = Path("adapter/adapter_model.safetensors")
 ELSEWHERE = {
@@ -47,6 +49,18 @@ def test_training_changes_the_adapter_and_uses_all_four_ranks(uninterrupted: Fol
     assert distance(uninterrupted.checkpoint(3) / ADAPTER, uninterrupted.checkpoint(6) / ADAPTER) > 1e-2
     for line in uninterrupted.metrics.values():
         assert line.keys() >= {"loss", "grad_norm", "learning_rate", "tokens", "step_s", "tokens_per_s"}
+
+
+def test_a_run_leaves_its_page_and_every_ranks_pace(uninterrupted: Folder) -> None:
+    run = read_run(uninterrupted.path)
+    assert not run.problems and [(one.code, one.step, one.ranks) for one in run.launches] == [(0, 6, 4)]
+    assert [(pace.rank, pace.steps, pace.last_step) for pace in run.paces] == [(rank, 6, 6) for rank in range(4)]
+    for pace in run.paces:
+        assert 0 < pace.least_s <= pace.median_s <= pace.most_s and pace.wait_s >= 0
+        assert 2**26 < pace.peak_memory_bytes < 2**34
+    found = parsed((uninterrupted.path / "report.html").read_text(encoding="utf-8"))
+    assert not found.wrong and not found.loads
+    assert "Run: uninterrupted" in found.text and f"{uninterrupted.losses[6]:.4f}" in found.text
 
 
 def test_the_adapter_folder_is_a_peft_adapter_and_its_loss_is_the_trained_models(

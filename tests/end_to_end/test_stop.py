@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.pages.run_folder import read_run
 from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Folder, Shell, is_alive, is_one_screen, press_ctrl_c, wait_for
 
@@ -93,6 +94,10 @@ def test_the_same_command_goes_on_after_ctrl_c_sigterm_and_a_killed_rank(
     assert process.returncode == 130
     wait_for(lambda: not any(is_alive(pid) for pid in pids), timeout_s=10)
     assert saved(run, also_logged=False) == second and run.metrics
+    launches = read_run(run.path).launches
+    assert [(one.code, one.cause) for one in launches[:2]] == [(85, "interrupted")] * 2
+    assert [(one.code, one.cause, one.rank) for one in launches[2:]] == [(86, "Killed", 1), (130, "Aborted", None)]
+    assert "rank 1 was killed by SIGKILL" in (run.path / "report.html").read_text(encoding="utf-8")
 
 
 def test_lost_ranks_are_started_again_and_the_adapter_is_that_of_an_undisturbed_run(
@@ -112,7 +117,7 @@ def test_lost_ranks_are_started_again_and_the_adapter_is_that_of_an_undisturbed_
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "rank 1 was killed by SIGKILL and left no word; starting again from step " in err
-    waits = r"rank 1 waits in \w+ of \w+ \(ranks 0, 1\) at \S+:\d+ in \w+"
+    waits = r"rank 1 waits in \w+ of [\w ]+ \(ranks 0, 1\) at \S+:\d+ in \w+"
     assert re.search(rf"rank 0 gives no sign of life for .*; {waits}; starting again from step \d+", err)
     assert not any(is_alive(pid) for pid in killed + stopped)
     assert run.losses == undisturbed.losses

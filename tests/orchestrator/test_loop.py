@@ -106,6 +106,7 @@ def make_run(tmp_path: Path, engine: CountingEngine, **changes: Any) -> Run:
             "global_sequences": 2,
             "length_multiple": 1,
             "precision": "fp32",
+            "device": "cpu",
             **dict.fromkeys(("vpp", "sp", "stages", "recompute", "distributed", "engine")),
         },
     )()

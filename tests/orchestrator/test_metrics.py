@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from launch.environment import wandb_is_offline
-from launch.output import Tee
 from orchestrator.config.job import MetricsConfig
 from orchestrator.errors import ConfigError
 from orchestrator.metrics import Metrics
@@ -35,8 +34,15 @@ def log(run_dir: Path, first: int, last: int, config: MetricsConfig = QUIET) -> 
 def test_a_line_per_step_holds_the_promised_keys(tmp_path: Path) -> None:
     log(tmp_path, 1, 2)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    assert list(line) == ["step", "loss", "grad_norm", "learning_rate", "tokens", "step_s", "tokens_per_s"]
+    assert list(line) == ["step", "time", "loss", "grad_norm", "learning_rate", "tokens", "step_s", "tokens_per_s"]
     assert line["tokens_per_s"] == 200.0
+
+
+def test_mfu_is_a_share_of_the_devices_peak_where_that_is_known(tmp_path: Path) -> None:
+    metrics = Metrics(QUIET, tmp_path, 10, peak_tokens_per_s=800.0)
+    metrics.log(1, VALUES)
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == 0.25
 
 
 @pytest.mark.parametrize("resumed_after", [0, 1, 3, 5])
@@ -69,16 +75,6 @@ def test_plain_lines_where_nobody_looks(tmp_path: Path) -> None:
     metrics.log(1, VALUES)
     metrics.close()
     assert stream.getvalue() == "step 1/10  loss 2.5000  grad norm 0.500  lr 1.00e-03  200 tokens/s  ETA ?\n"
-
-
-def test_a_bar_of_one_line_on_a_terminal_and_plain_lines_in_the_log(tmp_path: Path) -> None:
-    terminal, log_stream = io.StringIO(), io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
-    metrics = Metrics(MetricsConfig(), tmp_path, 10, first_step=4, stream=Tee(terminal, log_stream))  # type: ignore[arg-type]
-    metrics.log(4, VALUES)
-    metrics.close()
-    assert "step 4/10" in terminal.getvalue() and "\x1b[" in terminal.getvalue() and "━" in terminal.getvalue()
-    assert log_stream.getvalue().startswith("step 4/10  loss 2.5000") and "\x1b" not in log_stream.getvalue()
 
 
 def test_the_time_left_does_not_count_the_first_step() -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator.pages.plan_page import plan_page
+from orchestrator.pages.run_page import report_end
 from orchestrator.planning.advice import advise
 from orchestrator.planning.plan import make_plan
 from tests.pages.chromium import Rendered
 from tests.pages.jobs import H100X64, JOB, LLAMA3_8B
 from tests.pages.parsed import parsed
+from tests.pages.run_folders import write_run_folder
 
 pytestmark = pytest.mark.browser
 Opened = Callable[[Path], Rendered]
@@ -30,6 +32,14 @@ def test_a_plan_opens_and_says_all_that_is_in_it(plan_file: Path, opened: Opened
     page = opened(plan_file)
     assert page.console == []
     assert parsed(page.dom).text.split() == parsed(plan_file.read_text(encoding="utf-8")).text.split()
+
+
+def test_a_run_opens_and_says_all_that_is_in_it(opened: Opened, tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path / "run", steps=2000)
+    report_end(folder)
+    page = opened(folder / "report.html")
+    assert page.console == []
+    assert parsed(page.dom).text.split() == parsed((folder / "report.html").read_text(encoding="utf-8")).text.split()
 
 
 def test_what_the_pointer_is_over_says_its_figures(plan_file: Path, opened: Opened, tmp_path: Path) -> None:
