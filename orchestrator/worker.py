@@ -219,10 +219,10 @@ def _note(me: RankEnvironment, run: Run, first_step: int) -> None:
 
 
 def _open_metrics(job: JobConfig, plan: Plan, run_dir: Path, completed: int) -> Metrics:
-    from orchestrator.commands import cluster_spec
+    from orchestrator.detection.cluster import found_cluster
     from orchestrator.planning.advice import peak_tokens_per_s
 
-    peak = peak_tokens_per_s(job, model_spec(job.model), cluster_spec(job.cluster), plan)
+    peak = peak_tokens_per_s(job, model_spec(job.model), plan.cluster or found_cluster(job.cluster), plan)
     return Metrics(job.metrics, run_dir, job.steps, completed + 1, peak_tokens_per_s=peak)
 
 
