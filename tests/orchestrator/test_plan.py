@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from orchestrator.config.job import (
     BatchConfig,
-    ExpertsConfig,
     JobConfig,
     MemoryConfig,
     OptimizerConfig,
@@ -30,7 +29,7 @@ LLAMA3_8B = ModelSpec("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 1e-5, 
 MOE = replace(
     SMOLLM2, family="qwen3_moe", layers=4, experts=8, experts_per_token=2, expert_ffn=64, router_aux_loss=0.01
 )
-ATTENTION, EXPERTS = ["q_proj"], ["q_proj", "gate", "gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["q_proj", "gate", "gate_proj", "up_proj", "down_proj"]
 ONE_LAYER = replace(SMOLLM2, layers=1, kv_heads=1)
 SPENDTHRIFT = JobConfig(memory=MemoryConfig("none"), optimizer=OptimizerConfig(distributed=False))
 BIG_MICRO_BATCHES = replace(
@@ -386,21 +385,3 @@ def test_experts_are_planned_as_asked(sizes: dict[str, int], topology: Topology 
         make_plan(job, MOE, LAPTOP)
     assert topology in str(caught.value)
     make_plan(*(typed(job, LAPTOP, caught.value.hint)[0], MOE, LAPTOP))
-
-
-@pytest.mark.parametrize("targets", [["gate"], EXPERTS])
-def test_dropout_on_experts_and_routers_is_refused(targets: list[str]) -> None:
-    job = JobConfig(tuner=TunerConfig(dropout=0.1, targets=targets))
-    with pytest.raises(
-        ConfigError, match=r"tuner\.dropout=0\.1 is not built for adapters of experts and routers"
-    ) as caught:
-        make_plan(job, MOE, LAPTOP)
-    assert make_plan(typed(job, LAPTOP, caught.value.hint)[0], MOE, LAPTOP)
-    assert make_plan(replace(job, tuner=replace(job.tuner, targets=ATTENTION)), MOE, LAPTOP)
-
-
-def test_a_balancing_loss_needs_experts() -> None:
-    job = JobConfig(tuner=TunerConfig(targets=ATTENTION), experts=ExpertsConfig(balancing_loss=0.01))
-    with pytest.raises(ConfigError, match=r"experts\.balancing_loss=0\.01 needs experts") as caught:
-        make_plan(job, SMOLLM2, LAPTOP)
-    assert caught.value.hint == "experts.balancing_loss=null"
