@@ -170,7 +170,8 @@ def explain(run_dir: Path, overrides: Sequence[str] = ()) -> Explanation:
     run_dir = run_dir.expanduser().absolute()
     before, job = _before_and_now(run_dir, overrides)
     decide_resume(run_dir, job)
-    check_files(job, "resume")
+    if job.data.path is not None:  # a run that came in from another tool need not have any yet
+        check_files(job, "resume")
     return explain_resume(run_dir, before, job, plan_job(job).plan)
 
 

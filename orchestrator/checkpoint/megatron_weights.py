@@ -217,8 +217,8 @@ def _add_states(writer: TorchDistWriter, spec: ModelSpec, states: CheckpointRead
         place = stored_place(whole)
         held = states.manifest.tensors
         for kind in (*MOMENTS, *(["master"] * ((whole.pieces[0].name, "master") in held))):
-            data = _fused(states, whole, kind, "F32")
-            writer.add(state_key(STATES[kind][0], place.key), place.lead, place.counts, data)
+            key = state_key(STATES[kind][0], place.key)
+            writer.add(key, place.lead, place.counts, _fused(states, whole, kind, "F32"))  # unnamed: gone at once
     masters = {state_key("fp32_param", stored_place(whole).key): stored_place(whole).key for whole in wholes(spec)}
     for master, weight in masters.items():
         if not writer.has(master):

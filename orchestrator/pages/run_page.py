@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.config.building import job_to_yaml
-from orchestrator.errors import ConfigError
 from orchestrator.pages.attempts import Attempt, attempts_chart, attempts_of, clock
 from orchestrator.pages.curves import Point, curve_chart, spread_chart
 from orchestrator.pages.document import facts, folded, page, section, tiles, words, write_page
@@ -37,9 +36,11 @@ CURVES: tuple[tuple[str, str, float, Callable[[float], str]], ...] = (
 
 
 def report_end(run_dir: Path) -> None:
-    """Write the page of a run that has just ended; where the disk takes none, the run has ended all the same."""
-    with suppress(ConfigError, OSError):
+    """Write the page of a run that has just ended; whatever is wrong with it, the run has ended all the same."""
+    try:
         write_page(run_dir / REPORT, run_page(read_run(run_dir)))
+    except Exception as error:  # noqa: BLE001  a picture must not take a run's exit code, or its place in the queue
+        print(f"{run_dir / REPORT} was not written: {error!r}", file=sys.stderr, flush=True)
 
 
 def run_page(run: RunFolder) -> str:

@@ -117,8 +117,9 @@ def test_a_rank_killed_from_outside_is_named_and_the_run_may_be_restarted(tmp_pa
     ],
 )
 def test_ranks_that_hang_are_killed_and_may_be_started_again(
-    tmp_path: Path, patience: Patience, cause: str, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: Patience, cause: str, words: str
 ) -> None:
+    monkeypatch.setattr("launch.watch.ANSWER_S", 0.1)  # these ranks answer nobody
     request = LaunchRequest(tmp_path, fake_rank(tmp_path, "stubborn"), 2, ranks_per_node=2)
     result = launch(render(request), tmp_path, 2, lambda text: None, patience)
     assert (result.code, result.cause and result.cause.cause) == (86, cause)

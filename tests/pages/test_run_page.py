@@ -170,12 +170,21 @@ def test_the_command_writes_the_page_and_says_how_the_run_is(
     assert told["page"] == str(tmp_path / "a.html") and told["step"] == 300 and "plan.json" in told["problems"][0]
 
 
-def test_the_end_of_a_run_is_not_disturbed_by_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+def test_the_end_of_a_run_is_not_disturbed_by_a_page_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folder: object) -> None:
+        raise KeyError("a plan from the future")
+
     report_end(tmp_path)
     (tmp_path / "job.yaml").touch()
     (tmp_path / "report.html").mkdir()
     report_end(tmp_path)
     assert not list((tmp_path / "report.html").iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr("orchestrator.pages.run_page.run_page", fail)
+        report_end(tmp_path)
+    assert "report.html was not written: KeyError('a plan from the future')" in capsys.readouterr().err
 
 
 LEAVES = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.integers(), st.floats(), st.text(max_size=5))
