@@ -18,7 +18,7 @@ def test_nodes_are_found_from_outside_and_inside(slurm: SlurmShell, tiny_run_mod
     outside = _cluster(slurm.isotrain("plan", *words, "cluster.slurm.partition=batch", "--json").out)
     assert (outside["nodes"], outside["gpus_per_node"], outside["device"]) == (4, 8, "cuda")
     assert "4 nodes in partition batch: 8 x GPU" in outside["found"]
-    asked = ["srun", "--nodes=2", "--ntasks=2", "--gres=gpu:3", "--cpus-per-task=2", "--mem=4000"]
+    asked = ["srun", "--output=0", "--nodes=2", "--ntasks=2", "--gres=gpu:3", "--cpus-per-task=2", "--mem=4000"]
     said = slurm.run([*asked, "isotrain", "plan", *words, "--json"]).out
     inside = _cluster(said)
     assert (inside["nodes"], inside["gpus_per_node"], inside["device"]) == (2, 3, "cuda")
