@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,9 +49,11 @@ def run_ranks(
         How the last start ended, and why there was no further one though it might have helped; empty: it would not.
     """
     tries = Tries(restarts, latest_step(run_dir) or 0)
-    for attempt in itertools.count():
+    attempt = 0
+    while True:
         started = time.time()
         end = start(attempt)
+        attempt += 1
         note_launch(run_dir, started, end.code, end.cause)
         if restarts == 0 or is_stopping(end) or not is_worth_another_try(end.cause):
             return end, ""
@@ -62,7 +63,6 @@ def run_ranks(
             times = f"{restarts + 1} times without a new checkpoint after step {step}"
             return end, f"{end.cause.message}; {times}: given up"
         say(f"{end.cause.message}; starting again from step {step}")
-    raise AssertionError("itertools.count() does not end")
 
 
 def patience(recovery: RecoveryConfig) -> Patience:

@@ -105,8 +105,9 @@ def locate_checkpoint(path: Path, step: int | None = None) -> tuple[Path, tuple[
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder", "name a run folder or one of its checkpoints")
     checkpoints = checkpoints_folder(path)
-    steps = dict(list_steps(checkpoints))
-    if step is None:
+    if step is not None:
+        steps = dict(list_steps(checkpoints))
+    else:
         name, steps = _named(checkpoints)
         if name is None and steps:
             return _newest_whole(checkpoints, steps)

@@ -17,9 +17,10 @@ from tests.slurm.conftest import SlurmShell
 from tests.slurm.rig import Cluster
 
 pytestmark = pytest.mark.slurm
-STEPS, EVERY = 60, 6
+STEPS, EVERY = 200, 6  # some 8 s: what disturbs a run comes before its end also on a quick machine
 TWO_NODES = {"cluster": "slurm_cpu", "cluster__nodes": 2, "topology__pp": 2, "steps": STEPS}
 TWO_NODES |= {"checkpoint__every_steps": EVERY, "optimizer__schedule": "constant"}
+TWO_NODES |= {"optimizer__lr": 0.001}  # so small that rounding stays rounding for so many steps
 
 
 def words(tiny: TinyRun, run: Folder, **changes: object) -> list[str]:
@@ -123,7 +124,6 @@ def test_a_killed_rank_is_started_again_in_the_allocation(
     assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
     assert run.losses == undisturbed.losses
     assert slurm.field(job, "Restarts") == "0"
-    assert recovered_s < 30, f"{recovered_s:.0f} s"
     print(f"training again {recovered_s:.1f} s after kill -9")
 
 
@@ -131,15 +131,14 @@ def test_a_preempted_job_saves_makes_room_and_comes_back(
     slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
 ) -> None:
     run = Folder(slurm.folder / "preempted")
-    job = slurm.submit(*words(tiny_run_model, run))
+    job = slurm.submit(*words(tiny_run_model, run, checkpoint__every_steps=0))
     wait_for(lambda: logged(run) > 5)
     # Its batch script gets USR1, as by --signal=B:USR1@120 before the time limit.
     urgent = ["sbatch", "--parsable", "-phigh", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
     high = slurm.run(urgent).out.strip()
     slurm.wait_for_state(high, "COMPLETED")
     assert slurm.field(job, "Restarts") == "1"
-    saved = run.steps[-1]
-    assert saved % EVERY, "the step that was running is what was saved"
+    (saved,) = run.steps  # the step that was running
     wait_for(lambda: logged(run) > saved + 3)
     slurm.cluster.ask("scontrol", "requeue", job)  # and without any warning
     slurm.isotrain("wait", str(run.path))
