@@ -34,10 +34,18 @@ model: setup  ## put SmolLM2-135M-Instruct into the cache, once (25 s)
 demo: setup  ## plan, train, resume elsewhere, export, compare; checks its own result (under 10 minutes)
 	@$(BIN)/python -m orchestrator.demo $(DEMO_DIR)
 
+TEST := $(BIN)/python -m pytest -m "not grid and not slurm and not browser" --durations=40 --cov
+REPORT := --cov-report=term:skip-covered --cov-report=html
+# Tests of one process: as many at once as there are cores. The others start processes of their own, one after the other.
+ALONE := tests/architecture tests/orchestrator tests/pages tests/parallel orchestrator parallel launch
 test: setup  ## all tests but the finer grid, Slurm's and the browser's, with coverage; ARGS="-k name" for some
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest -m "not grid and not slurm and not browser" --durations=40 --cov --cov-report=term:skip-covered \
-	  --cov-report=html $(ARGS)
+ifeq ($(ARGS),)
+	@code=0; $(TEST) -n auto --maxprocesses 8 --dist loadfile --cov-report= $(ALONE) || code=1; \
+	  $(TEST) --cov-append $(REPORT) $(ALONE:%=--ignore=%) || code=1; exit $$code
+else
+	@$(TEST) $(REPORT) $(ARGS)
+endif
 
 # Debian's own packages, where this user may install; elsewhere the tests say what is missing, and are skipped.
 SLURM := slurm-wlm munge shellcheck
