@@ -91,6 +91,8 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
         recompute=plan.recompute,
         seed=job.seed,
         balancing_loss=balancing_loss(job, model),
+        balancing_over=job.experts.balancing_over,
+        capacity_factor=job.experts.capacity_factor,
         bias_rate=job.experts.bias_rate,
         sequence_tokens=-(-plan.sequence_tokens // plan.length_multiple) * plan.length_multiple,
         cp_comm=plan.cp_comm,

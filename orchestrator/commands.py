@@ -25,6 +25,7 @@ from orchestrator.detection.cluster import found_cluster, on_cluster
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.locking import locked
 from orchestrator.models import model_spec, resolve_model
+from orchestrator.planning.experts import dependence_on_cut
 from orchestrator.recovery import patience, progress, run_ranks
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, write_run
 from parallel.specs import ModelSpec, SpecError
@@ -57,7 +58,8 @@ class Planned:
         """What speaks against the plan without forbidding it; empty when nothing does."""
         from orchestrator.planning.certified import warning
 
-        return warning(self.job, self.plan, self.model.family)
+        lines = [warning(self.job, self.plan, self.model.family), *dependence_on_cut(self.job.experts)]
+        return "\n".join(line for line in lines if line)
 
 
 @dataclass(frozen=True)

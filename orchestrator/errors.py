@@ -64,6 +64,12 @@ class PeerLost(IsotrainError):
     code = ExitCode.PEER_LOST
 
 
+class Rewound(IsotrainError):
+    """The run goes back to its newest checkpoint: restart it (86)."""
+
+    code = ExitCode.PEER_LOST
+
+
 class GaveUp(IsotrainError):
     """Going on makes no sense: do not requeue (93)."""
 

@@ -13,6 +13,7 @@ from orchestrator.config.building import FREE_KEYS, as_override, differences, fl
 from orchestrator.config.job import JobConfig
 from orchestrator.data.sources import resolve
 from orchestrator.models import resolve_model
+from orchestrator.planning.experts import dependence_on_cut
 
 if TYPE_CHECKING:
     from orchestrator.checkpoint.load import CheckpointReader
@@ -75,7 +76,7 @@ def explain_resume(run_dir: Path, before: JobConfig, job: JobConfig, plan: Plan)
     reader, notes = find_latest_good(run_dir)
     if reader is None:
         raise ConfigError(f"{run_dir} has no checkpoint to resume from", f"isotrain train ... run_dir={run_dir}")
-    changes = [*_topology(reader, plan), *_keys(reader, before, job), *_data(reader, job)]
+    changes = [*_topology(reader, plan, job), *_keys(reader, before, job), *_data(reader, job)]
     changes += [*_base(reader, job), *_versions(reader)]
     return Explanation(reader.folder, reader.step, job.steps, _restored(reader, job), tuple(changes), notes)
 
@@ -101,19 +102,23 @@ def _restored(reader: CheckpointReader, job: JobConfig) -> dict[str, str]:
     return restored
 
 
-def _topology(reader: CheckpointReader, plan: Plan) -> list[Change]:
+def _topology(reader: CheckpointReader, plan: Plan, job: JobConfig) -> list[Change]:
+    cut = dependence_on_cut(job.experts)
+    same, effect = not cut, "; ".join(cut) or SAME
     changes = []
     about = reader.manifest.about
     then, now = topology_words(about), topology_words({"topology": asdict(plan.topology)})
     if then != now:
-        changes.append(Change("topology", then, now, True, SAME))
+        changes.append(Change("topology", then, now, same, effect))
     if about.get("precision") != plan.precision:
-        effect = "another run: the same data and schedule, other rounding"
-        changes.append(Change("precision", str(about.get("precision")), plan.precision, False, effect))
+        rounding = "another run: the same data and schedule, other rounding"
+        changes.append(Change("precision", str(about.get("precision")), plan.precision, False, rounding))
     written = about.get("plan", {})
     for name in ("micro_sequences", "recompute", "distributed", "engine"):
         if name in written and written[name] != getattr(plan, name):
-            changes.append(Change(name, str(written[name]), str(getattr(plan, name)), True, SAME))
+            is_cut = name == "micro_sequences" and bool(cut)
+            said = (False, effect) if is_cut else (True, SAME)
+            changes.append(Change(name, str(written[name]), str(getattr(plan, name)), *said))
     return changes
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from launch.stop import StopRequest
+from orchestrator.anomalies import Anomalies, note_rewind
 from orchestrator.assemble import Room
 from orchestrator.checkpoint.publish import Contents
 from orchestrator.checkpoint.retention import Retention
@@ -23,13 +23,14 @@ from orchestrator.checkpoint.saver import Saver
 from orchestrator.config.building import meaning
 from orchestrator.config.job import JobConfig
 from orchestrator.data import BatchShape, SampleOrder, TokenisedData, step_microbatches
-from orchestrator.errors import ExitCode, GaveUp, ResourceError
+from orchestrator.errors import ExitCode, GaveUp, ResourceError, Rewound
 from orchestrator.metrics import Metrics
 from orchestrator.pace import Pace
 from orchestrator.planning.plan import Plan
+from orchestrator.runs import latest_step
 from orchestrator.schedule import learning_rate
 from parallel.device import peak_memory_bytes
-from parallel.engine import Engine, StepResult
+from parallel.engine import Engine, MicroBatch, StepResult
 
 if TYPE_CHECKING:
     from parallel.groups import Groups
@@ -64,10 +65,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run stands: after ``steps`` optimizer steps, at position ``samples`` of the order of its samples."""
+    """Where a run stands: after ``steps`` steps, at position ``samples`` of the order of its samples.
+
+    ``losses``: of the newest steps (``orchestrator.anomalies``).
+    """
 
     steps: int = 0
     samples: int = 0
+    losses: tuple[float, ...] = field(default=(), repr=False)
 
     def after(self, step: int, global_sequences: int) -> Cursor:
         """Where it stands after ``step``, with so many samples in each step from here on.
@@ -85,23 +90,27 @@ def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
     Returns:
         DONE, or INTERRUPTED when all ranks agreed to stop after saving.
     Raises:
-        GaveUp: the loss is no number any more.
+        GaveUp: the loss is no number, or too far from those before, and the job says to stop then.
+        Rewound: the same, and the job says to go back to the newest checkpoint then.
     """
+    anomalies = Anomalies(run.job.anomalies, start.losses)
     order, sequences = SampleOrder(run.data.rows, run.job.seed), run.plan.global_sequences
     with _saver(run) as saver:
-        saver.prepare(run.engine.shards(), _contents(run, start))
+        saver.prepare(run.engine.shards(), _contents(run, start, anomalies))
         for step in range(start.steps + 1, run.job.steps + 1):
             started = time.perf_counter()
             first, done = start.after(step - 1, sequences).samples, start.after(step, sequences)
             batches = step_microbatches(run.data, order, first, batch_shape(run.plan), run.groups.coordinate("dp"))
             rate = learning_rate(run.job.optimizer, step, run.job.steps)
-            result = run.engine.train_step(batches, rate)
-            _check_finite(run, result, step)
+            result = _learn(run, anomalies, batches, rate, step)
+            if not result.applied:
+                _skip_or_leave(run, anomalies, saver, result, done)
             step_s = time.perf_counter() - started
             if run.metrics is not None:
                 rows = order.rows_at(first, sequences)
                 held = {"peak_memory_bytes": peak_memory_bytes(run.plan.device)}
-                run.metrics.log(step, _values(result, rate, run.data.lengths(rows), step_s) | held)
+                skipped = {} if result.applied else {"skipped": 1}
+                run.metrics.log(step, _values(result, rate, run.data.lengths(rows), step_s) | held | skipped)
             stopping, failed = _agree(run, stop.requested, saver.has_failed)
             if run.pace is not None:
                 run.pace.note(step, step_s, time.perf_counter() - started - step_s)
@@ -109,9 +118,9 @@ def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
                 _attempt(run, saver.last_step, saver.finish)
             every = run.job.checkpoint.every_steps
             if stopping or step == run.job.steps:
-                _save(run, saver, done, result, last=True)
+                _save(run, saver, done, result, anomalies, last=True)
             elif every and step % every == 0:
-                _save(run, saver, done, result, last=False)
+                _save(run, saver, done, result, anomalies, last=False)
             if stopping and step < run.job.steps:
                 return ExitCode.INTERRUPTED
     return ExitCode.DONE
@@ -141,14 +150,15 @@ def _saver(run: Run) -> Saver:
     )
 
 
-def _save(run: Run, saver: Saver, done: Cursor, result: StepResult, *, last: bool) -> None:
+def _save(run: Run, saver: Saver, done: Cursor, result: StepResult, anomalies: Anomalies, *, last: bool) -> None:
     """Save the training state at ``done``; every rank calls it.
 
     Raises:
         ResourceError: the disk refuses this save or (asynchronous) the one before, and the job says to stop then, or
             there is no later save.
     """
-    contents = _contents(run, done, {"loss": result.loss, "grad_norm": result.grad_norm})
+    metrics = {"loss": result.loss, "grad_norm": result.grad_norm} if result.applied else {}
+    contents = _contents(run, done, anomalies, metrics)
     _attempt(run, saver.last_step, saver.finish)
     _attempt(run, done.steps, lambda: saver.save(done.steps, run.engine.shards(), contents), last=last)
 
@@ -160,12 +170,10 @@ def _attempt(run: Run, step: int, action: Callable[[], None], *, last: bool = Fa
     except ResourceError as error:
         if last or run.job.checkpoint.on_failure == "stop":
             raise
-        if run.metrics is not None:
-            words = f"step {step}: a checkpoint could not be saved, and checkpoint.on_failure=continue: {error}"
-            print(words, file=sys.stderr, flush=True)
+        _say(run, f"step {step}: a checkpoint could not be saved, and checkpoint.on_failure=continue: {error}")
 
 
-def _contents(run: Run, done: Cursor, metrics: Mapping[str, float] | None = None) -> Contents:
+def _contents(run: Run, done: Cursor, anomalies: Anomalies, metrics: Mapping[str, float] | None = None) -> Contents:
     """What a checkpoint says beside its tensors. ``state`` is equal on every topology; ``about`` tells of this one."""
     data = {"path": run.job.data.path, "sha256": run.data.summary.source_sha256, "rows": run.data.rows}
     state = {
@@ -187,6 +195,7 @@ def _contents(run: Run, done: Cursor, metrics: Mapping[str, float] | None = None
         "quantise": run.job.tuner.quantise,
         "plan": {name: getattr(run.plan, name) for name in TOLD_OF_PLAN},
         "metrics": dict(metrics or {}),
+        "losses": list(anomalies.losses),
         "job": meaning(run.job),
     }
     return Contents(run.room.name, state, run.room.files, about)
@@ -211,13 +220,52 @@ def _values(result: StepResult, rate: float, lengths: np.ndarray, step_s: float)
     }
 
 
-def _check_finite(run: Run, result: StepResult, step: int) -> None:
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+def _learn(run: Run, anomalies: Anomalies, batches: Sequence[MicroBatch], rate: float, step: int) -> StepResult:
+    """One step. What should not be learned from is computed once more: a fault of a machine does not come again."""
+    result = run.engine.train_step(batches, rate, anomalies.accepts)
+    anomaly = anomalies.found(result.loss, result.grad_norm)
+    if anomaly is not None and result.applied:
+        _say(run, f"step {step}: {anomaly.words}; anomalies.spike=warn: learned from all the same")
+    elif anomaly is not None:
+        result = run.engine.train_step(batches, rate, anomalies.accepts)
+        if result.applied:
+            words = f"computed again, the loss is {result.loss:g}: a machine erred, not the data"
+            _say(run, f"step {step}: {anomaly.words}; {words}")
+    if result.applied:
+        anomalies.learned(result.loss)
+    return result
+
+
+def _skip_or_leave(run: Run, anomalies: Anomalies, saver: Saver, result: StepResult, done: Cursor) -> None:
+    """Say what is done about a step that nothing was learned from; what is not skipped ends here.
+
+    Raises:
+        GaveUp: the job says to stop, or too many steps in a row were skipped. Rewound: it says to go back.
+    """
+    anomaly = anomalies.found(result.loss, result.grad_norm)
+    assert anomaly is not None
+    words = f"step {done.steps}: {anomaly.words}"
+    if anomaly.policy == "rewind":
+        _attempt(run, saver.last_step, saver.finish)
+        step = latest_step(run.run_dir) or 0
+        if run.metrics is not None:
+            note_rewind(run.run_dir, step, done.samples)
+        dist.barrier(group=run.cpu_group)  # nobody leaves before it is written
+        raise Rewound(f"{words}; back to step {step}, and on with sample {done.samples + 1}")
+    if anomaly.policy == "stop" or anomalies.skipped_too_many():
+        limit = run.job.anomalies.limit
+        many = "" if anomaly.policy == "stop" else f", after {limit} steps skipped in a row (anomalies.limit={limit})"
         raise GaveUp(
-            f"step {step}: loss {result.loss}, grad_norm {result.grad_norm}; nothing of this step was saved",
+            f"{words}{many}; nothing of this step was saved",
             f"isotrain resume {run.run_dir} optimizer.lr={run.job.optimizer.lr / 10:g}   (goes on from the newest "
             "checkpoint; without one: isotrain train with that and another run_dir)",
         )
+    _say(run, f"{words}; skipped: nothing is learned from it")
+
+
+def _say(run: Run, words: str) -> None:
+    if run.metrics is not None:
+        print(words, file=sys.stderr, flush=True)
 
 
 def _agree(run: Run, *here: bool) -> list[bool]:

@@ -13,8 +13,8 @@ from orchestrator.config.job import RecoveryConfig
 from orchestrator.history import note_launch
 from orchestrator.runs import latest_step
 
-# Ends of a rank that another try may not meet again: it was killed, crashed, lost a peer, or hangs.
-WORTH_ANOTHER_TRY = frozenset({"Killed", "Crash", "PeerLost", "Silent", "Stalled", "Launcher"})
+# Ends of a rank that another try may not meet again: it was killed, crashed, lost a peer, hangs, or leaves data out.
+WORTH_ANOTHER_TRY = frozenset({"Killed", "Crash", "PeerLost", "Silent", "Stalled", "Launcher", "Rewound"})
 
 
 class Ending(Protocol):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from orchestrator.anomalies import samples_after_rewinds
 from orchestrator.checkpoint.exchange import Peers
 from orchestrator.checkpoint.load import CheckpointReader, find_latest_good
 from orchestrator.config.building import quote_override
@@ -42,7 +43,7 @@ def restore(engine: Engine, rank: int, wanted: Restoring) -> Cursor:
     for line in messages if rank == 0 else ():
         print(line, file=sys.stderr, flush=True)
     if checkpoint is None:
-        return Cursor()
+        return Cursor(0, samples_after_rewinds(wanted.run_dir, 0, 0))
     _check_same_data(checkpoint, wanted)
     _check_same_base(checkpoint, wanted)
     try:
@@ -55,7 +56,8 @@ def restore(engine: Engine, rank: int, wanted: Restoring) -> Cursor:
         print(f"loaded {checkpoint.folder}", file=sys.stderr, flush=True)
     # Another tool's run, of other data, has no cursor: it is as if all its steps had been like those to come.
     samples = checkpoint.state.get("samples_consumed", checkpoint.step * wanted.job.batch.global_sequences)
-    return Cursor(checkpoint.step, int(samples))
+    losses = tuple(checkpoint.manifest.about.get("losses", ()))
+    return Cursor(checkpoint.step, samples_after_rewinds(wanted.run_dir, checkpoint.step, int(samples)), losses)
 
 
 def _check_same_data(checkpoint: CheckpointReader, wanted: Restoring) -> None:

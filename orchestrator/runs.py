@@ -244,10 +244,17 @@ def write_run(run_dir: Path, job: JobConfig, plan_json: str) -> None:
         environment = run_dir / "environment.jsonl"
         earlier = environment.read_text(encoding="utf-8") if environment.exists() else ""
         write_whole(environment, f"{earlier}{json.dumps(provenance(Path.cwd()))}\n")
+        if latest_step(run_dir) is None:  # it starts at step 1, and with the first sample
+            rewinds_file(run_dir).unlink(missing_ok=True)
         write_whole(run_dir / "plan.json", plan_json)
         write_whole(run_dir / "job.yaml", job_to_yaml(job))
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}", "run_dir=ANOTHER") from error
+
+
+def rewinds_file(run_dir: Path) -> Path:
+    """Where a run that was rewound keeps by step of a checkpoint with which sample to go on behind it."""
+    return run_dir / "rewinds.json"
 
 
 def write_whole(file: Path, text: str, mode: int = 0o666) -> None:

@@ -1,9 +1,13 @@
 """Balancing experts so that no cut of the batch changes it: a loss for each sequence, and biases of the choice.
 
+For users of other tools there is the loss of a whole micro-batch too, which does depend on what shares one.
+
 Of a sequence with T positions, E experts and K chosen per token (DeepSeek-AI 2024, arXiv:2412.19437, eq. 17 to 20):
 ``loss = E / (K T) * sum_e count_e * (sum_t p_te) / T``, where ``p`` are the router's scores, which sum to 1. It is 1
 when all experts are used alike. Positions are those up to the last with a label: what comes after cannot change the
 model's loss, and padding comes after. A sequence weighs as much as its label tokens, as it does in the model's loss.
+Of a micro-batch the formula is the same, over the positions and the label tokens of all its sequences (Fedus et al.
+2021, arXiv:2101.03961, eq. 4 to 6): with one sequence in each it is the same loss.
 
 A bias of the choice goes up by a fixed step where fewer than the mean of the whole global batch's positions chose its
 expert, and down where more did (Wang et al. 2024, arXiv:2408.15664, algorithm 1).
@@ -90,11 +94,13 @@ class Balance:
 
     Args:
         groups: of ranks that hold different tokens of the same sequences.
+        over: what it is a loss of, ``sequence`` or ``micro_batch``.
     """
 
     coefficient: float
     positions: Positions
     groups: tuple[Any, ...] = ()
+    over: str = "sequence"
 
     def __call__(self, scores: torch.Tensor, chosen: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
         """Attach the loss.
@@ -110,10 +116,12 @@ class Balance:
         sequences = self.positions.clock.now()
         sums = (scores * self.positions.seen(tokens, scores.device)).sum(dim=0)
         length = sequences.positions.to(scores.device).clamp(min=1).float()
+        labels = sequences.labels.to(scores.device)
+        if self.over == "micro_batch":
+            counts, sums, length, labels = (each.sum(dim=0, keepdim=True) for each in (counts, sums, length, labels))
         per_token = chosen[0].sum()
         losses = (counts * sums).sum(dim=-1) * experts / (per_token * length**2)
-        total = self.coefficient * (losses * sequences.labels.to(scores.device)).sum()
-        return _Attach.apply(probabilities, total)
+        return _Attach.apply(probabilities, self.coefficient * (losses * labels).sum())
 
 
 class ChoiceCounts:

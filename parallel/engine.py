@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,6 +57,8 @@ class EngineSpec:
         cp_comm: how context-parallel ranks see each other's tokens (``parallel.context_attention.KINDS``).
         sequence_tokens: the longest row of the run.
         balancing_loss: coefficient of the routers' balancing loss (``parallel.balancing``); 0 for none.
+        balancing_over: what that is a loss of, ``sequence`` or ``micro_batch``.
+        capacity_factor: an expert takes so many times its share of a rank's tokens, not more; None: it takes all.
         bias_rate: by how much a step moves the biases of the choice of experts (``parallel.balancing``); 0: they stay.
         quantise: how the base's linears are stored, "nf4" or None.
         frozen: names of weights that full tuning leaves as they are.
@@ -76,6 +78,8 @@ class EngineSpec:
     sequence_tokens: int = 512
     cp_comm: str = "ring"
     balancing_loss: float = 0.0
+    balancing_over: str = "sequence"
+    capacity_factor: float | None = None
     bias_rate: float = 0.0
     quantise: str | None = None
     frozen: frozenset[str] = frozenset()
@@ -88,12 +92,22 @@ class StepResult:
     """What one optimizer step reports; equal on every rank.
 
     ``loss`` is the mean over all label tokens of the *global* batch; ``label_tokens`` their count; ``grad_norm`` the
-    2-norm of the whole gradient before clipping.
+    2-norm of the whole gradient before clipping. ``applied``: whether the model has learned from it.
     """
 
     loss: float
     label_tokens: int
     grad_norm: float
+    applied: bool = True
+
+
+Accepts = Callable[[float, float], bool]
+"""(loss, gradient norm) of a step, before its update -> whether the model shall learn from it."""
+
+
+def always(loss: float, grad_norm: float) -> bool:
+    """Learn from every step."""
+    return True
 
 
 class TensorReader(Protocol):
@@ -115,10 +129,13 @@ class TensorReader(Protocol):
 class Engine(Protocol):
     """A sharded model with its adapters and optimizer on this rank."""
 
-    def train_step(self, microbatches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[MicroBatch], learning_rate: float, accepts: Accepts = always
+    ) -> StepResult:
         """Run one optimizer step over this data-parallel rank's micro-batches.
 
-        All pp, cp and tp ranks get the same whole rows; context parallelism cuts them here.
+        All pp, cp and tp ranks get the same whole rows; context parallelism cuts them here. What ``accepts`` refuses
+        changes nothing; it says the same on every rank.
         """
         ...
 

@@ -26,6 +26,7 @@ from orchestrator.config.loading import group_choices, override_job
 from orchestrator.errors import ConfigError
 from orchestrator.models import resolve_model
 from orchestrator.planning.certified import plan_features
+from orchestrator.planning.experts import dependence_on_cut
 from orchestrator.planning.tuning import beyond_peft
 from orchestrator.runs import write_run
 from parallel.families import read_model
@@ -113,8 +114,14 @@ def certify(
         pool: processes to use and to leave alive; None: own ones.
         train: what each rank runs; a test plants its fault here.
     Raises:
-        ConfigError, SpecError: the job names no model that we know, or nothing is left of the columns.
+        ConfigError, SpecError: the job names no model that we know, nothing is left of the columns, or what is asked of
+            experts depends on how a batch is cut.
     """
+    if cut := dependence_on_cut(request.job.experts):
+        raise ConfigError(
+            f"{cut[0]}: no topology need equal one process",
+            "experts.balancing_over=sequence experts.capacity_factor=null",
+        )
     config = small_config(request.job, request.ranks)
     columns = [one for one in layouts(request.ranks, read_model(config).is_moe) if request.only in one.name]
     if not columns:

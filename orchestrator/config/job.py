@@ -166,12 +166,16 @@ class TunerConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """``balancing_loss``: coefficient of the routers' loss per sequence; None: as the model's config.json asks.
+    """``balancing_loss``: coefficient of the routers' loss; None: as the model's config.json asks.
 
+    ``balancing_over``: what it is a loss of, sequence or micro_batch. ``capacity_factor``: an expert takes so many
+    times its share of a rank's tokens, and others are dropped; None: it takes all.
     ``bias_rate``: by how much a step moves the biases that balance the choice of experts; 0: they stay as they are.
     """
 
     balancing_loss: float | None = None
+    balancing_over: str = "sequence"
+    capacity_factor: float | None = None
     bias_rate: float = 0.0
 
 
@@ -245,6 +249,20 @@ class RecoveryConfig:
 
 
 @dataclass(frozen=True)
+class AnomaliesConfig:
+    """What is done about steps that the model should not learn from.
+
+    ``not_finite``: of a loss or a gradient norm that is no number: stop, skip or rewind. ``spike``: of a loss above
+    ``spike_factor`` times the median of the newest 32: warn, stop, skip or rewind. ``limit``: steps skipped in a row.
+    """
+
+    not_finite: str = "stop"
+    spike: str = "warn"
+    spike_factor: float = 3.0
+    limit: int = 3
+
+
+@dataclass(frozen=True)
 class MetricsConfig:
     """``sinks``: any of jsonl, tensorboard, wandb. jsonl is always written. ``project``: wandb's."""
 
@@ -274,6 +292,7 @@ class JobConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    anomalies: AnomaliesConfig = field(default_factory=AnomaliesConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 

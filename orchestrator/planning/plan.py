@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.candidates import Candidate, Question, Rejected
+from orchestrator.planning.experts import check_experts
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.nearest import nearest_legal
 from orchestrator.planning.search import Found, search
@@ -150,7 +151,7 @@ def ask(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Question:
     """
     _check_values(job, cluster)
     _check_length(job, model)
-    _check_experts(job, model)
+    check_experts(job, model)
     return Question(
         job=job,
         model=model,
@@ -288,27 +289,6 @@ def _memory_hint(question: Question) -> str:
         if search(other).candidates:
             return typed
     return ""
-
-
-def _check_experts(job: JobConfig, model: ModelSpec) -> None:
-    """Refuse what is asked of experts where there are none."""
-    asked = job.experts.balancing_loss
-    if asked and not model.is_moe:
-        raise ConfigError(
-            f"experts.balancing_loss={asked:g} needs experts, but the model is dense", "experts.balancing_loss=null"
-        )
-    if rate := job.experts.bias_rate:
-        if model.routing is None or not model.routing.bias:
-            raise ConfigError(
-                f"experts.bias_rate={rate:g} moves biases of the choice of experts, which a {model.family} model has "
-                "none of",
-                "experts.bias_rate=0",
-            )
-        if job.tuner.name != "full":
-            raise ConfigError(
-                f"experts.bias_rate={rate:g} needs tuner=full: an adapter's checkpoint holds no biases of routers",
-                "experts.bias_rate=0",
-            )
 
 
 def _check_length(job: JobConfig, model: ModelSpec) -> None:

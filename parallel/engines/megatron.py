@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from megatron.core.tensor_parallel import mappings
 from parallel import names
 from parallel.balancing import BalancingClock
 from parallel.device import cuda_type_names, current_device
-from parallel.engine import EngineSpec, MicroBatch, StepResult, TensorReader
+from parallel.engine import Accepts, EngineSpec, MicroBatch, StepResult, TensorReader, always
 from parallel.engines import megatron_galore as galore
 from parallel.engines import megatron_model as models
 from parallel.engines import megatron_pissa as pissa
@@ -37,7 +36,6 @@ from parallel.shards import Piece, Shard
 
 # A learning rate is given at every step; megatron-core only wants one to be there.
 _PLACEHOLDER_LR = 1.0
-_NO_CLIPPING = math.inf
 # (micro-batch, hidden states of the last stage) -> loss sum, label tokens, both for the log
 LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -77,8 +75,10 @@ class MegatronEngine:
         self._steps = 0
         self._checked = False
 
-    def train_step(self, microbatches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
-        """Run one optimizer step.
+    def train_step(
+        self, microbatches: Sequence[MicroBatch], learning_rate: float, accepts: Accepts = always
+    ) -> StepResult:
+        """Run one optimizer step, or leave everything as it is where ``accepts`` refuses it.
 
         Raises:
             NoGradientError: in the first step, a trainable tensor got no gradient.
@@ -95,12 +95,15 @@ class MegatronEngine:
             self._checked = True
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
-        with cuda_type_names():
-            _, norm, _ = self._optimizer.step()
-        shift_biases(self._chunks, self._spec, self._groups)
-        self._steps += 1
         loss, tokens = self._global_loss(losses)
-        return StepResult(loss, tokens, float(norm))
+        with cuda_type_names():
+            norm = states.gradients_ready(self._optimizer)
+            is_good = accepts(loss, norm)
+            if is_good:
+                states.step(self._optimizer, self._spec.adam.clip_norm, norm)
+        shift_biases(self._chunks, self._spec, self._groups, is_good)
+        self._steps += is_good
+        return StepResult(loss, tokens, norm, is_good)
 
     def evaluate(self, microbatches: Sequence[MicroBatch]) -> StepResult:
         """The loss of these micro-batches without learning."""
@@ -210,7 +213,7 @@ class MegatronEngine:
             adam_beta1=adam.betas[0],
             adam_beta2=adam.betas[1],
             adam_eps=adam.eps,
-            clip_grad=adam.clip_norm or _NO_CLIPPING,
+            clip_grad=adam.clip_norm,
             bf16=sixteen_bit,
             params_dtype=torch.bfloat16 if sixteen_bit else torch.float32,
             use_distributed_optimizer=adam.distributed,

@@ -58,17 +58,18 @@ def balance_routers(chunks: Sequence[torch.nn.Module], spec: EngineSpec, groups:
     positions = Positions(clock, cut, parts, part)
     for router in _routers(chunks):
         if spec.balancing_loss:
-            router.balance = Balance(spec.balancing_loss, positions, over)
+            router.balance = Balance(spec.balancing_loss, positions, over, spec.balancing_over)
         if spec.bias_rate:
             router.counts = ChoiceCounts(positions)
 
 
 @torch.no_grad()
-def shift_biases(chunks: Sequence[torch.nn.Module], spec: EngineSpec, groups: Groups) -> None:
-    """Move the biases of all routers by the choices of the global batch of a step, where the run asks for it."""
+def shift_biases(chunks: Sequence[torch.nn.Module], spec: EngineSpec, groups: Groups, is_good: bool) -> None:
+    """Move the biases of all routers by the choices of a good step's global batch, where the run asks for it."""
+    rate = spec.bias_rate if is_good else 0.0
     for router in _routers(chunks):
         if router.counts is not None and router.choice_bias is not None:
-            router.counts.shift_(router.choice_bias, spec.bias_rate, groups.by_name["tp_dp_cp"])
+            router.counts.shift_(router.choice_bias, rate, groups.by_name["tp_dp_cp"])
 
 
 class NumberedDispatcher(MoEAlltoAllTokenDispatcher):

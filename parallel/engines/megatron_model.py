@@ -131,7 +131,7 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_with_experts(groups),
         **_recompute(spec.recompute),
-        **_experts(model),
+        **_experts(spec),
     )
 
 
@@ -151,7 +151,8 @@ def _recompute(kind: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective"} if kind == "selective" else {}
 
 
-def _experts(model: ModelSpec) -> dict[str, Any]:
+def _experts(spec: EngineSpec) -> dict[str, Any]:
+    model = spec.model
     if not model.is_moe:
         return {}
     return {
@@ -163,6 +164,7 @@ def _experts(model: ModelSpec) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
+        "moe_expert_capacity_factor": spec.capacity_factor,
     }
 
 

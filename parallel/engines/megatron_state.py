@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
@@ -46,6 +47,20 @@ def owned(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Owned 
         if any(main is each for group in part.param_groups for each in group["params"]):
             return Owned(part.optimizer, main, 0, parameter.numel(), main is not parameter)
     return None
+
+
+def gradients_ready(optimizer: MegatronOptimizer) -> float:
+    """Put the whole step's gradients where the optimizer takes them from; returns their 2-norm before clipping."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def step(optimizer: MegatronOptimizer, clip_norm: float, norm: float) -> None:
+    """What megatron-core's ``optimizer.step()`` does with ready gradients of this norm; ``clip_norm`` 0: no clip."""
+    for part in parts(optimizer):
+        if clip_norm and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, clip_norm, norm)
+    optimizer.step_with_ready_grads()
 
 
 def create_moments(optimizer: MegatronOptimizer) -> None:

@@ -145,6 +145,8 @@ class Run:
     recompute: str = "none"
     precision: str = "fp32"
     balancing_loss: float = 0.0
+    balancing_over: str = "sequence"
+    capacity_factor: float | None = None
     bias_rate: float = 0.0
     seed: int = 3
     changes: tuple[tuple[str, Any], ...] = ()
@@ -196,6 +198,8 @@ def engine_spec(run: Run) -> EngineSpec:
         sequence_tokens=run.tokens,
         cp_comm=run.cp_comm,
         balancing_loss=run.balancing_loss,
+        balancing_over=run.balancing_over,
+        capacity_factor=run.capacity_factor,
         bias_rate=run.bias_rate,
         quantise=run.quantise,
         frozen=frozen_weights(run.freeze, run.model),

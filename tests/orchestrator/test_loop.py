@@ -25,31 +25,43 @@ from orchestrator.checkpoint.layout import Layout
 from orchestrator.config.job import CheckpointConfig, JobConfig, OptimizerConfig
 from orchestrator.errors import ExitCode, GaveUp, ResourceError
 from orchestrator.loop import Cursor, Run, train
-from parallel.engine import MicroBatch, StepResult
+from parallel.engine import Accepts, MicroBatch, StepResult, always
 from parallel.shards import Box, Shard
 from parallel.topology import Topology
 
 
 @dataclass
 class CountingEngine:
-    """Notes what it is asked for; its one tensor holds the number of steps."""
+    """Notes what it learns from; its one tensor holds the number of steps.
+
+    ``losses`` by step, ``once`` the first time only; ``bad`` by sample.
+    """
 
     rates: list[float] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
+    once: dict[int, float] = field(default_factory=dict)
+    bad: dict[int, float] = field(default_factory=dict)
     stop: StopRequest | None = None
     stop_after: int = 0
     optimizer_steps: int = 0
     pause_s: float = 0.0
 
-    def train_step(self, microbatches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[MicroBatch], learning_rate: float, accepts: Accepts = always
+    ) -> StepResult:
         time.sleep(self.pause_s)
+        here = [sample for batch in microbatches for sample in batch.sample_ids]
+        loss = self.once.pop(self.optimizer_steps + 1, None) or self.losses.get(self.optimizer_steps + 1, 1.0)
+        loss = next((self.bad[sample] for sample in here if sample in self.bad), loss)
+        if not accepts(loss, 1.0):
+            return StepResult(loss, 3, 1.0, applied=False)
         self.rates.append(learning_rate)
-        self.samples += [sample for batch in microbatches for sample in batch.sample_ids]
+        self.samples += here
         self.optimizer_steps += 1
         if self.stop is not None and self.optimizer_steps == self.stop_after:
             self.stop.requested = True
-        return StepResult(self.losses.get(self.optimizer_steps, 1.0), 3, 1.0)
+        return StepResult(loss, 3, 1.0)
 
     def shards(self) -> Iterator[Shard]:
         data = torch.full((2, 3), float(self.optimizer_steps))
