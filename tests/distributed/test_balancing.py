@@ -92,7 +92,7 @@ def train_with_transformers(run: Run, folder: Path) -> tuple[list[float], dict[s
             summed = cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
             router_losses = sum(balancing(each.view(*tokens.shape, -1), labels, 2) for each in seen)
             ((summed + run.balancing_loss * router_losses) / count).backward()
-            loss += float(summed) / count
+            loss += float(summed.detach()) / count
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss)
@@ -177,7 +177,7 @@ def test_experts_drop_the_lightest_tokens_beyond_their_capacity(
     learned = {name: value for name, value in weights([state]).items() if name in tensors}
     assert distance(learned, tensors) <= TENSOR_RTOL
     dropless = pool.run(1, runs.train, run.on(capacity_factor=None), str(folder))[0][0]
-    assert dropless[0] != pytest.approx(losses[0], rel=1e-4)
+    assert dropless[0] != pytest.approx(losses[0], rel=5 * LOSS_RTOL)
 
 
 def test_ranks_of_experts_drop_what_one_process_drops(pool: Pool, one_process: Callable[[Run], Outcome]) -> None:
