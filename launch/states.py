@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,8 +27,16 @@ def enter(run_dir: Path, rank: int) -> None:
     file = state_file(run_dir, rank)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(json.dumps({"rank": rank, "pid": os.getpid(), "time": time.time()}) + "\n", encoding="utf-8")
+    about = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+    aside.write_text(json.dumps(about) + "\n", encoding="utf-8")
     aside.replace(file)
+
+
+def host_of(run_dir: Path, rank: int) -> str:
+    """The machine that a living rank is on; empty where it cannot be read."""
+    with suppress(OSError, ValueError, KeyError):
+        return str(json.loads(state_file(run_dir, rank).read_text(encoding="utf-8"))["host"])
+    return ""
 
 
 def leave(run_dir: Path, rank: int) -> None:

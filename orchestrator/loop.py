@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from launch.states import host_of
 from launch.stop import StopRequest
 from orchestrator.anomalies import Anomalies, note_rewind
 from orchestrator.assemble import Room
@@ -29,6 +30,7 @@ from orchestrator.pace import Pace
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import latest_step
 from orchestrator.schedule import learning_rate
+from orchestrator.stragglers import Stragglers
 from parallel.device import peak_memory_bytes
 from parallel.engine import Engine, MicroBatch, StepResult
 
@@ -46,7 +48,7 @@ class Run:
     """Everything that a rank trains with. ``cpu_group`` carries CPU tensors; ``metrics`` is there on the first rank.
 
     ``guard``: raises when the run folder has become another launch's. ``base``: the fingerprint of an adapter's model.
-    ``pace``: notes this rank's steps.
+    ``pace``: notes this rank's steps. ``stragglers``: finds ranks that hold the others up.
     """
 
     job: JobConfig
@@ -61,6 +63,7 @@ class Run:
     guard: Callable[[], None] = lambda: None
     base: str | None = None
     pace: Pace | None = None
+    stragglers: Stragglers | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
                 held = {"peak_memory_bytes": peak_memory_bytes(run.plan.device)}
                 skipped = {} if result.applied else {"skipped": 1}
                 run.metrics.log(step, _values(result, rate, run.data.lengths(rows), step_s) | held | skipped)
-            stopping, failed = _agree(run, stop.requested, saver.has_failed)
+            stopping, failed = _agree(run, step, stop.requested, saver.has_failed)
             if run.pace is not None:
                 run.pace.note(step, step_s, time.perf_counter() - started - step_s)
             if failed:
@@ -268,8 +271,11 @@ def _say(run: Run, words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
 
-def _agree(run: Run, *here: bool) -> list[bool]:
-    """Whether each is so on any rank; the same answer on every rank."""
-    flags = torch.tensor(here, dtype=torch.uint8)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=run.cpu_group)
-    return [bool(flag) for flag in flags]
+def _agree(run: Run, step: int, *here: bool) -> list[bool]:
+    """Whether each is so on any rank; the same answer on every rank. Slow ranks are told of on the way."""
+    numbers = run.stragglers.numbers(step) if run.stragglers is not None else []
+    told = torch.tensor([*map(float, here), *numbers], dtype=torch.float64)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=run.cpu_group)
+    for slow in run.stragglers.heard(told[len(here) :].tolist()) if run.stragglers is not None else ():
+        _say(run, f"step {step}: {slow.words(host_of(run.run_dir, slow.rank))}")
+    return [bool(each) for each in told[: len(here)]]

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 COLLECTIVES = "distributed_c10d.py"
+PIPELINE = "pipeline_parallel/p2p_communication.py"
 NAMELESS = ("", "undefined", "default_pg")
 
 
@@ -34,6 +35,11 @@ def story(frame: FrameType) -> str:
     if waits is None:
         return f"is {where}"
     return f"waits in {waits.f_code.co_name} of {_group(waits.f_locals.get('group'))} {where}"
+
+
+def is_waiting(frame: FrameType) -> bool:
+    """Whether a stack of Python frames waits for other ranks: in a collective, or for what a pipeline sends."""
+    return any(one.f_code.co_filename.endswith((COLLECTIVES, PIPELINE)) for one in _outwards(frame))
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:

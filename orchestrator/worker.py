@@ -42,6 +42,7 @@ from orchestrator.models import model_spec, resolve_model
 from orchestrator.pace import Pace
 from orchestrator.planning.plan import Plan
 from orchestrator.restoring import Restoring, restore
+from orchestrator.stragglers import OwnTime, Stragglers
 from parallel.device import backend, peak_memory_bytes
 from parallel.groups import open_groups
 
@@ -195,9 +196,13 @@ def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, 
     beside = room(job, model_spec(job.model))
     if me.rank == 0:  # which writes them
         beside = beside.read()
-    run = Run(job, plan, run_dir, groups, cpu_group, engine, data, beside, metrics, guard, base, pace)
+    own = OwnTime()
+    alike = [list(stage) for stage in plan.topology.groups("tp-cp-dp")]
+    stragglers = Stragglers(me.rank, plan.ranks_used, alike, own)
+    run = Run(job, plan, run_dir, groups, cpu_group, engine, data, beside, metrics, guard, base, pace, stragglers)
     try:
-        code = train(run, start, stop)
+        with own:
+            code = train(run, start, stop)
     finally:
         pace.write()
         if metrics is not None:
