@@ -26,7 +26,9 @@ from orchestrator.config.job import JobConfig
 from orchestrator.data import BatchShape, SampleOrder, TokenisedData, step_microbatches
 from orchestrator.errors import ExitCode, GaveUp, ResourceError, Rewound
 from orchestrator.metrics import Metrics
+from orchestrator.micro_batches import MicroBatches, read_size, write_size
 from orchestrator.pace import Pace
+from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import latest_step
 from orchestrator.schedule import learning_rate
@@ -96,25 +98,27 @@ def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
         GaveUp: the loss is no number, or too far from those before, and the job says to stop then.
         Rewound: the same, and the job says to go back to the newest checkpoint then.
     """
-    anomalies = Anomalies(run.job.anomalies, start.losses)
+    anomalies, micro = Anomalies(run.job.anomalies, start.losses), _micro_batches(run)
     order, sequences = SampleOrder(run.data.rows, run.job.seed), run.plan.global_sequences
     with _saver(run) as saver:
         saver.prepare(run.engine.shards(), _contents(run, start, anomalies))
         for step in range(start.steps + 1, run.job.steps + 1):
             started = time.perf_counter()
             first, done = start.after(step - 1, sequences).samples, start.after(step, sequences)
-            batches = step_microbatches(run.data, order, first, batch_shape(run.plan), run.groups.coordinate("dp"))
+            shape = batch_shape(run.plan, micro.size.rows)
+            batches = step_microbatches(run.data, order, first, shape, run.groups.coordinate("dp"))
             rate = learning_rate(run.job.optimizer, step, run.job.steps)
             result = _learn(run, anomalies, batches, rate, step)
             if not result.applied:
                 _skip_or_leave(run, anomalies, saver, result, done)
-            step_s = time.perf_counter() - started
+            step_s, held = time.perf_counter() - started, peak_memory_bytes(run.plan.device)
+            lengths = run.data.lengths(order.rows_at(first, sequences))
             if run.metrics is not None:
-                rows = order.rows_at(first, sequences)
-                held = {"peak_memory_bytes": peak_memory_bytes(run.plan.device)}
-                skipped = {} if result.applied else {"skipped": 1}
-                run.metrics.log(step, _values(result, rate, run.data.lengths(rows), step_s) | held | skipped)
-            stopping, failed = _agree(run, step, stop.requested, saver.has_failed)
+                more = {"peak_memory_bytes": held} | ({} if result.applied else {"skipped": 1})
+                run.metrics.log(step, _values(result, rate, lengths, step_s) | more)
+            stopping, failed, most_s, most_held = _agree(run, step, stop.requested, saver.has_failed, step_s, held)
+            if micro.heard(most_s, most_held, int(lengths.sum())):
+                _use(run, micro, step)
             if run.pace is not None:
                 run.pace.note(step, step_s, time.perf_counter() - started - step_s)
             if failed:
@@ -129,15 +133,29 @@ def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
     return ExitCode.DONE
 
 
-def batch_shape(plan: Plan) -> BatchShape:
+def batch_shape(plan: Plan, micro_sequences: int) -> BatchShape:
     """How a plan cuts the global batch; a pipeline wants all micro-batches of a step in one length."""
     return BatchShape(
         dp=plan.topology.dp,
-        micro_batches=plan.micro_batches,
-        micro_sequences=plan.micro_sequences,
+        micro_batches=plan.micro_batches * plan.micro_sequences // micro_sequences,
+        micro_sequences=micro_sequences,
         length_multiple=plan.length_multiple,
         common_length=plan.topology.pp > 1,
     )
+
+
+def _micro_batches(run: Run) -> MicroBatches:
+    plan = run.plan
+    memory = plan.cluster.memory_gib * GIB if plan.cluster else 0.0
+    return MicroBatches(plan.micro_choices, read_size(run.run_dir, plan.micro_choices, plan.micro_sequences), memory)
+
+
+def _use(run: Run, micro: MicroBatches, step: int) -> None:
+    """Keep a new size, or that the old one stays, for later launches, and say so."""
+    if run.metrics is not None:
+        write_size(run.run_dir, micro.size)
+        words = "stays" if micro.size.settled else "is tried"
+        _say(run, f"step {step}: batch.micro_sequences={micro.size.rows} {words}")
 
 
 def _saver(run: Run) -> Saver:
@@ -271,11 +289,12 @@ def _say(run: Run, words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
 
-def _agree(run: Run, step: int, *here: bool) -> list[bool]:
-    """Whether each is so on any rank; the same answer on every rank. Slow ranks are told of on the way."""
+def _agree(run: Run, step: int, *here: float) -> list[float]:
+    """The most of each over all ranks; the same answer on every rank. Slow ranks are told of on the way."""
     numbers = run.stragglers.numbers(step) if run.stragglers is not None else []
-    told = torch.tensor([*map(float, here), *numbers], dtype=torch.float64)
+    told = torch.tensor([*here, *numbers], dtype=torch.float64)
     dist.all_reduce(told, op=dist.ReduceOp.MAX, group=run.cpu_group)
-    for slow in run.stragglers.heard(told[len(here) :].tolist()) if run.stragglers is not None else ():
+    most: list[float] = told.tolist()
+    for slow in run.stragglers.heard(most[len(here) :]) if run.stragglers is not None else ():
         _say(run, f"step {step}: {slow.words(host_of(run.run_dir, slow.rank))}")
-    return [bool(each) for each in told[: len(here)]]
+    return most[: len(here)]

@@ -11,10 +11,13 @@ from launch.exits import INTERNAL, RankExit
 from launch.watch import Patience
 from orchestrator.config.job import RecoveryConfig
 from orchestrator.history import note_launch
+from orchestrator.micro_batches import smaller
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import latest_step
 
 # Ends of a rank that another try may not meet again: it was killed, crashed, lost a peer, hangs, or leaves data out.
 WORTH_ANOTHER_TRY = frozenset({"Killed", "Crash", "PeerLost", "Silent", "Stalled", "Launcher", "Rewound"})
+OUT_OF_MEMORY = "OutOfMemory"
 
 
 class Ending(Protocol):
@@ -55,14 +58,24 @@ def run_ranks(
         end = start(attempt)
         attempt += 1
         note_launch(run_dir, started, end.code, end.cause)
-        if restarts == 0 or is_stopping(end) or not is_worth_another_try(end.cause):
+        if restarts == 0 or is_stopping(end) or end.cause is None:
             return end, ""
-        assert end.cause is not None
         step = latest_step(run_dir) or 0
+        if end.cause.cause == OUT_OF_MEMORY and (rows := with_smaller_micro_batches(run_dir)):
+            say(f"{end.cause.message}; starting again from step {step} with batch.micro_sequences={rows}")
+            continue
+        if not is_worth_another_try(end.cause):
+            return end, ""
         if not tries.again(step):
             times = f"{restarts + 1} times without a new checkpoint after step {step}"
             return end, f"{end.cause.message}; {times}: given up"
         say(f"{end.cause.message}; starting again from step {step}")
+
+
+def with_smaller_micro_batches(run_dir: Path) -> int | None:
+    """The rows of a micro-batch that the next start will use; None: the job leaves no choice, or none is smaller."""
+    plan = Plan.from_json((run_dir / "plan.json").read_text(encoding="utf-8"))
+    return smaller(run_dir, plan.micro_choices, plan.micro_sequences)
 
 
 def patience(recovery: RecoveryConfig) -> Patience:

@@ -38,6 +38,10 @@ FOUND_OUT = {"cluster.nodes": 0, "cluster.gpus_per_node": 0, "cluster.memory_gib
 PROLOGUES = ("module", "venv", "conda", "apptainer", "pyxis")
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
 def _is_range(text: str) -> bool:
     """``FEWEST-MOST``, whole numbers from 1."""
     fewest, _, most = text.partition("-")
@@ -54,11 +58,12 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     **{
         key: ("at least 1", lambda value: value >= 1, "1")
         for key in (
-            *("steps", "cluster.nodes", "cluster.gpus_per_node", "batch.global_sequences", "batch.micro_sequences"),
+            *("steps", "cluster.nodes", "cluster.gpus_per_node", "batch.global_sequences"),
             *(f"topology.{axis}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
             *("tuner.r", "optimizer.galore.rank", "optimizer.galore.update_steps"),
         )
     },
+    "batch.micro_sequences": ("at least 1, or auto", lambda value: value == AUTO or _is_count(value), "auto"),
     "batch.sequence_tokens": ("at least 2 (a row has a token and the next one)", lambda value: value >= 2, "512"),
     **{
         key: ("at least 0", lambda value: value >= 0, "0")

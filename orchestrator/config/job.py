@@ -112,14 +112,19 @@ class EngineConfig:
 @dataclass(frozen=True)
 class BatchConfig:
     """``global_sequences`` per optimizer step over all dp ranks; ``micro_sequences`` per forward on one dp rank; None:
-    the plan derives it.
+    the plan derives it; ``auto``: and the run finds a better one (``orchestrator.micro_batches``).
 
     ``sequence_tokens``: longest row; longer samples are cut there and counted.
     """
 
     global_sequences: int = 8
-    micro_sequences: int | None = None
+    micro_sequences: int | str | None = None
     sequence_tokens: int = 512
+
+    @property
+    def micro(self) -> int | None:
+        """The size that was asked for; None: it is open."""
+        return self.micro_sequences if isinstance(self.micro_sequences, int) else None
 
 
 @dataclass(frozen=True)

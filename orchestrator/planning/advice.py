@@ -200,7 +200,7 @@ def _changes(job: JobConfig) -> Iterator[tuple[str, JobConfig]]:
     """Settings that change no number of a run, each left open by itself, with what to type."""
     if job.memory.recompute:
         yield "memory.recompute=null", replace(job, memory=replace(job.memory, recompute=None))
-    if job.batch.micro_sequences:
+    if job.batch.micro:
         yield "batch.micro_sequences=null", replace(job, batch=replace(job.batch, micro_sequences=None))
     if job.optimizer.distributed is not None:
         yield "optimizer.distributed=null", replace(job, optimizer=replace(job.optimizer, distributed=None))

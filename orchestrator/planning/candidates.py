@@ -88,7 +88,7 @@ def plainest(question: Question, topology: Topology, asked: TopologyConfig) -> P
         vpp=asked.vpp if (asked.vpp or 1) > 1 else None,
         sp=question.model.is_moe and topology.tp > 1 if asked.sp is None else asked.sp,
         global_sequences=job.batch.global_sequences,
-        micro_sequences=job.batch.micro_sequences or 1,
+        micro_sequences=job.batch.micro or 1,
         tuner=job.tuner.name,
         quantise=job.tuner.quantise,
         engine=job.engine.name,
@@ -219,7 +219,7 @@ def _largest_dp(question: Question, pp: int, room: int) -> int:
     batch = question.job.batch
     if question.cluster.nodes > 1:
         return room
-    micro_batches = batch.global_sequences // (batch.micro_sequences or 1)
+    micro_batches = batch.global_sequences // (batch.micro or 1)
     sizes = [size for size in divisors(micro_batches) if size <= room]
     in_rounds = [size for size in sizes if micro_batches // size % pp == 0]
     return max(in_rounds if in_rounds and (question.job.topology.vpp or 1) > 1 else sizes)

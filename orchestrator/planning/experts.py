@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.config.job import ExpertsConfig, JobConfig
+from orchestrator.config.job import AUTO, ExpertsConfig, JobConfig
 from orchestrator.errors import ConfigError
 from parallel.specs import ModelSpec
 
@@ -16,6 +16,8 @@ def check_experts(job: JobConfig, model: ModelSpec) -> None:
     experts = job.experts
     if not model.is_moe:
         _check_dense(experts)
+    if job.batch.micro_sequences == AUTO and (cut := dependence_on_cut(experts)):
+        raise ConfigError(f"batch.micro_sequences=auto changes the run: {cut[0]}", "batch.micro_sequences=1")
     if rate := experts.bias_rate:
         if model.routing is None or not model.routing.bias:
             raise ConfigError(

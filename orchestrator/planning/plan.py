@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from orchestrator.config.job import JobConfig
+from orchestrator.config.job import AUTO, JobConfig
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.candidates import Candidate, Question, Rejected
 from orchestrator.planning.experts import check_experts
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.nearest import nearest_legal
-from orchestrator.planning.search import Found, search
+from orchestrator.planning.search import Found, micro_sizes, search
 from orchestrator.planning.timing import StagePass, StepTime
 from orchestrator.planning.tuning import adapted_linears, beyond_peft, chosen_weights
 from parallel.capabilities import Proposal, batch_refusals
@@ -55,6 +55,7 @@ class Plan:
         passes: estimated seconds of one micro-batch on every stage; empty in a plan.json of before.
         cluster: what the plan is for, as it was named or found; None in a plan of isotrain 0.1.
         history: what similar runs took; None where there is none.
+        micro_choices: sizes of a micro-batch that the run may change to; empty: none.
     """
 
     topology: Topology
@@ -82,6 +83,7 @@ class Plan:
     passes: tuple[StagePass, ...] = ()
     cluster: ClusterSpec | None = None
     history: History | None = None
+    micro_choices: tuple[int, ...] = ()
 
     @property
     def expected_step_s(self) -> float:
@@ -114,6 +116,7 @@ class Plan:
                     "memory": tuple(StageMemory(**stage) for stage in value["memory"]),
                     "step_time": StepTime(**value["step_time"]),
                     "reasons": tuple(value["reasons"]),
+                    "micro_choices": tuple(value.get("micro_choices", ())),
                     "rejected": tuple(Rejected(**one) for one in value["rejected"]),
                     "passes": tuple(StagePass(**one) for one in value.get("passes", ())),
                     "cluster": ClusterSpec(**value["cluster"]) if value.get("cluster") else None,
@@ -190,6 +193,7 @@ def _plan(question: Question, found: Found) -> Plan:
         considered=found.considered,
         passes=best.passes,
         cluster=question.cluster,
+        micro_choices=tuple(micro_sizes(proposal)) if job.batch.micro_sequences == AUTO else (),
     )
 
 
@@ -309,7 +313,7 @@ def _check_values(job: JobConfig, cluster: ClusterSpec) -> None:
         "cluster.nodes": cluster.nodes,
         "cluster.gpus_per_node": cluster.gpus_per_node,
         "batch.global_sequences": job.batch.global_sequences,
-        "batch.micro_sequences": job.batch.micro_sequences,
+        "batch.micro_sequences": job.batch.micro,
         "batch.sequence_tokens": job.batch.sequence_tokens,
         "tuner.r": job.tuner.r,
     }
@@ -317,7 +321,7 @@ def _check_values(job: JobConfig, cluster: ClusterSpec) -> None:
     for key, value in sizes.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value} is no positive whole number", f"{key}=1")
-    micro = job.batch.micro_sequences or 1
+    micro = job.batch.micro or 1
     batch = Proposal(Topology(), global_sequences=job.batch.global_sequences, micro_sequences=micro)
     for refusal in batch_refusals(batch):
         raise ConfigError(refusal.message, refusal.hint)

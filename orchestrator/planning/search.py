@@ -226,10 +226,9 @@ class Judge:
 
     def _micro_sizes(self, proposal: Proposal) -> list[int]:
         """Open micro-batches, ascending: what divides a rank's rows, and leaves rounds where chunks need them."""
-        if self.question.job.batch.micro_sequences:
+        if self.question.job.batch.micro:
             return [proposal.micro_sequences]
-        rows = proposal.global_sequences // proposal.topology.dp
-        return [size for size in divisors(rows) if not batch_refusals(replace(proposal, micro_sequences=size))]
+        return micro_sizes(proposal)
 
     def _fastest(self, layout: Proposal) -> Candidate | None:
         """The micro-batch of a layout with which its step is shortest: the first that the next is slower than."""
@@ -263,3 +262,14 @@ class Judge:
             f"GiB), but cluster.memory_gib={capacity:g}"
         )
         return Rejected(str(proposal.topology), reason, needs_bytes=needs.total)
+
+
+def micro_sizes(proposal: Proposal) -> list[int]:
+    """The micro-batches that a layout allows, ascending: what divides a rank's rows, in rounds where chunks need them.
+
+    Example:
+        >>> micro_sizes(Proposal(Topology(dp=2), global_sequences=12))
+        [1, 2, 3, 6]
+    """
+    rows = proposal.global_sequences // proposal.topology.dp
+    return [size for size in divisors(rows) if not batch_refusals(replace(proposal, micro_sequences=size))]

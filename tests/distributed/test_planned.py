@@ -36,7 +36,7 @@ def train(job: JobConfig, plan: Plan) -> dict[str, Any]:
         return {}
     groups = open_groups(plan.topology, dist.get_rank())
     engine: Any = open_engine(job, plan, groups)
-    shape = batch_shape(plan)
+    shape = batch_shape(plan, plan.micro_sequences)
     run = runs.Run(topology=plan.topology, global_sequences=8, micro_sequences=shape.micro_sequences)
     losses = []
     for step in range(3):

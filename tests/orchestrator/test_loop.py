@@ -119,6 +119,8 @@ def make_run(tmp_path: Path, engine: CountingEngine, **changes: Any) -> Run:
             "length_multiple": 1,
             "precision": "fp32",
             "device": "cpu",
+            "cluster": None,
+            "micro_choices": (),
             **dict.fromkeys(("vpp", "sp", "stages", "recompute", "distributed", "engine")),
         },
     )()
