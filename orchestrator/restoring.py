@@ -15,7 +15,7 @@ from orchestrator.checkpoint.load import CheckpointReader, find_latest_good
 from orchestrator.config.building import quote_override
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.loop import Cursor
+from orchestrator.training import Cursor
 from parallel.engine import Engine
 
 SHOWN = 3

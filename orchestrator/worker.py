@@ -36,13 +36,14 @@ from orchestrator.data import TokenisedData, prepare
 from orchestrator.errors import ConfigError, ExitCode, IsotrainError
 from orchestrator.ledger import append, likeness, measured, steps_of
 from orchestrator.locking import still_mine
-from orchestrator.loop import Run, train
+from orchestrator.loop import train
 from orchestrator.metrics import Metrics
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.pace import Pace
 from orchestrator.planning.plan import Plan
 from orchestrator.restoring import Restoring, restore
 from orchestrator.stragglers import OwnTime, Stragglers
+from orchestrator.training import Run
 from parallel.device import backend, peak_memory_bytes
 from parallel.groups import open_groups
 

@@ -42,10 +42,11 @@ def train_cell(run_dir: str, rows: str, probe: list[list[int]]) -> Any:
     from launch.stop import StopRequest
     from orchestrator.assemble import load_adapter, open_engine, room
     from orchestrator.config.building import read_job
-    from orchestrator.loop import Cursor, Run, train
+    from orchestrator.loop import train
     from orchestrator.metrics import Metrics
     from orchestrator.models import model_spec
     from orchestrator.planning.plan import Plan
+    from orchestrator.training import Cursor, Run
     from parallel.groups import open_groups
 
     folder, rank = Path(run_dir), dist.get_rank()

@@ -18,11 +18,12 @@ def train_with_a_slow_rank(run_dir: str, rows: str, rank: int, pause_s: float) -
     from orchestrator.assemble import open_engine, room
     from orchestrator.config.building import read_job
     from orchestrator.data.store import TokenisedData
-    from orchestrator.loop import Cursor, Run, train
+    from orchestrator.loop import train
     from orchestrator.metrics import Metrics
     from orchestrator.models import model_spec
     from orchestrator.planning.plan import Plan
     from orchestrator.stragglers import OwnTime, Stragglers
+    from orchestrator.training import Cursor, Run
     from parallel.groups import open_groups
 
     folder, me = Path(run_dir), dist.get_rank()

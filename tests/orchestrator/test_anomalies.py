@@ -14,7 +14,8 @@ from launch.stop import StopRequest
 from orchestrator.anomalies import Anomalies, note_rewind, samples_after_rewinds
 from orchestrator.config.job import AnomaliesConfig, CheckpointConfig
 from orchestrator.errors import ExitCode, GaveUp, Rewound
-from orchestrator.loop import Cursor, Run, train
+from orchestrator.loop import train
+from orchestrator.training import Cursor, Run
 from tests.orchestrator.test_loop import CountingEngine, make_run, saved
 
 SKIP, REWIND = AnomaliesConfig(not_finite="skip"), AnomaliesConfig(not_finite="rewind")

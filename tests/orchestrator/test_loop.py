@@ -24,7 +24,8 @@ from orchestrator.checkpoint import publish
 from orchestrator.checkpoint.layout import Layout
 from orchestrator.config.job import CheckpointConfig, JobConfig, OptimizerConfig
 from orchestrator.errors import ExitCode, GaveUp, ResourceError
-from orchestrator.loop import Cursor, Run, train
+from orchestrator.loop import train
+from orchestrator.training import Cursor, Run
 from parallel.engine import Accepts, MicroBatch, StepResult, always
 from parallel.shards import Box, Shard
 from parallel.topology import Topology

@@ -15,10 +15,11 @@ from launch.stop import StopRequest
 from orchestrator.commands import plan_job
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError, ExitCode
-from orchestrator.loop import Cursor, train
+from orchestrator.loop import train
 from orchestrator.micro_batches import MicroBatches, Size, read_size, smaller, write_size
 from orchestrator.recovery import run_ranks
 from orchestrator.runs import write_run
+from orchestrator.training import Cursor
 from parallel.engine import Accepts, MicroBatch, StepResult, always
 from tests.orchestrator.test_loop import CountingEngine, make_run
 

@@ -17,8 +17,8 @@ from orchestrator.checkpoint.publish import Contents
 from orchestrator.checkpoint.save import save
 from orchestrator.config.job import BatchConfig, DataConfig, JobConfig, ModelConfig
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.loop import Cursor
 from orchestrator.restoring import Restoring, restore
+from orchestrator.training import Cursor
 from parallel.shards import Box, Shard
 
 JOB = JobConfig(model=ModelConfig(path="/model"), data=DataConfig(path="/data"), batch=BatchConfig(global_sequences=8))
