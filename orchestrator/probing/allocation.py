@@ -1,0 +1,196 @@
+"""What ``slurm/probe.sbatch`` runs on the first node: a step on every node, rounds of links, and what was found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.environment import child_environment, rank_variables, slurm_variables, usable_cores
+from launch.parent import dying_with_parent
+from launch.slurm.allocation import Allocation, read_allocation
+from launch.slurm.commands import host_names, node_address
+from launch.slurm.step import StepRequest, srun_command
+from orchestrator.config.job import SlurmConfig
+from orchestrator.jobs.allocation import rank_program
+from orchestrator.probing.clock import telling_time
+from orchestrator.probing.linking import Group, Meeting, pairs
+from orchestrator.probing.node import ASKED, OVER, answer_key, groups_text, round_key
+from orchestrator.probing.report import Asked, Found, Link, Report, asked_file, read_asked, read_report, write_found
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+Say = Callable[[str], None]
+PAIR_ROUNDS = 3
+GRACE_S = 10.0  # beyond the patience, for a node to say that its own has ended
+LOOK_EVERY_S = 0.2
+LEAVING_S = 5.0
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The steps of a probe: by node the srun that started its task, and the file of what that says."""
+
+    steps: Mapping[str, subprocess.Popen[bytes]]
+    logs: Mapping[str, Path]
+
+    def last_words(self, node: str) -> str:
+        """The last line that a node's task, or its srun, has said; empty where there is none."""
+        with suppress(OSError):
+            lines = self.logs[node].read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return lines[-1] if lines else ""
+        return ""
+
+
+def run_probe(run_dir: Path, say: Say) -> Found:
+    """Probe the nodes of this allocation; what is found is in the run folder, too.
+
+    A node that is silent, hung or dead costs time, and nothing else: its step is its own, and whoever waits for it has
+    a limit.
+
+    Raises:
+        LaunchError: this is no job of Slurm's. SlurmError: Slurm does not answer.
+    """
+    from torch.distributed import TCPStore
+
+    allocation = read_allocation(slurm_variables())
+    asked = read_asked(asked_file(run_dir).read_text(encoding="utf-8"))
+    nodes = host_names(allocation.node_list)
+    host = node_address(nodes[0])
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store.set(ASKED, asked_file(run_dir).read_text(encoding="utf-8"))
+    with telling_time() as clock_port:
+        tasks = _start(run_dir, allocation, asked, nodes, (Meeting(host, store.port), clock_port))
+        try:
+            found = _probed(store, asked, nodes, tasks, say)
+            write_found(run_dir, found)
+        finally:
+            _end(tasks)
+    return found
+
+
+def _start(
+    run_dir: Path, allocation: Allocation, asked: Asked, nodes: Sequence[str], place: tuple[Meeting, int]
+) -> Tasks:
+    meeting, clock_port = place
+    cores = min(usable_cores(), allocation.cpus_per_node)
+    environment = child_environment(rank_variables(max(1, asked.gpus_per_node), cores))
+    slurm = SlurmConfig(prologue=list(asked.prologue))
+    steps, logs = {}, {}
+    for node in nodes:
+        words = ("probe-node", str(run_dir), node, meeting.host, str(meeting.port), str(clock_port))
+        program = rank_program(run_dir, slurm, asked.device, words)
+        argv = srun_command(StepRequest(allocation, (node,), 1, program, {}, run_dir))
+        logs[node] = run_dir / "slurm" / f"probe-{node}.out"
+        with logs[node].open("wb") as log:
+            steps[node] = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                preexec_fn=dying_with_parent(signal.SIGTERM),
+                start_new_session=True,
+            )
+    return Tasks(steps, logs)
+
+
+def _probed(store: dist.Store, asked: Asked, nodes: Sequence[str], tasks: Tasks, say: Say) -> Found:
+    reports = _collect(store, 0, nodes, tasks, asked.patience_s)
+    say(f"{len(reports)} of {len(nodes)} nodes have looked at themselves")
+    silent = {node: _why_silent(node, tasks, asked.patience_s) for node in nodes if node not in reports}
+    rounds = [list(one) for one in pairs(_ready(reports, asked), PAIR_ROUNDS)]
+    number, whole = 0, None
+    while number < len(rounds) + 1:
+        is_whole = number == len(rounds)
+        groups: Sequence[Sequence[str]] = [_linked(reports)] if is_whole else rounds[number]
+        groups = [members for members in groups if all(one not in silent for one in members)]
+        if is_whole and (not groups or len(groups[0]) < 3):
+            break  # a pair has measured it
+        store.set(
+            round_key(number), groups_text([_group(number, place, one, asked) for place, one in enumerate(groups)])
+        )
+        number += 1
+        living = [node for node in reports if node not in silent]
+        heard = _collect(store, number, living, tasks, asked.patience_s + GRACE_S)
+        silent |= {node: _why_silent(node, tasks, asked.patience_s) for node in living if node not in heard}
+        if is_whole:
+            whole = _whole(heard, groups[0])
+        else:
+            reports |= heard
+        say(f"links: {'all together' if is_whole else f'round {number} of {len(rounds)}'}")
+    store.set(round_key(number), OVER)
+    answered = tuple(report for node, report in reports.items() if node not in silent)
+    return Found(asked.token, answered, silent, whole)
+
+
+def _group(number: int, place: int, nodes: Sequence[str], asked: Asked) -> Group:
+    ranks = asked.gpus_per_node if asked.device == "cuda" else 1
+    return Group(f"round/{number}/{place}", tuple(nodes), ranks, asked.device, asked.patience_s)
+
+
+def _ready(reports: Mapping[str, Report], asked: Asked) -> list[str]:
+    """Nodes that can take part: on GPUs, those that have as many as all others."""
+    return [node for node, one in reports.items() if asked.device == "cpu" or len(one.gpus) >= asked.gpus_per_node]
+
+
+def _linked(reports: Mapping[str, Report]) -> list[str]:
+    return [node for node, report in reports.items() if report.rate]
+
+
+def _whole(heard: Mapping[str, Report], nodes: Sequence[str]) -> Link:
+    """The all-reduce over all: the slowest node's figure, and the first error."""
+    links = [heard[node].links[-1] for node in nodes if node in heard]
+    error = next((link.error for link in links if link.error), "")
+    if len(links) < len(nodes):
+        error = error or "a node has fallen silent"
+    return Link(tuple(nodes), 0.0 if error else min(link.rate for link in links), error)
+
+
+def _collect(
+    store: dist.Store, number: int, nodes: Sequence[str], tasks: Tasks, patience_s: float
+) -> dict[str, Report]:
+    """What nodes answer, until all have, or those that have not are dead or out of time."""
+    found: dict[str, Report] = {}
+    deadline = time.monotonic() + patience_s
+    waiting = list(nodes)
+    while waiting:
+        is_late = time.monotonic() > deadline
+        dead = {node for node in waiting if tasks.steps[node].poll() is not None}
+        for node in list(waiting):
+            if store.check([answer_key(number, node)]):
+                found[node] = read_report(store.get(answer_key(number, node)))
+                waiting.remove(node)
+            elif node in dead:
+                waiting.remove(node)
+        if is_late:
+            break
+        time.sleep(LOOK_EVERY_S if waiting else 0.0)
+    return {node: found[node] for node in nodes if node in found}
+
+
+def _why_silent(node: str, tasks: Tasks, patience_s: float) -> str:
+    code = tasks.steps[node].poll()
+    if code is None:
+        return f"no answer in {patience_s:.0f} s"
+    said = tasks.last_words(node)
+    return f"its task ended with {code}" + (f": {said}" if said else "")
+
+
+def _end(tasks: Tasks) -> None:
+    """Let tasks leave, and end those that do not; Slurm ends what is left of them with the job."""
+    deadline = time.monotonic() + LEAVING_S
+    while time.monotonic() < deadline and any(step.poll() is None for step in tasks.steps.values()):
+        time.sleep(LOOK_EVERY_S)
+    for step in tasks.steps.values():
+        if step.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(step.pid, signal.SIGKILL)
