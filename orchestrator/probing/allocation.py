@@ -182,7 +182,7 @@ def _why_silent(node: str, tasks: Tasks, patience_s: float) -> str:
     if code is None:
         return f"no answer in {patience_s:.0f} s"
     said = tasks.last_words(node)
-    return f"its task ended with {code}" + (f": {said}" if said else "")
+    return f"its task has ended: {said}" if said else f"its task has ended with code {code}"
 
 
 def _end(tasks: Tasks) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.probing.report import Link
 
 SIZE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-REPEATS = 6
+FEWEST, MOST, LONG_ENOUGH_S = 3, 100, 1.0  # all-reduces, and how long they may take together
 LAST_WORDS = 0.8  # of the patience: what torch waits for, so that it can say what failed before it is ended
 
 
@@ -130,12 +130,22 @@ def _rate(member: Member) -> float:
     dist.init_process_group(
         backend(group.device), store=store, rank=member.rank, world_size=world, timeout=timeout
     )  # never closed: this process is about to end, and its peers may be gone
-    data = torch.ones(SIZE_BYTES[group.device] // 4, device=group.device)
-    taken = []
-    for _ in range(1 + REPEATS):
+    data = torch.zeros(SIZE_BYTES[group.device] // 4, device=group.device)
+
+    def slowest(seconds: list[float]) -> list[float]:
+        """Of each all-reduce what the rank that took longest needed: the same on all of them."""
+        taken = torch.tensor(seconds, device=group.device)
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+        return [float(one) for one in taken]
+
+    def reduced() -> float:
         start = time.perf_counter()
         dist.all_reduce(data)
         float(data[0])  # on a GPU: until it is done
-        taken.append(time.perf_counter() - start)
-        data.fill_(1.0)
-    return 2 * (world - 1) / world * data.numel() * 4 / min(taken[1:])
+        return time.perf_counter() - start
+
+    reduced()  # opens connections
+    (first,) = slowest([reduced()])
+    repeats = max(FEWEST, min(MOST, int(LONG_ENOUGH_S / first)))
+    best = min(slowest([reduced() for _ in range(repeats)]))
+    return 2 * (world - 1) / world * data.numel() * 4 / best

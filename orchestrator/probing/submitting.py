@@ -126,7 +126,7 @@ def probe(prepared: Prepared, options: Options, say: Say, every_s: float = ASK_E
     try:
         submission = dataclasses.replace(submission, job_id=_hand_over(script, submission, prepared, say))
         _note(run_dir, submission)
-        found = _waited(run_dir, submission, say, every_s)
+        found = _waited(prepared, submission, say, every_s)
     except KeyboardInterrupt:
         _cancel(submission, say)
         raise
@@ -172,19 +172,19 @@ def _hand_over(script: Path, submission: Submission, prepared: Prepared, say: Sa
         raise refused(str(error), prepared.planned.job.cluster) from error
 
 
-def _waited(run_dir: Path, submission: Submission, say: Say, every_s: float) -> Found:
+def _waited(prepared: Prepared, submission: Submission, say: Say, every_s: float) -> Found:
     """Wait until the probe is over; a change is said."""
     assert submission.job_id is not None
     before = ""
     while True:
         state = job_states(submission.job_id)[0]
-        answers = len(read_reports(run_dir, submission.mark))
+        answers = len(read_reports(prepared.run_dir, submission.mark))
         words = _progress(state, answers)
         if words != before:
             say(words)
             before = words
         if not state.is_active and not state.is_out_of_reach:
-            return _found(run_dir, submission, state)
+            return _found(prepared, submission, state)
         time.sleep(every_s)
 
 
@@ -195,8 +195,9 @@ def _progress(state: JobState, answers: int) -> str:
     return f"probe: job {state.job_id} {state.state}{reason}{nodes}{answered}"
 
 
-def _found(run_dir: Path, submission: Submission, state: JobState) -> Found:
+def _found(prepared: Prepared, submission: Submission, state: JobState) -> Found:
     """What a probe that has ended leaves behind: all, or what single nodes have written by then."""
+    run_dir = prepared.run_dir
     deadline = time.monotonic() + (SEEN_AFTER_S if state.state == "COMPLETED" else 0.0)
     while (found := read_found(run_dir, submission.mark)) is None and time.monotonic() < deadline:
         time.sleep(ASK_EVERY_S)
@@ -205,9 +206,8 @@ def _found(run_dir: Path, submission: Submission, state: JobState) -> Found:
     if state.state == "CANCELLED":
         raise GaveUp(f"the probe, job {state.job_id}, was cancelled: nothing is submitted", "the same command again")
     reports = read_reports(run_dir, submission.mark)
-    log = slurm_folder(run_dir) / f"probe-{state.job_id}.log"
     if not reports:
-        raise _no_answers(state, log)
+        raise _no_answers(state, prepared)
     answered = {one.node for one in reports}
     with suppress(SlurmError):
         why = f"no answer before the probe ended ({state.state})"
@@ -215,13 +215,25 @@ def _found(run_dir: Path, submission: Submission, state: JobState) -> Found:
     raise PeerLost(f"Slurm does not say which nodes the probe had ({state.state})", "the same command again")
 
 
-def _no_answers(state: JobState, log: Path) -> ConfigError | ResourceError:
+def _no_answers(state: JobState, prepared: Prepared) -> ConfigError | ResourceError:
+    """What a probe's log says of its end; where there is none, the first node could not write it."""
+    log = slurm_folder(prepared.run_dir) / f"probe-{state.job_id}.log"
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    last = next((line for line in reversed(said) if not line.startswith("hint: ")), "it left no log")
-    hint = next((line.removeprefix("hint: ") for line in said if line.startswith("hint: ")), f"see {log}")
-    where = f" on {state.nodes}" if state.nodes else ""
-    words = f"the probe, job {state.job_id}{where}, ended {state.state} before any node answered: {last}"
-    return ConfigError(words, hint) if state.code == ConfigError.code else ResourceError(words, hint)
+    words = f"the probe, job {state.job_id}, ended {state.state} before any node answered"
+    if said:
+        last = next((line for line in reversed(said) if not line.startswith("hint: ")), "")
+        hint = next((line.removeprefix("hint: ") for line in said if line.startswith("hint: ")), f"see {log}")
+        kind = ConfigError if state.code == ConfigError.code else ResourceError
+        return kind(f"{words}: {last}", hint)
+    first: list[str] = []
+    with suppress(SlurmError):
+        first = host_names(state.nodes)[:1] if state.nodes else []
+    if not first:
+        return ResourceError(words, f"scontrol show job {state.job_id}")
+    exclude = ",".join([*filter(None, [prepared.job.cluster.slurm.exclude]), *first])
+    return ResourceError(
+        f"{words}, and its first node, {first[0]}, has left no log", f"cluster.slurm.exclude={exclude}"
+    )
 
 
 def _job_file(run_dir: Path) -> Path:

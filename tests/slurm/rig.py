@@ -140,8 +140,8 @@ class Cluster:
             holder = subprocess.Popen(unshare, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
         assert holder.stdout is not None and holder.stdout.readline() == "up\n", f"{node}: no namespaces here"
         self._holders[node] = holder
-        environment = os.environ | self.environment
-        subprocess.run([*self._into(node), "slurmd", *words, "-N", node, "-f", str(self._conf)], env=environment, check=True)
+        slurmd = ["slurmd", *words, "-N", node, "-f", str(self._conf)]
+        subprocess.run([*self._into(node), *slurmd], env=os.environ | self.environment, check=True)
 
     @staticmethod
     def _first_process(holder: subprocess.Popen[str]) -> int:
