@@ -28,7 +28,7 @@ def answer(run_dir: Path, node: str, meeting: Meeting, clock_port: int) -> int:
 
     store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=60))
     asked = read_asked(store.get(ASKED))
-    store.set_timeout(timedelta(seconds=4 * asked.patience_s))
+    store.set_timeout(timedelta(seconds=4 * asked.patience_s + 60))  # the slowest node's time, and some more
     report = look(run_dir, node, asked)
     with suppress(OSError, ValueError):  # it met the store there, so that a clock that is out of reach is no fault
         offset, within = clock_offset(meeting.host, clock_port)
