@@ -74,14 +74,16 @@ def show(judgement: Judgement, stream: object) -> None:
 
 def _cells(one: Verdict) -> Sequence[str]:
     from orchestrator.probing.judging import rate_words
+    from orchestrator.probing.looking import ERRORS
 
     report = one.report
     if report is None:
         return ("?",) * 5
-    errors = str(len(report.faults)) if report.faults else "not readable" if len(report.unread) > 1 else "0"
+    unread = [kind for kind in report.unread if kind.startswith(ERRORS)]
+    errors = str(len(report.faults)) if report.faults else "not readable" if len(unread) == len(ERRORS) else "0"
     return (
         f"{len(report.gpus)}" if report.gpus or report.gpu_error else "-",
-        errors if report.gpus or report.faults or report.unread else "-",
+        errors if report.gpus or report.faults or unread else "-",
         "refused" if report.folder_error else f"{report.write_mb_s:.0f} MB/s, {report.free_gib:.0f} GiB",
         f"{report.clock_s:+.2f} s",
         rate_words(report.rate) if report.rate else "failed" if report.links else "-",

@@ -149,6 +149,9 @@ def _remarks(found: Found, asked: Asked, usual: Usual) -> tuple[str, ...]:
         remarks.append(f"{len(found.whole.peers)} nodes together all-reduce at {rate_words(found.whole.rate)}")
     if usual.write_mb_s and usual.write_mb_s < SLOW_MB_S:
         remarks.append(f"the run folder takes {usual.write_mb_s:.1f} MB/s of a node: checkpoints take long")
+    alone = [one.node for one in found.reports if not one.links]
+    if alone and len(found.reports) > 1:
+        remarks.append(f"links were not measured of {', '.join(alone)}")
     unread = sorted({kind for one in found.reports for kind in one.unread})
     if unread:
         remarks.append(f"not readable: {', '.join(unread)}")

@@ -28,6 +28,8 @@ BROKEN = {
     140: "unrecovered ECC error",
 }
 """Those of NVIDIA's "Xid Errors" that are the hardware's; others (13, 31, 43, 45, ...) are a program's."""
+ERRORS = ("ECC", "XID")
+"""Kinds of errors that are looked for; what could not be read of them begins with its name."""
 TRIES = 2
 ANSWER_S = 30.0
 

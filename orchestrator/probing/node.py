@@ -30,9 +30,7 @@ def answer(run_dir: Path, node: str, meeting: Meeting, clock_port: int) -> int:
     asked = read_asked(store.get(ASKED))
     store.set_timeout(timedelta(seconds=4 * asked.patience_s + 60))  # the slowest node's time, and some more
     report = look(run_dir, node, asked)
-    with suppress(OSError, ValueError):  # it met the store there, so that a clock that is out of reach is no fault
-        offset, within = clock_offset(meeting.host, clock_port)
-        report = replace(report, clock_s=offset, clock_within_s=within)
+    report = _with_clock(report, meeting.host, clock_port)
     number = 0
     _report(store, run_dir, report, number)
     while (text := store.get(round_key(number)).decode()) != OVER:
@@ -42,6 +40,14 @@ def answer(run_dir: Path, node: str, meeting: Meeting, clock_port: int) -> int:
         number += 1
         _report(store, run_dir, report, number)
     return 0
+
+
+def _with_clock(report: Report, host: str, port: int) -> Report:
+    try:
+        offset, within = clock_offset(host, port)
+    except (OSError, ValueError) as error:  # it has met the first node's store, so that this is no fault of its own
+        return replace(report, unread=(*report.unread, f"clock ({error})"))
+    return replace(report, clock_s=offset, clock_within_s=within)
 
 
 def round_key(number: int) -> str:

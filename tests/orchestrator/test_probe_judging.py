@@ -110,6 +110,11 @@ def test_links_are_held_against_the_plan_where_nodes_reach_it_and_on_a_cpu_again
     assert judged(*cpus[:3], slow, asked=CPUS).bad == ("n4",)
 
 
+def test_what_was_not_measured_is_said() -> None:
+    judgement = judged(node("n1"), node("n2", links=()), node("n3", unread=("clock (timed out)",)))
+    assert judgement.remarks == ("links were not measured of n2", "not readable: clock (timed out)")
+
+
 def test_the_whole_group_is_told_of() -> None:
     whole = Link(("n1", "n2", "n3"), 100e9)
     assert judged(node("n1"), whole=whole).remarks == ("3 nodes together all-reduce at 100.00 GB/s",)

@@ -17,7 +17,9 @@ import pytest
 from orchestrator.cli import main
 from orchestrator.jobs.submit import leaving_out, prepare, static_script
 from orchestrator.probing import submitting
-from orchestrator.probing.report import Found, Link, Report
+from orchestrator.probing.command import show
+from orchestrator.probing.judging import judge
+from orchestrator.probing.report import Asked, Found, Link, Report
 from orchestrator.probing.submitting import Options, probe_script
 from tests.end_to_end.shell import wait_for
 from tests.helpers.fake_slurm import FakeSlurm
@@ -154,6 +156,19 @@ def test_the_table_says_why(slurm: FakeSlurm, words: list[str], capsys: pytest.C
     assert "n3 is bad: /r cannot be written: Read-only file system" in out
     assert "3 nodes together all-reduce at 0.50 GB/s" in out and "job      2" in out
     assert "probe: job 1 COMPLETED" in err
+
+
+def test_the_table_of_gpus_says_what_was_read(capsys: pytest.CaptureFixture[str]) -> None:
+    blind = report("n1", gpus=("H100",) * 8, gpu_gib=80.0, unread=("ECC (no nvidia-smi)", "XID (no dmesg)"))
+    seen = report("n2", gpus=("H100",) * 8, gpu_gib=80.0, unread=("XID (no dmesg)",), links=())
+    faulty = report("n3", gpus=("H100",) * 8, gpu_gib=80.0, faults=("GPU 0: 1 uncorrected ECC errors",))
+    broken = report("n4", gpu_error="no driver", links=(Link(("n1",), error="reset"),))
+    asked = Asked("", device="cuda", gpus_per_node=8)
+    show(judge(Found("", (blind, seen, faulty, broken)), asked), sys.stdout)
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "MB/s" in line}
+    assert [rows[name].split()[1] for name in rows] == ["8", "8", "8", "0"]
+    assert "not readable" in rows["n1"] and "not readable" not in rows["n2"] and "failed" in rows["n4"]
+    assert [rows[name].split()[-1] for name in rows] == ["good", "good", "bad", "bad"]
 
 
 def test_too_few_good_nodes_submit_nothing(
