@@ -70,7 +70,7 @@ def run_probe(run_dir: Path, say: Say) -> Found:
     with telling_time() as clock_port:
         tasks = _start(run_dir, allocation, asked, nodes, (Meeting(host, store.port), clock_port))
         try:
-            found = _probed(store, asked, nodes, tasks, say)
+            found = _probed(store, asked, tasks, say)
             write_found(run_dir, found)
         finally:
             _end(tasks)
@@ -103,33 +103,54 @@ def _start(
     return Tasks(steps, logs)
 
 
-def _probed(store: dist.Store, asked: Asked, nodes: Sequence[str], tasks: Tasks, say: Say) -> Found:
-    reports = _collect(store, 0, nodes, tasks, asked.patience_s)
-    say(f"{len(reports)} of {len(nodes)} nodes have looked at themselves")
-    silent = {node: _why_silent(node, tasks, asked.patience_s) for node in nodes if node not in reports}
-    rounds = [list(one) for one in pairs(_ready(reports, asked), PAIR_ROUNDS)]
-    number, whole = 0, None
-    while number < len(rounds) + 1:
-        is_whole = number == len(rounds)
-        groups: Sequence[Sequence[str]] = [_linked(reports)] if is_whole else rounds[number]
-        groups = [members for members in groups if all(one not in silent for one in members)]
-        if is_whole and (not groups or len(groups[0]) < 3):
-            break  # a pair has measured it
-        store.set(
-            round_key(number), groups_text([_group(number, place, one, asked) for place, one in enumerate(groups)])
-        )
-        number += 1
-        living = [node for node in reports if node not in silent]
-        heard = _collect(store, number, living, tasks, asked.patience_s + GRACE_S)
-        silent |= {node: _why_silent(node, tasks, asked.patience_s) for node in living if node not in heard}
-        if is_whole:
-            whole = _whole(heard, groups[0])
-        else:
-            reports |= heard
-        say(f"links: {'all together' if is_whole else f'round {number} of {len(rounds)}'}")
-    store.set(round_key(number), OVER)
-    answered = tuple(report for node, report in reports.items() if node not in silent)
-    return Found(asked.token, answered, silent, whole)
+class _Rounds:
+    """A probe as it goes: what living nodes have reported, and why the others are silent."""
+
+    def __init__(self, store: dist.Store, asked: Asked, tasks: Tasks) -> None:
+        self.reports: dict[str, Report] = {}
+        self.silent: dict[str, str] = {}
+        self._store, self._asked, self._tasks = store, asked, tasks
+        self._number = 0
+
+    def look(self) -> None:
+        """What every node sees of itself."""
+        self._hear(list(self._tasks.steps), self._asked.patience_s)
+
+    def meet(self, groups: Sequence[Sequence[str]]) -> None:
+        """Let groups of living nodes reduce together, all at once; a group of which one is silent is left out."""
+        whole = [members for members in groups if not self.silent.keys() & set(members)]
+        told = [_group(self._number, place, members, self._asked) for place, members in enumerate(whole)]
+        self._store.set(round_key(self._number), groups_text(told))
+        self._number += 1
+        self._hear(list(self.reports), self._asked.patience_s + GRACE_S)
+
+    def leave(self) -> None:
+        """Tell all that it is over."""
+        self._store.set(round_key(self._number), OVER)
+
+    def _hear(self, nodes: Sequence[str], patience_s: float) -> None:
+        self.reports = _collect(self._store, self._number, nodes, self._tasks, patience_s)
+        for node in nodes:
+            if node not in self.reports:
+                self.silent[node] = _why_silent(node, self._tasks, patience_s)
+
+
+def _probed(store: dist.Store, asked: Asked, tasks: Tasks, say: Say) -> Found:
+    rounds = _Rounds(store, asked, tasks)
+    rounds.look()
+    say(f"{len(rounds.reports)} of {len(tasks.steps)} nodes have looked at themselves")
+    for groups in pairs(_ready(rounds.reports, asked), PAIR_ROUNDS):
+        rounds.meet(groups)
+        say(f"links: {', '.join(' and '.join(pair) for pair in groups)}")
+    in_pairs, whole = rounds.reports, None
+    linked = [node for node, report in in_pairs.items() if report.rate]
+    if len(linked) > 2:  # or a pair has measured it
+        rounds.meet([linked])
+        whole = _whole(rounds.reports, linked)
+        say(f"links: {len(linked)} nodes together")
+    rounds.leave()
+    answered = tuple(report for node, report in in_pairs.items() if node not in rounds.silent)
+    return Found(asked.token, answered, rounds.silent, whole)
 
 
 def _group(number: int, place: int, nodes: Sequence[str], asked: Asked) -> Group:
@@ -140,10 +161,6 @@ def _group(number: int, place: int, nodes: Sequence[str], asked: Asked) -> Group
 def _ready(reports: Mapping[str, Report], asked: Asked) -> list[str]:
     """Nodes that can take part: on GPUs, those that have as many as all others."""
     return [node for node, one in reports.items() if asked.device == "cpu" or len(one.gpus) >= asked.gpus_per_node]
-
-
-def _linked(reports: Mapping[str, Report]) -> list[str]:
-    return [node for node, report in reports.items() if report.rate]
 
 
 def _whole(heard: Mapping[str, Report], nodes: Sequence[str]) -> Link:

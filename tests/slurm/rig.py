@@ -92,15 +92,22 @@ class Cluster:
         holder.wait(timeout=10)
 
     def power_on(self, node: str) -> None:
-        """Start a node again after a power cut, and wait until it takes jobs."""
-        time.sleep(1.1)  # Slurm notices a reboot by whole seconds
+        """Start a node again after a power cut, and wait until it takes jobs.
+
+        Slurm compares times of boots by whole seconds, so that a node that registers twice may be taken for one that
+        was started twice, and is down again: it is back when it has been so for some seconds.
+        """
+        time.sleep(1.1)
         self._start_node(node, "-b")
+        since = [time.monotonic()]
 
         def back() -> bool:
             state = self.ask("sinfo", "-hN", "-n", node, "-o", "%T").split()[0]
             if state == "down":
                 self.ask("scontrol", "update", f"nodename={node}", "state=resume")
-            return state in ("idle", "allocated", "mixed", "completing")
+            if state not in ("idle", "allocated", "mixed", "completing"):
+                since[0] = time.monotonic()
+            return time.monotonic() - since[0] > 3
 
         self._until(back, node)
 
