@@ -102,10 +102,11 @@ class Cluster:
         since = [time.monotonic()]
 
         def back() -> bool:
-            state = self.ask("sinfo", "-hN", "-n", node, "-o", "%T").split()[0]
-            if state == "down":
+            shown = self.ask("scontrol", "-o", "show", "node", node)  # sinfo calls one completing that is down as well
+            state = next(word[6:] for word in shown.split() if word.startswith("State="))
+            if state.split("+")[0] == "DOWN":
                 self.ask("scontrol", "update", f"nodename={node}", "state=resume")
-            if state not in ("idle", "allocated", "mixed", "completing"):
+            if state.split("+")[0] not in ("IDLE", "ALLOCATED", "MIXED"):
                 since[0] = time.monotonic()
             return time.monotonic() - since[0] > 3
 
