@@ -49,7 +49,7 @@ endif
 
 # Debian's own packages, where this user may install; elsewhere the tests say what is missing, and are skipped.
 SLURM := slurm-wlm munge shellcheck
-test-slurm: setup  ## jobs that train, are killed and go on, on a real Slurm of 4 nodes on this machine (4 minutes)
+test-slurm: setup  ## jobs that train, are killed and go on, on a real Slurm of 4 nodes on this machine (8 minutes)
 	@PATH=$$PATH:/usr/sbin; if ! { command -v slurmctld && command -v munged && command -v shellcheck; } >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
 	  $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends $(SLURM) || true; fi

@@ -22,6 +22,7 @@ from orchestrator.jobs.cli import ALLOCATION
 from orchestrator.jobs.cli import COMMANDS as SLURM_COMMANDS
 from orchestrator.pages.command import add_report, run_report
 from orchestrator.piping import until_unread
+from orchestrator.probing.command import INSIDE as PROBING
 from orchestrator.sweeps.command import SWEEP
 
 
@@ -51,8 +52,8 @@ def _dispatch(name: str, words: list[str]) -> int:
 
         print(f"isotrain {version('isotrain')}")
         return 0
-    if name == "allocation":
-        return ALLOCATION.run(_with_job_files(ALLOCATION.parser(name).parse_args(words)))
+    if name in INSIDE:
+        return INSIDE[name].run(_with_job_files(INSIDE[name].parser(name).parse_args(words)))
     if name not in COMMANDS:
         import difflib
 
@@ -240,6 +241,7 @@ def _certify(arguments: argparse.Namespace) -> int:
     return certified(request, arguments.out, arguments.write, arguments.json, arguments.ship)
 
 
+INSIDE = {"allocation": ALLOCATION, **PROBING}  # not for people: what batch scripts run
 COMMANDS: dict[str, Command] = {
     "plan": Command(
         "Show what would run and why: topology, batch split, memory. Starts nothing.",

@@ -161,7 +161,17 @@ def _go_on_here(run_dir: Path, job: JobConfig) -> Decision:
 
 def _is_ours_alone(folder: Path) -> bool:
     """Whether a folder without ``job.yaml`` is empty, or holds only what a launch that failed early leaves behind."""
-    left_behind = {"exits", "logs", "states", "slurm", "checkpoints", "plan.json", "environment.jsonl", ".lock"}
+    left_behind = {
+        "exits",
+        "logs",
+        "states",
+        "slurm",
+        "probe",
+        "checkpoints",
+        "plan.json",
+        "environment.jsonl",
+        ".lock",
+    }
     left_behind |= {"paces", "launches.jsonl", "report.html"}
     aside = (".plan.json.", ".job.yaml.", ".environment.jsonl.", ".report.html.")
     names = {path.name for path in folder.iterdir() if not path.name.startswith(aside)}

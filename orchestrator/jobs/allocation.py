@@ -196,8 +196,13 @@ def _request(run_dir: Path, job: JobConfig, allocation: Allocation, attempt: int
     )
 
 
-def rank_program(run_dir: Path, slurm: SlurmConfig, device: str) -> tuple[str, ...]:
+def rank_program(
+    run_dir: Path, slurm: SlurmConfig, device: str, words: tuple[str, ...] | None = None
+) -> tuple[str, ...]:
     """What each srun task runs: this Python's isotrain, or the one of a container.
+
+    Args:
+        words: what isotrain is told; None: to be a rank.
 
     Example:
         >>> rank_program(Path("/r"), SlurmConfig(prologue=["apptainer", "image.sif", "/data"]), "cuda")
@@ -207,14 +212,15 @@ def rank_program(run_dir: Path, slurm: SlurmConfig, device: str) -> tuple[str, .
     """
     kind, *names = slurm.prologue or [""]
     folders = [str(run_dir), *names[1:]]
-    inside = ("isotrain", "worker", str(run_dir))
+    words = words or ("worker", str(run_dir))
+    inside = ("isotrain", *words)
     if kind == "apptainer":
         graphics = ("--nv",) if device == "cuda" else ()
         return ("apptainer", "exec", f"--bind={','.join(folders)}", *graphics, names[0], *inside)
     if kind == "pyxis":
         mounts = ",".join(f"{folder}:{folder}" for folder in folders)
         return (f"--container-image={names[0]}", f"--container-mounts={mounts}", *inside)
-    return (sys.executable, "-m", "orchestrator", "worker", str(run_dir))
+    return (sys.executable, "-m", "orchestrator", *words)
 
 
 def _verdict(

@@ -8,10 +8,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.command import WIDTH_ELSEWHERE, Command, add_overrides
 from orchestrator.errors import ConfigError, IsotrainError
+from orchestrator.probing.command import add_probe_options, probe_options, probed_nodes
+
+if TYPE_CHECKING:
+    from orchestrator.jobs.submit import Prepared
+    from orchestrator.probing.submitting import Options
 
 
 def _say(text: str) -> None:
@@ -21,26 +26,55 @@ def _say(text: str) -> None:
 def _add_submit(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the batch script, and do nothing")
+    add_probe_options(parser)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
     from orchestrator.jobs.submit import prepare, submit
+    from orchestrator.probing.submitting import TooFewNodes
 
+    options = probe_options(arguments)
     if arguments.dry_run:
-        prepared = prepare(arguments.overrides)
-        _say(prepared.decision.message)
-        _say(prepared.planned.words)
-        values = {"code": 0, "run_dir": str(prepared.run_dir), "script": prepared.script}
-        print(json.dumps(values) if arguments.json else prepared.script, end="\n" if arguments.json else "")
-        return 0
-    done = submit(arguments.overrides, _say)
+        return _dry_run(prepare(arguments.overrides), options, arguments.json)
+    probed: dict[str, object] = {}
+
+    def find_bad(prepared: Prepared) -> Sequence[str]:
+        assert options is not None
+        judgement = probed_nodes(prepared, options, arguments.json)
+        probed["probe"] = judgement.to_json()
+        return judgement.bad
+
+    try:
+        done = submit(arguments.overrides, _say, find_bad if options else None)
+    except TooFewNodes as error:
+        _say(error.render())
+        if arguments.json:
+            words = {"code": int(error.code), "error": str(error), "hint": error.hint}
+            print(json.dumps(words | {"probe": error.judgement.to_json()}))
+        return int(error.code)
     _say(done.message)
     if arguments.json:
-        print(json.dumps(done.summary()))
+        print(json.dumps(done.summary() | probed))
     elif done.job_id:
         print(f"job      {done.job_id}\nrun      {done.run_dir}\nscript   {done.summary()['script']}")
         print(f"log      {done.run_dir}/slurm/   (isotrain logs -f {done.run_dir})")
         print(f"next     isotrain status {done.run_dir}")
+    return 0
+
+
+def _dry_run(prepared: Prepared, options: Options | None, as_json: bool) -> int:
+    """Print what would be handed to sbatch: with a probe both scripts, each under its name."""
+    from orchestrator.probing.submitting import probe_script
+
+    _say(prepared.decision.message)
+    _say(prepared.planned.words)
+    first = {"probe_script": probe_script(prepared, options)} if options else {}
+    if as_json:
+        print(json.dumps({"code": 0, "run_dir": str(prepared.run_dir), "script": prepared.script, **first}))
+    elif options:
+        print(f"# slurm/probe.sbatch\n{first['probe_script']}\n# slurm/train.sbatch\n{prepared.script}", end="")
+    else:
+        print(prepared.script, end="")
     return 0
 
 

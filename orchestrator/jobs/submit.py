@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,17 +95,17 @@ def script_of(cluster: ClusterConfig, run_dir: Path) -> str:
     return render_script(static_script(), header(cluster, run_dir), run_dir)
 
 
-def static_script() -> str:
-    """The text of ``slurm/train.sbatch``, of the installed package or of the checkout.
+def static_script(name: str = "train.sbatch") -> str:
+    """The text of a script in ``slurm/``, of the installed package or of the checkout.
 
     Raises:
         ConfigError: neither is there.
     """
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "slurm", package.parent / "slurm"):
-        if (folder / "train.sbatch").is_file():
-            return (folder / "train.sbatch").read_text(encoding="utf-8")
-    raise ConfigError(f"slurm/train.sbatch is not in {package} or beside it", "pip install --force-reinstall isotrain")
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8")
+    raise ConfigError(f"slurm/{name} is not in {package} or beside it", "pip install --force-reinstall isotrain")
 
 
 def header(cluster: ClusterConfig, run_dir: Path) -> Header:
@@ -140,10 +140,36 @@ def header(cluster: ClusterConfig, run_dir: Path) -> Header:
     return Header(tuple((key, value) for key, value in options.items() if value is not None), tuple(slurm.extra))
 
 
-def submit(overrides: Sequence[str], say: Say = lambda text: None) -> Submitted:
+def leaving_out(prepared: Prepared, nodes: Sequence[str]) -> Prepared:
+    """The same job, without these nodes beside those that it was to do without.
+
+    Raises:
+        LaunchError: a name cannot stand in an #SBATCH line.
+    """
+    if not nodes:
+        return prepared
+
+    def changed(job: JobConfig) -> JobConfig:
+        exclude = ",".join([*([job.cluster.slurm.exclude] if job.cluster.slurm.exclude else []), *nodes])
+        slurm = dataclasses.replace(job.cluster.slurm, exclude=exclude)
+        return dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, slurm=slurm))
+
+    planned = dataclasses.replace(prepared.planned, job=changed(prepared.planned.job))
+    script = script_of(planned.job.cluster, prepared.run_dir)
+    return dataclasses.replace(prepared, job=changed(prepared.job), planned=planned, script=script)
+
+
+def submit(
+    overrides: Sequence[str],
+    say: Say = lambda text: None,
+    find_bad: Callable[[Prepared], Sequence[str]] | None = None,
+) -> Submitted:
     """Submit a run: a new one, or one that goes on after its newest checkpoint.
 
     A second call while the job waits or runs is refused; one whose answer was lost is found again, not repeated.
+
+    Args:
+        find_bad: looks for nodes that the job shall do without, before anything of it is written.
 
     Raises:
         ConfigError: the job cannot work, the run has a job already, or Slurm refuses it (in Slurm's words).
@@ -163,6 +189,9 @@ def submit(overrides: Sequence[str], say: Say = lambda text: None) -> Submitted:
             return Submitted(run_dir, taken, words)
         say(decision.message)
         say(prepared.planned.words)
+        if find_bad is not None:
+            prepared = leaving_out(prepared, find_bad(prepared))
+            job = prepared.planned.job
         with locked(run_dir):
             kept = dataclasses.replace(as_asked(job, prepared.job), run_dir=str(run_dir))
             write_run(run_dir, kept, prepared.planned.plan.to_json())
@@ -203,12 +232,12 @@ def forget_earlier(run_dir: Path) -> None:
         (slurm_folder(run_dir) / name).unlink(missing_ok=True)
 
 
-def write_script(run_dir: Path, cluster: ClusterConfig, text: str) -> Path:
+def write_script(run_dir: Path, cluster: ClusterConfig, text: str, name: str = "train.sbatch") -> Path:
     """Write a script and the words of its prologue; returns the script's file."""
     folder, prologue = slurm_folder(run_dir), cluster.slurm.prologue
     folder.mkdir(exist_ok=True)
     (folder / "prologue").write_bytes(words_file([] if prologue[:1] and prologue[0] in ON_RANKS else prologue))
-    script = folder / "train.sbatch"
+    script = folder / name
     write_whole(script, text, mode=0o600)
     return script
 

@@ -6,11 +6,35 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from orchestrator.planning.constants import Constants
-from orchestrator.planning.setup import Setup
+from orchestrator.planning.constants import Constants, constants_for
+from orchestrator.planning.devices import Device
+from orchestrator.planning.setup import Setup, fast_domain
 
 NEAR = 0.1
 """Latency of a hop inside of a domain / over the network (a store between neighbours / a trip through two adapters)."""
+
+
+def slowest_hop(inside: int, size: int, fast: float, network: float) -> float:
+    """Bytes/s of a ring's slowest hop, where ``inside`` of its ``size`` members share a fast domain."""
+    return fast if inside >= size else min(fast, inside * network)
+
+
+def two_nodes_rate(device: Device, gpus_per_node: int) -> float:
+    """Bytes/s over the slowest hop of an all-reduce of all ranks of two nodes, as plans for such devices assume it.
+
+    0 for a CPU: what is known of it was measured inside of one host.
+
+    Example:
+        >>> from orchestrator.planning.devices import device
+        >>> round(two_nodes_rate(device("H100"), 8) / 1e9), two_nodes_rate(device("cpu"), 4)
+        (294, 0.0)
+    """
+    if device.is_measured:
+        return 0.0
+    constants = constants_for(False, attention=device.measured.attention if device.measured else 0.0)
+    ranks = 2 * gpus_per_node
+    inside = min(ranks, fast_domain(device, gpus_per_node))
+    return slowest_hop(inside, ranks, device.link_rate * constants.link, device.network_rate * constants.network)
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,7 @@ class Links:
 
     def ring_rate(self, size: int, stride: int) -> float:
         """Bytes/s over the slowest hop of a ring. All members in a node bring their share of its network."""
-        inside = self.members_inside(size, stride)
-        return self.fast if inside >= size else min(self.fast, inside * self.network)
+        return slowest_hop(self.members_inside(size, stride), size, self.fast, self.network)
 
     def gather_s(self, size_bytes: float, size: int, stride: int = 1) -> float:
         """An all-gather to, or a reduce-scatter of, ``size_bytes`` in all: ``(n - 1) / n`` of them over every hop."""

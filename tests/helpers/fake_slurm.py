@@ -2,7 +2,8 @@
 
 ``replies`` holds what the next calls of sbatch do, a line each: ``ok``, ``refuse MESSAGE``, ``lose MESSAGE`` (takes the
 job, and fails all the same), ``late MESSAGE`` (so, but nobody sees the job before the next call) or ``drop MESSAGE``
-(fails, and takes nothing). ``silent`` makes all other commands fail.
+(fails, and takes nothing). ``silent`` makes all other commands fail. A probe that is submitted ends at once with what
+``probe_finds`` was told, if it was.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class FakeSlurm:
         """What scontrol says of every job; empty: it knows none."""
         (self.folder / "state").write_text(state)
 
+    def probe_finds(self, found: dict[str, Any], state: str = "COMPLETED", code: int = 0) -> None:
+        """What the next probes leave behind, by path in the run folder, and how Slurm says that they ended."""
+        said = f"JobState={state} ExitCode={code}:0 NodeList=n[1-2]"
+        (self.folder / "probe").write_text(json.dumps({"files": found, "said": said}))
+
     @property
     def jobs(self) -> list[dict[str, str]]:
         """The jobs that were taken."""
@@ -68,16 +74,30 @@ def main(folder: Path, name: str, words: list[str]) -> int:
         print("\n".join(f"{job['id']} {job['comment']}" for job in reversed(seen)))
     if name == "sinfo":
         print("batch*\nhigh")
-    if name == "scontrol" and "show" in words:
+    if name == "scontrol" and "hostnames" in words:
+        print("n1\nn2")
+    elif name == "scontrol" and "show" in words:
         state = (folder / "state").read_text() if (folder / "state").exists() else "PENDING"
         if not state:
             print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
             return 1
-        print(f"JobId={words[-1]} JobName=x JobState={state} Reason=None ExitCode=0:0 NodeList=(null)")
+        probe = folder / f"probe-{words[-1]}"
+        said = probe.read_text() if probe.exists() else f"JobState={state} ExitCode=0:0 NodeList=(null)"
+        print(f"JobId={words[-1]} JobName=x Reason=None {said}")
     if name == "sacct":
         print("Slurm accounting storage is disabled", file=sys.stderr)
         return 1
     return 0
+
+
+def _probe(folder: Path, job: str) -> None:
+    """Leave behind what a probe would, with its own token, in the run folder that sbatch is called in."""
+    asked = json.loads(Path("slurm/probe-asked.json").read_text())
+    told = json.loads((folder / "probe").read_text())
+    for path, value in told["files"].items():
+        text = value if isinstance(value, str) else json.dumps({**value, "token": asked["token"]})
+        Path(path.replace("%j", job)).write_text(text)
+    (folder / f"probe-{job}").write_text(told["said"])
 
 
 def read_lines(file: Path) -> list[Any]:
@@ -99,6 +119,8 @@ def _sbatch(folder: Path, words: list[str]) -> int:
             value["late"] = kind == "late"
             jobs.write(json.dumps(value) + "\n")
         if kind == "ok":
+            if words[-1].endswith("probe.sbatch") and (folder / "probe").exists():
+                _probe(folder, str(number))
             print(number)
             return 0
     print(f"sbatch: error: {message}", file=sys.stderr)

@@ -24,6 +24,7 @@ INSTALL = f"apt-get install -y --no-install-recommends {PACKAGES}"
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter")
 SBIN = "/usr/sbin:/sbin"
 FIRST_ADDRESS = 11  # node1 is 127.0.0.11
+KINDS = ("--uts", "--mount", "--pid")  # of namespaces that a node has of its own
 # What a node's first process does: takes its name and its view of /etc/hosts, then collects orphans for ever.
 HOLD = 'hostname "$1" && mount --bind "$2" /etc/hosts && echo up && while :; do sleep 3600 & wait; done'
 
@@ -91,15 +92,23 @@ class Cluster:
         holder.wait(timeout=10)
 
     def power_on(self, node: str) -> None:
-        """Start a node again after a power cut, and wait until it takes jobs."""
-        time.sleep(1.1)  # Slurm notices a reboot by whole seconds
+        """Start a node again after a power cut, and wait until it takes jobs.
+
+        Slurm compares times of boots by whole seconds, so that a node that registers twice may be taken for one that
+        was started twice, and is down again: it is back when it has been so for some seconds.
+        """
+        time.sleep(1.1)
         self._start_node(node, "-b")
+        since = [time.monotonic()]
 
         def back() -> bool:
-            state = self.ask("sinfo", "-hN", "-n", node, "-o", "%T").split()[0]
-            if state == "down":
+            shown = self.ask("scontrol", "-o", "show", "node", node)  # sinfo calls one completing that is down as well
+            state = next(word[6:] for word in shown.split() if word.startswith("State="))
+            if state.split("+")[0] == "DOWN":
                 self.ask("scontrol", "update", f"nodename={node}", "state=resume")
-            return state in ("idle", "allocated", "mixed", "completing")
+            if state.split("+")[0] not in ("IDLE", "ALLOCATED", "MIXED"):
+                since[0] = time.monotonic()
+            return time.monotonic() - since[0] > 3
 
         self._until(back, node)
 
@@ -115,6 +124,14 @@ class Cluster:
                 continue
         return found
 
+    def inside(self, node: str, *argv: str) -> None:
+        """Run a command in a node's namespaces, as its root."""
+        subprocess.run([*self._into(node), *argv], check=True, capture_output=True, timeout=60)
+
+    def _into(self, node: str) -> list[str]:
+        words = ["nsenter", "--target", str(self._first_process(self._holders[node])), *KINDS]
+        return words + ([] if os.geteuid() == 0 else ["--user", "--preserve-credentials"])
+
     def _address(self, node: str) -> str:
         return f"127.0.0.{FIRST_ADDRESS + self.nodes.index(node)}"
 
@@ -124,18 +141,15 @@ class Cluster:
             self._daemons.append(subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
 
     def _start_node(self, node: str, *words: str) -> None:
-        kinds = ["--uts", "--mount", "--pid"]
         mine = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
         hold = ["bash", "-c", HOLD, "bash", node, str(self.folder / "hosts")]
-        unshare = ["unshare", *kinds, *mine, "--fork", "--kill-child", "--mount-proc", *hold]
+        unshare = ["unshare", *KINDS, *mine, "--fork", "--kill-child", "--mount-proc", *hold]
         with (self.folder / "log" / f"{node}.holder").open("a") as log:
             holder = subprocess.Popen(unshare, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
         assert holder.stdout is not None and holder.stdout.readline() == "up\n", f"{node}: no namespaces here"
         self._holders[node] = holder
-        into = ["nsenter", "--target", str(self._first_process(holder)), *kinds]
-        into += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-        environment = os.environ | self.environment
-        subprocess.run([*into, "slurmd", *words, "-N", node, "-f", str(self._conf)], env=environment, check=True)
+        slurmd = ["slurmd", *words, "-N", node, "-f", str(self._conf)]
+        subprocess.run([*self._into(node), *slurmd], env=os.environ | self.environment, check=True)
 
     @staticmethod
     def _first_process(holder: subprocess.Popen[str]) -> int:

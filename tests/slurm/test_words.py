@@ -172,7 +172,10 @@ def test_a_node_without_isotrain_says_so(slurm: SlurmShell, tmp_path: Path) -> N
 def test_the_scripts_are_clean_to_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck not found: apt-get install -y shellcheck")
-    scripts = [SCRIPT, *sorted((ROOT / "tests" / "golden" / "sbatch").glob("*.sbatch"))]
+    scripts = [
+        *sorted((ROOT / "slurm").glob("*.sbatch")),
+        *sorted((ROOT / "tests" / "golden" / "sbatch").glob("*.sbatch")),
+    ]
     done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
