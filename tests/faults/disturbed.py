@@ -154,7 +154,7 @@ def _kill_two(disturbed: Disturbed, pids: dict[int, int], rank: int, at_random: 
 
 def _kill_agent(disturbed: Disturbed, pids: dict[int, int], rank: int, at_random: random.Random) -> None:
     """torchrun's agent is the parent of every rank, and holds the store where they met."""
-    parent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    parent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])  # see proc(5)
     os.kill(parent, signal.SIGKILL)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -39,16 +40,26 @@ if "RANK" in os.environ and "worker" in Path("/proc/self/cmdline").read_text().s
 """
 
 
+@dataclass(frozen=True)
+class PlantedShell(Shell):
+    """A shell whose Pythons look into a folder first."""
+
+    planted: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        mine = super().environment
+        return mine | {"PYTHONPATH": f"{self.planted}:{mine['PYTHONPATH']}"}
+
+
 @pytest.fixture
-def disturb(
-    shell: Shell, tiny_run_model: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], Disturbed]]:
+def disturb(shell: Shell, tiny_run_model: TinyRun, tmp_path: Path) -> Iterator[Callable[..., Disturbed]]:
     """Starts a run that goes on until it is stopped; whatever still runs at the end is killed."""
     started: list[Disturbed] = []
 
-    def begin() -> Disturbed:
+    def begin(within: Shell = shell) -> Disturbed:
         run = Folder(tmp_path / "run")
-        started.append(Disturbed(shell, tiny_run_model.words(**KEYS, run_dir=run.path, steps=WITHOUT_END), run, 4))
+        started.append(Disturbed(within, tiny_run_model.words(**KEYS, run_dir=run.path, steps=WITHOUT_END), run, 4))
         started[0].start()
         started[0].wait_beyond(20)
         return started[0]
@@ -68,7 +79,7 @@ def check_same(disturbed: Disturbed, shell: Shell, tiny: TinyRun, folder: Path) 
 
 
 def test_every_rank_may_be_killed_and_two_at_once(
-    disturb: Callable[[], Disturbed], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path, record_property: Record
+    disturb: Callable[..., Disturbed], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path, record_property: Record
 ) -> None:
     disturbed, at_random = disturb(), random.Random(0)
     for rank in range(4):
@@ -85,18 +96,12 @@ def test_every_rank_may_be_killed_and_two_at_once(
 
 
 def test_crashes_and_a_held_interpreter_are_told_apart_and_recovered_from(
-    disturb: Callable[[], Disturbed],
-    shell: Shell,
-    tiny_run_model: TinyRun,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    record_property: Record,
+    disturb: Callable[..., Disturbed], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path, record_property: Record
 ) -> None:
     planted = tmp_path / "planted"
     planted.mkdir()
     (planted / "sitecustomize.py").write_text(HOLDER)
-    monkeypatch.setattr(Shell, "environment", property(_with_path(Shell.environment, planted)))
-    disturbed, at_random = disturb(), random.Random(0)
+    disturbed, at_random = disturb(PlantedShell(shell.folder, shell.cache, planted)), random.Random(0)
     for kind, name in (("a rank crashes (SIGSEGV)", "SIGSEGV"), ("a rank aborts (SIGABRT)", "SIGABRT")):
         recovered = disturbed.hit(kind, 1, at_random)
         assert f"rank 1 was killed by {name} and left no word" in disturbed.said
@@ -110,16 +115,8 @@ def test_crashes_and_a_held_interpreter_are_told_apart_and_recovered_from(
     check_same(disturbed, shell, tiny_run_model, tmp_path)
 
 
-def _with_path(real: property, first: Path) -> Callable[[Shell], dict[str, str]]:
-    def environment(shell: Shell) -> dict[str, str]:
-        mine: dict[str, str] = real.__get__(shell)
-        return mine | {"PYTHONPATH": f"{first}:{mine['PYTHONPATH']}"}
-
-    return environment
-
-
 def test_a_killed_launcher_leaves_no_rank_and_the_same_command_goes_on(
-    disturb: Callable[[], Disturbed], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path, record_property: Record
+    disturb: Callable[..., Disturbed], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path, record_property: Record
 ) -> None:
     disturbed, at_random = disturb(), random.Random(0)
     kinds = (
@@ -131,5 +128,6 @@ def test_a_killed_launcher_leaves_no_rank_and_the_same_command_goes_on(
         recovered = disturbed.hit(kind, 0, at_random)
         record_property("recovery_s", f"{recovered.recovery_s:.2f}")
     assert disturbed.codes == [-signal.SIGKILL]
+    assert "torchrun was killed by SIGKILL; starting again from step " in disturbed.said
     assert "is not usable" in disturbed.said
     check_same(disturbed, shell, tiny_run_model, tmp_path)
