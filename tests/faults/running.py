@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as xml
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.faults.battery import ROOT, Case
@@ -31,19 +32,25 @@ class Ended:
     recovery_s: tuple[float, ...] = ()
 
 
-def run_tests(cases: Sequence[Case]) -> dict[str, Ended]:
-    """Run the tests of these cases, each once; those on Slurm in a second call, so that a cluster is up for them only.
+def groups(cases: Sequence[Case]) -> list[list[str]]:
+    """The tests of these cases, each once; those on Slurm apart, so that a cluster is up for them only.
 
-    Raises:
-        RuntimeError: pytest could not run them.
+    Example:
+        >>> groups([Case(1, "x", ("tests/slurm/test_x.py::test_x", "tests/test_y.py::test_y"))])
+        [['tests/test_y.py::test_y'], ['tests/slurm/test_x.py::test_x']]
     """
     nodes = dict.fromkeys(node for case in cases for node in case.tests)
     on_slurm = [node for node in nodes if node.startswith("tests/slurm/")]
     here = [node for node in nodes if node not in on_slurm]
-    return {one.node: one for group in (here, on_slurm) if group for one in _run(group)}
+    return [group for group in (here, on_slurm) if group]
 
 
-def _run(nodes: Sequence[str]) -> list[Ended]:
+def run_tests(nodes: Sequence[str]) -> list[Ended]:
+    """Run tests in one call of pytest.
+
+    Raises:
+        RuntimeError: pytest could not run them.
+    """
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         report = Path(folder) / "report.xml"
         argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *nodes]
@@ -53,6 +60,20 @@ def _run(nodes: Sequence[str]) -> list[Ended]:
         if done.returncode not in (0, 1) or not report.exists():
             raise RuntimeError(f"pytest ended with {done.returncode} and has not run the tests")
         return read_report(report.read_text(encoding="utf-8"), nodes)
+
+
+def read_results(file: Path) -> dict[str, Ended]:
+    """What an earlier run has found, by node."""
+    if not file.exists():
+        return {}
+    values = json.loads(file.read_text(encoding="utf-8"))
+    return {value["node"]: Ended(**value | {"recovery_s": tuple(value["recovery_s"])}) for value in values}
+
+
+def write_results(file: Path, ended: Mapping[str, Ended]) -> None:
+    """Keep it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([asdict(one) for one in ended.values()], indent=1) + "\n", encoding="utf-8")
 
 
 def read_report(text: str, nodes: Iterable[str]) -> list[Ended]:

@@ -15,23 +15,28 @@ import torch
 
 pytestmark = pytest.mark.faults
 STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-LIMIT_S = 60
+LIMIT_S = 120
 WORKER = """
-import os, signal, sys
+import os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
-dist.init_process_group("gloo", timeout=timedelta(seconds=15))
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if attempt:
+    time.sleep(3 * int(os.environ["RANK"]))  # never all at once: rank 0 finds what the attempt before has left
+dist.init_process_group("gloo", timeout=timedelta(seconds=30))
 value = torch.ones(1)
 for _ in range(5):
     dist.all_reduce(value)
-rank, attempt = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank = dist.get_rank()
 if attempt == 0 and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 for _ in range(5):
     dist.all_reduce(value)
+dist.barrier()
 Path(sys.argv[1], f"done-{attempt}-{rank}").touch()
+os._exit(0)  # threads of gloo may end an orderly exit with SIGABRT
 """
 
 
