@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(shell (pwd; cat constraints.txt pyproject.toml
 DEMO_DIR ?= runs/demo
 ARGS ?=
 
-.PHONY: help setup model demo test test-slurm test-pages grid lint format certify bench-train bench-checkpoint bench-kills clean
+.PHONY: help setup model demo test test-slurm test-pages test-faults soak grid lint format certify bench-train bench-checkpoint bench-kills clean
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s '@'
 
@@ -34,11 +34,11 @@ model: setup  ## put SmolLM2-135M-Instruct into the cache, once (25 s)
 demo: setup  ## plan, train, resume elsewhere, export, compare; checks its own result (under 10 minutes)
 	@$(BIN)/python -m orchestrator.demo $(DEMO_DIR)
 
-TEST := $(BIN)/python -m pytest -m "not grid and not slurm and not browser" --durations=40 --cov
+TEST := $(BIN)/python -m pytest -m "not grid and not slurm and not browser and not faults" --durations=40 --cov
 REPORT := --cov-report=term:skip-covered --cov-report=html
 # Tests of one process: as many at once as there are cores. The others start processes of their own, one after the other.
 ALONE := tests/architecture tests/orchestrator tests/pages tests/parallel orchestrator parallel launch
-test: setup  ## all tests but the finer grid, Slurm's and the browser's, with coverage; ARGS="-k name" for some
+test: setup  ## all tests but the finer grid, Slurm's, the browser's and the faults, with coverage; ARGS="-k name" for some
 	@rm -f .coverage .coverage.*
 ifeq ($(ARGS),)
 	@code=0; $(TEST) -n auto --maxprocesses 8 --dist loadfile --cov-report= $(ALONE) || code=1; \
@@ -60,6 +60,12 @@ test-pages: setup  ## the pages of plans and runs in a real browser (a minute)
 	  if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
 	  $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends chromium || true; fi
 	@$(BIN)/python -m pytest tests/pages -m browser $(ARGS)
+
+test-faults: setup  ## the battery of 55 faults, on a real Slurm too where there is one (20 minutes); see docs/reliability.md
+	@$(BIN)/python -m tests.faults run $(ARGS)
+
+soak: setup  ## 60 random faults in an hour, then as many steps undisturbed: the same bits; see docs/reliability.md
+	@$(BIN)/python -m tests.faults soak $(ARGS)
 
 grid: setup  ## the finer grid of topologies: more cells of what make test holds
 	@$(BIN)/python -m pytest -m grid $(ARGS)

@@ -15,7 +15,16 @@ from types import FrameType
 
 from launch.beat import wish
 from launch.environment import TERMINAL_VARIABLE, child_environment
-from launch.exits import INTERNAL, RankExit, clear_exits, explain_end, read_exits
+from launch.exits import (
+    INTERNAL,
+    INTERRUPTED,
+    PEER_LOST,
+    RUN_AGAIN,
+    RankExit,
+    clear_exits,
+    explain_end,
+    read_exits,
+)
 from launch.parent import dying_with_parent
 from launch.request import Rendered
 from launch.states import clear_states, rank_pids, signal_ranks
@@ -197,6 +206,10 @@ def _result(
         cause = RankExit(0, INTERNAL, "Launcher", f"torchrun ended with code {return_code}", hint, None, time.time())
         return LaunchResult(cause.code, cause, stopped)
     first = explain_end(run_dir, world_size, codes, stopped=stopped, out_of_memory=out_of_memory)
+    if world_size > 1 and return_code < 0 and not stopped and first is not None and first.code == INTERRUPTED:
+        # Nobody has asked the ranks to stop: they were, because the one that started them was killed.
+        words = f"torchrun was killed by {signal.Signals(-return_code).name}"
+        first = RankExit(first.rank, PEER_LOST, "Launcher", words, RUN_AGAIN, first.step, time.time())
     return LaunchResult(first.code if first else 0, first, stopped)
 
 

@@ -52,8 +52,12 @@ def write_chat(file: Path, rows: int = 20) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run_model(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """:func:`make_tiny_run`, once."""
+    return make_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny_run(folder: Path) -> TinyRun:
     """A model of 4 layers and 6 heads with a tokenizer, and 20 rows of chat."""
-    folder = tmp_path_factory.mktemp("tiny")
     model = folder / "model"
     model.mkdir()
     write_tokenizer(_save_tiny(runs.config("llama", vocab_size=270), model))

@@ -101,7 +101,11 @@ def test_the_same_command_goes_on_after_ctrl_c_sigterm_and_a_killed_rank(
 
 
 def test_lost_ranks_are_started_again_and_the_adapter_is_that_of_an_undisturbed_run(
-    start: Callable[..., subprocess.Popen[str]], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path
+    start: Callable[..., subprocess.Popen[str]],
+    shell: Shell,
+    tiny_run_model: TinyRun,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     undisturbed, run = Folder(tmp_path / "undisturbed"), Folder(tmp_path / "run")
     keys = {"cluster": "laptop", "topology__dp": 2, "steps": 60, "checkpoint__every_steps": 5, "recovery__silent_s": 4}
@@ -110,8 +114,11 @@ def test_lost_ranks_are_started_again_and_the_adapter_is_that_of_an_undisturbed_
     process = start(tiny_run_model.words(**keys, run_dir=run.path), run, after=8)
     killed = run.pids()
     os.kill(killed[1], signal.SIGKILL)
+    killed_at, step = time.monotonic(), logged(run)
     wait_for(lambda: len(run.pids()) == 2 and not set(run.pids()) & set(killed))
     stopped = run.pids()
+    wait_for(lambda: logged(run) > step or process.poll() is not None)
+    record_property("recovery_s", f"{time.monotonic() - killed_at:.2f}")
     wait_for(lambda: logged(run) >= 20 or process.poll() is not None)
     os.kill(stopped[0], signal.SIGSTOP)
     _, err = process.communicate(timeout=120)

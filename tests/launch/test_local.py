@@ -177,11 +177,27 @@ def test_ranks_do_not_outlive_a_killed_agent(tmp_path: Path) -> None:
     driver = start_driver(tmp_path, 2, "stubborn")
     wait_for(lambda: len(pids(tmp_path)) == 2)
     ranks = pids(tmp_path)
-    parent = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(parent, signal.SIGKILL)
+    os.kill(parent_of(ranks[0]), signal.SIGKILL)
     out, _ = driver.communicate(timeout=30)
     assert json.loads(out)[0] == 86
     assert not any(is_alive(pid) for pid in ranks)
+
+
+def test_ranks_that_save_because_their_agent_was_killed_may_be_started_again(tmp_path: Path) -> None:
+    driver = start_driver(tmp_path, 2, "wait")
+    wait_for(lambda: len(pids(tmp_path)) == 2)
+    ranks = pids(tmp_path)
+    os.kill(parent_of(ranks[0]), signal.SIGKILL)
+    out, _ = driver.communicate(timeout=30)
+    code, cause = json.loads(out)
+    assert (code, cause["code"], cause["cause"], cause["step"]) == (86, 86, "Launcher", 3)  # not 85: nobody has asked
+    assert cause["message"] == "torchrun was killed by SIGKILL"
+    assert {value.code for value in read_exits(tmp_path).values()} == {85}
+    assert not any(is_alive(pid) for pid in ranks)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_program_that_cannot_start_is_said_with_the_log(tmp_path: Path) -> None:

@@ -112,6 +112,25 @@ class Cluster:
 
         self._until(back, node)
 
+    def stop_controller(self) -> None:
+        """End slurmctld: nodes and jobs go on, and no command is answered."""
+        controller = next(one for one in self._daemons if "slurmctld" in str(one.args))
+        controller.terminate()
+        controller.wait(timeout=20)
+        self._daemons.remove(controller)
+
+    def start_controller(self) -> None:
+        """Start slurmctld again, with the state that it has kept, and wait until it answers."""
+        self._daemon("slurmctld", "-D", "-f", str(self._conf))
+
+        def answers() -> bool:
+            try:
+                return "UP" in self.ask("scontrol", "ping")
+            except subprocess.CalledProcessError:
+                return False
+
+        self._until(answers, "slurmctld")
+
     def pids(self, node: str) -> set[int]:
         """The processes of a node, by their numbers on this machine."""
         wanted = Path(f"/proc/{self._first_process(self._holders[node])}/ns/pid").readlink()

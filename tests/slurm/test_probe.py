@@ -15,7 +15,7 @@ from tests.end_to_end.shell import Folder, wait_for
 from tests.slurm.conftest import SlurmShell
 from tests.slurm.rig import Cluster
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 PATIENCE = "40"  # for a node that never answers; a good one needs some 8 s of two cores
 
 

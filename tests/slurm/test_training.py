@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,11 @@ def test_by_hand_the_cluster_is_the_allocation(slurm: SlurmShell, tiny_run_model
 
 
 def test_a_killed_rank_is_started_again_in_the_allocation(
-    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+    slurm: SlurmShell,
+    cluster: Cluster,
+    tiny_run_model: TinyRun,
+    undisturbed: Folder,
+    record_property: Callable[[str, object], None],
 ) -> None:
     run = Folder(slurm.folder / "killed")
     job = slurm.submit(*words(tiny_run_model, run))
@@ -124,7 +129,7 @@ def test_a_killed_rank_is_started_again_in_the_allocation(
     assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
     assert run.losses == undisturbed.losses
     assert slurm.field(job, "Restarts") == "0"
-    print(f"training again {recovered_s:.1f} s after kill -9")
+    record_property("recovery_s", f"{recovered_s:.2f}")
 
 
 def test_a_preempted_job_saves_makes_room_and_comes_back(
