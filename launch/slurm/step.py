@@ -50,6 +50,10 @@ class StepRequest:
         """How many ranks are started."""
         return len(self.hosts) * self.ranks_per_node
 
+    def host_of(self, rank: int) -> str:
+        """The node that a rank runs on."""
+        return self.hosts[rank // self.ranks_per_node]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -225,7 +229,8 @@ def tasks_ended(line: str) -> list[tuple[int, int, str]]:
 
 def _result(request: StepRequest, step: _Step, hung: RankExit | None, stopped: bool) -> StepResult:
     if hung is not None:
-        return StepResult(hung)
+        node = request.host_of(hung.rank) if hung.cause == "Silent" else ""
+        return StepResult(replace(hung, message=f"{hung.message} ({node})") if node else hung, node)
     exits, codes = read_exits(request.run_dir), step.codes
     if not exits and not codes and not stopped and step.said:
         words = re.sub(r"^srun: (error: )?", "", step.said[0])
