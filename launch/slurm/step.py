@@ -22,6 +22,7 @@ from launch.parent import dying_with_parent
 from launch.slurm.allocation import Allocation
 from launch.slurm.commands import SlurmError, end_steps
 from launch.states import clear_states, rank_pids
+from launch.stop import WARNINGS
 from launch.watch import USUAL, Patience, Watch
 
 # "srun: error: node2: task 2: Killed", "srun: error: node1: tasks 0-1,3: Exited with exit code 70"
@@ -71,7 +72,7 @@ class StepResult:
 class Signals:
     """Which signals asked this process to stop, in order. Make it on the main thread, before anything is started."""
 
-    def __init__(self, numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)) -> None:
+    def __init__(self, numbers: Iterable[signal.Signals] = (signal.SIGTERM, *WARNINGS, signal.SIGINT)) -> None:
         self.heard: list[signal.Signals] = []
         for number in numbers:
             signal.signal(number, self._note)

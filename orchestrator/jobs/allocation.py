@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from launch.exits import INTERRUPTED, PEER_LOST
 from launch.slurm.allocation import Allocation, read_allocation
 from launch.slurm.commands import SlurmError, host_names, node_address, requeue, was_preempted
 from launch.slurm.step import Signals, StepRequest, StepResult, run_step
+from launch.stop import WARNINGS
 from orchestrator.commands import Planned, Say, check_files, ended, make_folder, run_folder
 from orchestrator.config.building import read_job
 from orchestrator.config.job import JobConfig, SlurmConfig
@@ -258,7 +258,7 @@ def _verdict(
         return plain
     if is_cancelled(run_dir, allocation.job_id):
         return dataclasses.replace(plain, message=f"{plain.message}; cancelled, so it is not requeued")
-    warned = signal.SIGUSR1 in signals.heard or was_preempted(allocation.job_id)
+    warned = not set(WARNINGS).isdisjoint(signals.heard) or was_preempted(allocation.job_id)
     if not (warned and job.cluster.slurm.requeue):
         return plain
     if len(starts) >= STARTS_WITHOUT_PROGRESS and min(starts[-STARTS_WITHOUT_PROGRESS:]) >= finished.step:

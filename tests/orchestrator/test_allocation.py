@@ -188,6 +188,7 @@ def test_an_end_that_would_come_again_is_not_tried_again(stage: Stage, words: li
     ("heard", "preempted", "more", "requeued"),
     [
         (signal.SIGUSR1, False, [], True),
+        (signal.SIGUSR2, False, [], True),
         (signal.SIGTERM, False, [], False),  # may be scancel
         (signal.SIGTERM, True, [], True),
         (None, True, [], True),  # Slurm has told the ranks alone
