@@ -120,20 +120,21 @@ class Computing:
             operators += looped if self.setup.software.loops_experts else EXPERT_OPERATORS
         return operators * self.constants.launch_s
 
-    def ends(self) -> tuple[Work, Work]:
+    def ends(self, forward_only: bool = False) -> tuple[Work, Work]:
         """The output layer with its loss, and the embedding: forward and backward of both, of one micro-batch."""
         setup, shape = self.setup, self.setup.shape
         tokens, rows = setup.rank_tokens, shape.vocab / setup.tp
-        products = 2 if setup.frozen else 3
+        products = 1 if forward_only else 2 if setup.frozen else 3
         operations = 2.0 * tokens * rows * shape.hidden
         moved = setup.value_bytes * (tokens * shape.hidden + rows * shape.hidden + tokens * rows)
         # logits: written and read in the model's type, and in fp32 read, exponentiated, and their gradient written
         logits = tokens * rows * ((4 if setup.software.fused_loss else 12) + 2 * setup.value_bytes)
+        logits /= 2 if forward_only else 1
         head = Work(
             matmul=products * operations / self.wide_rate,
             memory=(products * moved + logits) / self.memory_rate,
         )
-        embedded = 4 * tokens * shape.hidden * setup.value_bytes
+        embedded = (2 if forward_only else 4) * tokens * shape.hidden * setup.value_bytes
         return head, Work(memory=embedded / self.memory_rate)
 
     def _product(self, tokens: float, linear: Linear, cuts: int, rate: float) -> Work:

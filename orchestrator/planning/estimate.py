@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from orchestrator.planning.counts import Workload, layers_alike, moment_numbers, stage_counts
+from orchestrator.planning.counts import StageCounts, Workload, layers_alike, moment_numbers, stage_counts
 from orchestrator.planning.devices import Device, device
 from orchestrator.planning.kept import (
     Cut,
@@ -82,6 +82,8 @@ def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
         stage_holdings=tuple(held[stage] for stage in stand_ins),
         alike=alike,
         stage_kept=tuple(kept[stage] for stage in stand_ins),
+        row_sequences=work.goal.row_sequences,
+        has_reference=work.goal.has_reference,
     )
 
 
@@ -175,7 +177,15 @@ def _holding(work: Workload, stage: int) -> Holding:
         adapters_trainable=counts.adapters,
         quantised=counts.linears + counts.expert if work.proposal.quantise else 0,
         moments=moment_numbers(work, stage) if work.extras.galore else None,
+        reference=_reference(work, counts),
     )
+
+
+def _reference(work: Workload, counts: StageCounts) -> int:
+    """What of a stage a reference holds again: weights that learn; a frozen base is its own reference."""
+    if not work.goal.has_reference:
+        return 0
+    return counts.base - counts.chosen if work.proposal.tuner == "full" else counts.chosen
 
 
 def estimate_memory(work: Workload, cluster: ClusterSpec) -> tuple[StageMemory, ...]:
