@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from launch.environment import wanted_threads
 from orchestrator.planning.counts import StageCounts, Workload, layers_alike, moment_numbers, stage_counts
 from orchestrator.planning.devices import Device, device
 from orchestrator.planning.kept import (
@@ -42,7 +43,9 @@ def cluster_device(cluster: ClusterSpec) -> Device:
         ConfigError: the catalogue has no ``cluster.gpu``, or the profile is of another kind.
     """
     found = device(cluster.gpu or DEFAULT_KIND[cluster.device])
-    return measured_device(cluster.profile, cluster.gpus_per_node, found.kind) if cluster.profile else found
+    if not cluster.profile:
+        return found
+    return measured_device(cluster.profile, cluster.gpus_per_node, found.kind, wanted_threads() or 0)
 
 
 def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from orchestrator.planning.compute import Computing, LayerWork, Work
+from orchestrator.planning.compute import END_OPERATORS, Computing, LayerWork, Work
 from orchestrator.planning.constants import FITTED, Constants, constants_for
 from orchestrator.planning.links import Links
 from orchestrator.planning.setup import Setup
@@ -84,6 +84,7 @@ class LayerCosts:
 
     All stages share them, and all layouts that differ in pp, vpp, dp and the optimizer only. ``reference``: seconds of
     a reference's layers by kind, forward and talk included, and of its embedding and its head; empty: there is none.
+    ``ends_host_s``: what the host needs to launch both ends, where it is the device.
     """
 
     layers: dict[str, LayerWork]
@@ -91,6 +92,7 @@ class LayerCosts:
     head: Work
     embedding: Work
     reference: dict[str, float] = field(default_factory=dict)
+    ends_host_s: float = 0.0
 
 
 def layer_costs(setup: Setup, constants: Constants = FITTED) -> LayerCosts:
@@ -99,7 +101,8 @@ def layer_costs(setup: Setup, constants: Constants = FITTED) -> LayerCosts:
     computing, links = Computing(setup, constants), Links(setup, constants)
     layers = {kind: computing.layer(kind) for kind, count in setup.shape.kinds().items() if count}
     talks = {kind: _layer_talk(setup, links, constants, kind, layers[kind].forward.attention) for kind in layers}
-    return LayerCosts(layers, talks, *computing.ends(), _reference_costs(setup, constants))
+    ends_host_s = 2 * END_OPERATORS * constants.launch_s if setup.device.is_measured else 0.0
+    return LayerCosts(layers, talks, *computing.ends(), _reference_costs(setup, constants), ends_host_s)
 
 
 def _reference_costs(setup: Setup, constants: Constants) -> dict[str, float]:
@@ -112,7 +115,7 @@ def _reference_costs(setup: Setup, constants: Constants) -> dict[str, float]:
     for kind in (kind for kind, count in setup.shape.kinds().items() if count):
         layer = computing.layer(kind)
         busy = layer.forward.total + sum(_layer_talk(plain, links, constants, kind, layer.forward.attention, True))
-        found[kind] = max(busy, layer.host_s / 2)
+        found[kind] = busy + layer.host_s / 2 if setup.device.is_measured else max(busy, layer.host_s / 2)
     head, embedding = computing.ends(forward_only=True)
     return found | {"head": head.total, "embedding": embedding.total}
 
@@ -151,27 +154,35 @@ def step_time(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | N
         paced, whole = max(one for one, _ in reference), sum(one * count for one, count in reference)
         alone = passes * paced + (whole - paced) / setup.vpp + time.pipeline_s / 2  # sends go one way only
         time, busy = replace(time, reference_s=alone), busy + passes * whole
-    return replace(time, shared_s=_shared_s(setup, busy, time))
+    talk = passes * sum((stage.tensor + stage.context + stage.expert) * count for stage, count in stages)
+    return replace(time, shared_s=_shared_s(setup, busy, talk, time))
 
 
 def _constants(setup: Setup, constants: Constants) -> Constants:
     measured = setup.device.measured
-    return constants_for(setup.device.is_measured, constants, measured.attention if measured else 0.0)
+    if measured is None:
+        return constants_for(setup.device.is_measured, constants)
+    return constants_for(setup.device.is_measured, constants, measured.attention, measured.launch_s)
 
 
-def _shared_s(setup: Setup, busy_s: float, time: StepTime) -> float:
-    """What ranks that share a machine's cores wait for them: all that they compute takes all cores at least so long.
+def _shared_s(setup: Setup, busy_s: float, talk_s: float, time: StepTime) -> float:
+    """What ranks that share a machine's cores wait for them.
 
-    Where ranks wait for each other anyway (a pipeline's bubble) their cores compute for others meanwhile.
+    Ranks that cut a layer between them compute at the same time, and then tell each other: each such stretch takes as
+    much longer as they are more than the cores. And all that all ranks compute, and copy to each other, takes all cores
+    at least so long; where ranks wait for others anyway (a pipeline's bubble) their cores compute for others meanwhile.
 
     Args:
-        busy_s: what one rank of every stage computes, together.
+        busy_s, talk_s: what one rank of every stage computes, and waits for in collectives inside of layers, together.
     """
     measured = setup.device.measured
     if measured is None or not measured.cores:
         return 0.0
-    busy_s = (busy_s + setup.pp * time.optimizer_s) * setup.tp * setup.cp * setup.dp
-    return max(0.0, busy_s * measured.threads / measured.cores - time.total_s)
+    cores, together = measured.cores / measured.threads, setup.tp * setup.cp
+    ranks = together * setup.dp
+    least_s = (busy_s + setup.pp * time.optimizer_s) * ranks / cores + talk_s * ranks / max(together, cores)
+    crowded_s = (time.compute_s + time.bubble_s + time.reference_s) * max(0.0, together / cores - 1)
+    return max(crowded_s, least_s - time.total_s, 0.0)
 
 
 def stage_passes(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | None = None) -> tuple[StagePass, ...]:
@@ -179,7 +190,7 @@ def stage_passes(setup: Setup, constants: Constants = FITTED, costs: LayerCosts 
 
     Launches, collectives, embedding and head are dealt to forward and backward as the layers' work is.
     """
-    costs = costs or layer_costs(setup, constants_for(setup.device.is_measured, constants))
+    costs = costs or layer_costs(setup, constants)
     passes = []
     for stage in (_stage(setup, costs, stage) for stage in range(setup.pp)):
         forward = stage.total * (stage.forward / max(stage.work.total + stage.again, 1e-30))
@@ -198,9 +209,11 @@ def _stage(setup: Setup, costs: LayerCosts, stage: int) -> _Stage:
         forward += layer.forward.total * count
         again += layer.again.total * count
         busy = layer.forward.total + layer.backward.total + layer.again.total + sum(talk)
-        launch += max(0.0, layer.host_s - busy) * count
+        launch += (layer.host_s if setup.device.is_measured else max(0.0, layer.host_s - busy)) * count
         tensor, context, expert = tensor + talk[0] * count, context + talk[1] * count, expert + talk[2] * count
     ends = (costs.embedding.total if stage == 0 else 0.0) + (costs.head.total if stage == setup.pp - 1 else 0.0)
+    if stage == setup.pp - 1:
+        launch += costs.ends_host_s
     return _Stage(work, forward, launch, again, ends, tensor, context, expert)
 
 
