@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "topology.cp_comm": ("ring", "ulysses"),
     "memory.recompute": ("none", "selective", "full"),
     "data.on_bad_row": ("error", "skip"),
+    "objective.name": ("sft", "dpo", "orpo", "simpo"),
     "objective.train_on": ("assistant", "last", "all"),
     "tuner.name": ("lora", "full"),
     "tuner.init": ("default", "pissa"),

@@ -137,7 +137,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """``name``: sft. ``train_on``: ``assistant`` turns, the ``last`` of them, or ``all``."""
+    """``name``: sft; dpo, orpo and simpo are planned, not trained.
+
+    ``train_on``: ``assistant`` turns, the ``last`` of them, or ``all``.
+    """
 
     name: str = "sft"
     train_on: str = "assistant"
