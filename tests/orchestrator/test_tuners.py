@@ -20,6 +20,7 @@ from orchestrator.planning.estimate import estimate_memory
 from orchestrator.planning.show import render
 from orchestrator.planning.tuning import adapted_linears
 from parallel.galore_spec import GaloreSpec
+from parallel.names import leaf_names
 from parallel.topology import Topology
 from tests.orchestrator.test_plan_estimates import LAPTOP, MOE, QWEN3, SMOLLM2, work_of
 
@@ -133,17 +134,26 @@ def test_a_plan_says_what_peft_has_no_place_for() -> None:
     assert words in plan_job(compose_job([*experts, "tuner.dora=true", "tuner.dropout=0.1"])).plan.reasons
 
 
-@pytest.mark.parametrize(
-    ("target", "setting"),
-    [("lm_head", {"dora": True}), ("embed_tokens", {"dora": True}), ("embed_tokens", {"init": "pissa"})],
-)
-def test_special_adapters_on_the_ends_are_refused(target: str, setting: dict[str, Any]) -> None:
+def test_what_peft_does_not_define_for_an_embedding_is_refused() -> None:
     untied = replace(SMOLLM2, tied_embeddings=False)
-    with pytest.raises(ConfigError, match=rf"is not built for .*{target}, which tuner\.targets names") as caught:
-        adapted_linears(JobConfig(tuner=TunerConfig(targets=["q_proj", target], **setting)), untied)
-    assert caught.value.hint.startswith("tuner.targets=[q_proj,")
-    pissa = TunerConfig(targets=["q_proj", "lm_head"], init="pissa")
-    assert "lm_head" in adapted_linears(JobConfig(tuner=pissa), untied)
+    asked = TunerConfig(targets=["q_proj", "embed_tokens"], init="pissa")
+    message = r"init=pissa is not defined for model\.embed_tokens.*PEFT starts an embedding's adapter at zero"
+    with pytest.raises(ConfigError, match=message) as caught:
+        adapted_linears(JobConfig(tuner=asked), untied)
+    assert caught.value.hint == f"tuner.targets=[{','.join(leaf_names(untied))}]"
+    with pytest.raises(ConfigError, match=message) as caught:
+        adapted_linears(JobConfig(tuner=replace(asked, targets=["lm_head", "embed_tokens"])), untied)
+    left = caught.value.hint.removeprefix("tuner.targets=[").removesuffix("]").split(",")
+    assert "lm_head" in adapted_linears(JobConfig(tuner=replace(asked, targets=left)), untied)
+
+
+def test_dora_counts_a_magnitude_for_each_row_of_the_head_and_each_column_of_the_embedding() -> None:
+    """Of a rank of TP=2: 576 columns; 49152 / 2 rows."""
+    untied, ends = replace(SMOLLM2, tied_embeddings=False), frozenset({"lm_head", "model.embed_tokens"})
+    assert adapted_linears(JobConfig(tuner=TunerConfig(targets=["lm_head", "embed_tokens"], dora=True)), untied) == ends
+    plain = replace(work_of(untied, Topology(tp=2)), adapted=ends)
+    counts = [stage_counts(work, 0).trainable for work in (replace(plain, extras=TunerExtras(magnitudes=True)), plain)]
+    assert counts[0] - counts[1] == 576 + 24576
 
 
 def test_experts_in_4_bits_are_counted() -> None:
@@ -170,7 +180,7 @@ def test_the_output_layer_learns_by_an_adapter_or_whole() -> None:
     assert caught.value.hint == "tuner.modules_to_save=[]"
     assert adapted_linears(JobConfig(tuner=TunerConfig(targets=["embed_tokens"])), SMOLLM2) == {"model.embed_tokens"}
     plus = JobConfig(tuner=TunerConfig(targets=["embed_tokens"], loraplus_lr_ratio=16.0))
-    with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not built for model\.embed_tokens"):
+    with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not defined for model\.embed_tokens"):
         adapted_linears(plus, SMOLLM2)
     for targets in (["lm_head"], ".*(q_proj|lm_head)"):
         with pytest.raises(ConfigError, match="lm_head is the embedding in this model") as caught:
