@@ -22,6 +22,7 @@ from orchestrator.planning.kept import (
 )
 from orchestrator.planning.memory import StageMemory, stage_memory
 from orchestrator.planning.profile import measured_device
+from orchestrator.planning.projected import projection
 from orchestrator.planning.setup import Holding, Setup, Software
 from orchestrator.planning.shape import Shape, shape_of
 from orchestrator.planning.timing import StepTime, step_time
@@ -175,6 +176,7 @@ def _holding(work: Workload, stage: int) -> Holding:
         adapters_trainable=counts.adapters,
         quantised=counts.linears + counts.expert if work.proposal.quantise else 0,
         moments=moment_numbers(work, stage) if work.extras.galore else None,
+        projection=projection(work, stage),
     )
 
 

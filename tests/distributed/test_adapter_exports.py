@@ -31,7 +31,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "embedding": {"family": "qwen2", "targets": ("embed_tokens", "q_proj")},
     "dora-ends": {"family": "qwen2", "dora": True, "targets": ("lm_head", "embed_tokens", "q_proj")},
     "pissa-dora-output-layer": {"family": "qwen2", "init": "pissa", "dora": True, "targets": ("lm_head",)},
-    "dora-tied-embedding": {"dora": True, "targets": ("embed_tokens", "q_proj")},
     "deepseek": {
         "family": "deepseek_v3",
         "targets": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *EXPERTS),
