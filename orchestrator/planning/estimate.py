@@ -160,7 +160,7 @@ def _stage_kept(work: Workload, cut: Cut, stage: int, held: Sequence[tuple[dict[
         layers=layers,
         inputs=layer_input(model, cut) * sum(count for _, count in held) + angles(model),
         largest=largest + layer_input(model, cut) * -1,
-        start=embedding_kept(cut) if first else Kept(),
+        start=embedding_kept(model, cut) if first else Kept(),
         finish=finish_kept(model, cut) if last else Kept(),
     )
 

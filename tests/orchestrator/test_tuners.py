@@ -16,8 +16,10 @@ from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError
 from orchestrator.planning.counts import TunerExtras, moment_numbers, stage_counts
-from orchestrator.planning.estimate import estimate_memory
+from orchestrator.planning.estimate import estimate_memory, estimate_time, setup_of
+from orchestrator.planning.projected import projection
 from orchestrator.planning.show import render
+from orchestrator.planning.timing import choosing_s
 from orchestrator.planning.tuning import adapted_linears
 from parallel.galore_spec import GaloreSpec
 from parallel.names import leaf_names
@@ -226,6 +228,47 @@ def test_projected_moments_are_counted() -> None:
     assert moment_numbers(full, 0) - moment_numbers(frozen, 0) == 64 * 8 + 2 * 8 * (96 // 2)
     experts = work_of(MOE, Topology(dp=4, ep=2, etp=2), tuner="full", extras=extras)
     assert moment_numbers(experts, 0) < 2 * stage_counts(experts, 0).trainable
+
+
+def test_what_galore_computes_is_counted() -> None:
+    """By hand: every linear of 6 layers has a shorter side of 64; of experts each rank has half, and 4 share them."""
+    extras = TunerExtras(galore=GaloreSpec(rank=8, update_steps=50))
+    work = work_of(QWEN3, Topology(tp=2, dp=2), tuner="full", extras=extras)
+    outs = (128, 64, 64, 128, 96, 96, 96)  # q, k, v, o, gate, up, down: their longer sides
+    found = projection(work, 0)
+    assert found is not None and found.every == 50
+    assert found.step == 6 * 4 * 8 * 64 * sum(outs) / 2
+    assert found.gram == 6 * 2 * 64 * 64 * sum(outs) / 4  # tp x dp take turns
+    assert found.eigen == 6 * len(outs) * 64**3 / 4
+    assert found.held == 3 * 4 * 128 * 64 + 8 * 64 * (5 * 64 + 128)
+    assert projection(replace(work, extras=TunerExtras()), 0) is None
+    frozen = replace(extras, chosen=frozenset({"model.layers.5.mlp.down_proj.weight"}))
+    less = projection(replace(work, extras=frozen), 0)
+    assert less is not None and found.eigen - less.eigen == 64**3 / 4
+    experts = projection(work_of(MOE, Topology(dp=4, ep=2), tuner="full", extras=extras), 0)
+    alone = projection(work_of(MOE, Topology(ep=2, dp=2), tuner="full", extras=extras), 0)
+    assert experts is not None and alone is not None and alone.eigen == 2 * experts.eigen
+
+
+def test_a_plan_knows_what_galore_takes() -> None:
+    """Its steps are longer by its products and by a share of what comes every so many steps."""
+    extras = TunerExtras(galore=GaloreSpec(rank=8, update_steps=50))
+    work = work_of(QWEN3, Topology(), tuner="full")
+    rarely = replace(extras, galore=GaloreSpec(rank=8, update_steps=100))
+    plain, often, seldom = (
+        estimate_time(replace(work, extras=each), LAPTOP) for each in (TunerExtras(), extras, rarely)
+    )
+    choosing = choosing_s(setup_of(replace(work, extras=extras), LAPTOP))
+    assert choosing > 0 and choosing_s(setup_of(work, LAPTOP)) == 0
+    assert often.optimizer_s - seldom.optimizer_s == pytest.approx(choosing / 100)
+    assert seldom.optimizer_s - choosing / 100 > plain.optimizer_s
+    (memory,) = estimate_memory(replace(work, row_tokens=1, extras=extras), LAPTOP)
+    held = projection(replace(work, extras=extras), 0)
+    assert held is not None and memory.activations + memory.logits + memory.buffers == held.held
+    words = [*SMOLLM2_JOB, "tuner=full", "optimizer=galore", "optimizer.galore.update_steps=20"]
+    (said,) = (reason for reason in plan_job(compose_job(words)).plan.reasons if "galore" in reason)
+    assert said.startswith("optimizer=galore chooses its subspaces every 20 steps, which makes that step about ")
+    assert "guess" not in said
 
 
 def test_a_plan_says_which_adapter() -> None:
