@@ -29,7 +29,7 @@ from parallel.engines import megatron_state as states
 from parallel.engines.megatron_experts import balance_routers, count_experts_once, shift_biases
 from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
-from parallel.loss import VocabShard, bound_, head_logits, summed_loss
+from parallel.loss import HeadAdapter, VocabShard, bound_, head_logits, summed_loss
 from parallel.seeding import DropoutClock
 from parallel.sequence import SequenceCut, in_order
 from parallel.shards import Piece, Shard
@@ -288,9 +288,9 @@ class MegatronEngine:
     def _head(self) -> torch.Tensor:
         return self._chunks[-1].head_weight()
 
-    def _head_adapter(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _head_adapter(self, hidden: torch.Tensor) -> HeadAdapter | None:
         adapter = self._chunks[-1].head_adapter
-        return None if adapter is None else adapter.low_and_up(hidden)
+        return None if adapter is None else adapter.of(hidden)
 
     def _vocab_shard(self) -> VocabShard:
         topology = self._groups.topology

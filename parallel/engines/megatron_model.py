@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from parallel.lora import (
     adapter_tensors,
     wrap_layer,
 )
-from parallel.lora_ends import LoraEmbedding, LoraHead
+from parallel.lora_ends import DoraEmbedding, DoraHead, LoraEmbedding, LoraHead
 from parallel.provider import block_spec
 from parallel.quantised import QuantisedLinear
 from parallel.rotary import frequencies
@@ -216,9 +217,12 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
 def _adapt_ends(chunk: HiddenGPTModel, context: LoraContext) -> None:
     """Put adapters on the embedding and the output layer, where they are targets and this chunk has them."""
     if chunk.post_process and names.HEAD_MODULE in context.lora.targets:
-        chunk.head_adapter = LoraHead(context)
+        head = DoraHead if context.lora.dora else LoraHead
+        chunk.head_adapter = head(context, chunk.head_weight)
     if chunk.pre_process and names.EMBEDDING_MODULE in context.lora.targets:
-        chunk.embedding_adapter = adapter = LoraEmbedding(context)
+        embedding = DoraEmbedding if context.lora.dora else LoraEmbedding
+        table = chunk.embedding.word_embeddings
+        chunk.embedding_adapter = adapter = embedding(context, partial(getattr, table, "weight"))
 
         def adapted(module: Any, args: Any, inputs: dict[str, Any], embedded: torch.Tensor) -> torch.Tensor:
             return adapter(inputs["input_ids"], embedded)
@@ -356,7 +360,7 @@ def start_adapters(chunks: list[HiddenGPTModel]) -> None:
     """Give adapters the start that depends on the base's weights; all tensor-parallel ranks call it, after the fill."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, DoraLinear | DoraRouter):
+            if isinstance(module, DoraLinear | DoraRouter | DoraEmbedding):
                 module.start()
 
 
