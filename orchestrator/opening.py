@@ -34,6 +34,7 @@ from orchestrator.metrics import Metrics
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.pace import Pace
 from orchestrator.planning.plan import Plan
+from orchestrator.progress import Named
 from orchestrator.restoring import Restoring, restore
 from orchestrator.stragglers import Stragglers
 from orchestrator.training import Cursor, Run
@@ -129,7 +130,8 @@ def open_run(
     start = restore(engine, me.rank, Restoring(job, run_dir, data.summary.source_sha256, base, world.cpu_group))
     if not start.steps:
         load_adapter(job, engine)
-    metrics = _open_metrics(job, plan, run_dir, start.steps) if me.rank == 0 else None
+    name = run_dir.name if shared is not None else ""
+    metrics = _open_metrics(asked, start.steps, name) if me.rank == 0 else None
     beside = room(job, model_spec(job.model))
     run = Run(
         job=job,
@@ -145,7 +147,7 @@ def open_run(
         base=base,
         pace=Pace(run_dir, me.rank, partial(peak_memory_bytes, plan.device)),
         stragglers=stragglers,
-        name=run_dir.name if shared is not None else "",
+        name=name,
     )
     return run, start
 
@@ -182,12 +184,14 @@ def share(
     return answer[0], answer[1]
 
 
-def _open_metrics(job: JobConfig, plan: Plan, run_dir: Path, completed: int) -> Metrics:
+def _open_metrics(asked: Asked, completed: int, name: str) -> Metrics:
     from orchestrator.detection.cluster import found_cluster
     from orchestrator.planning.advice import peak_tokens_per_s
 
+    job, plan = asked.job, asked.plan
     peak = peak_tokens_per_s(job, model_spec(job.model), plan.cluster or found_cluster(job.cluster), plan)
-    return Metrics(job.metrics, run_dir, job.steps, completed + 1, peak_tokens_per_s=peak)
+    stream: Any = Named(sys.stderr, name) if name else None
+    return Metrics(job.metrics, asked.run_dir, job.steps, completed + 1, stream, peak)
 
 
 def _open_data(world: World, job: JobConfig) -> TokenisedData:
