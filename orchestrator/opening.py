@@ -125,12 +125,12 @@ def open_run(
         shared: the frozen weights that several runs in these processes have in common.
     """
     me, job, plan, run_dir = world.me, asked.job, asked.plan, asked.run_dir
-    data = _open_data(world, job)
+    name = run_dir.name if shared is not None else ""
+    data = _open_data(world, job, name)
     engine = open_engine(job, plan, world.groups, shared)
     start = restore(engine, me.rank, Restoring(job, run_dir, data.summary.source_sha256, base, world.cpu_group))
     if not start.steps:
         load_adapter(job, engine)
-    name = run_dir.name if shared is not None else ""
     metrics = _open_metrics(asked, start.steps, name) if me.rank == 0 else None
     beside = room(job, model_spec(job.model))
     run = Run(
@@ -194,7 +194,7 @@ def _open_metrics(asked: Asked, completed: int, name: str) -> Metrics:
     return Metrics(job.metrics, asked.run_dir, job.steps, completed + 1, stream, peak)
 
 
-def _open_data(world: World, job: JobConfig) -> TokenisedData:
+def _open_data(world: World, job: JobConfig, name: str) -> TokenisedData:
     """Tokenise on the first rank of each node (or find it done), then map the tokens on every rank."""
     cache, me = isotrain_cache() / "tokens", world.me
     folder = resolve_model(job.model.path)
@@ -210,5 +210,5 @@ def _open_data(world: World, job: JobConfig) -> TokenisedData:
     data = data or prepared()
     if me.rank == 0:
         for line in [data.summary.epochs(job.steps, job.batch.global_sequences), *data.summary.messages()]:
-            print(line, file=sys.stderr, flush=True)
+            print(f"{name}: {line}" if name else line, file=sys.stderr, flush=True)
     return data

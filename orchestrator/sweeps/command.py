@@ -56,13 +56,13 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     sweep = plan_sweep(words, grid(words), plan_only if arguments.dry_run else plan_anywhere)
     check_sharing(sweep)
     _say(_summary(sweep, arguments.jobs))
-    for one in launches(sweep.waiting):
-        if len(one.points) > 1:
-            _say(one.words)
+    together = [one for one in launches(sweep.waiting) if len(one.points) > 1]
+    for one in together:
+        _say(one.words)
     if are_for_slurm(sweep):
         return _sweep_on_slurm(sweep, metric, arguments)
     if arguments.dry_run:
-        _show(sweep.folder, sweep.book(metric), arguments.json, 0)
+        _show(sweep.folder, sweep.book(metric), arguments.json, 0, {"together": [one.numbers for one in together]})
         return 0
     book, code = run_here(sweep, metric, arguments.jobs or 1, _say)
     return report(sweep.folder, book, arguments.json, code)

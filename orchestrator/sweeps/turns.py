@@ -38,8 +38,6 @@ from parallel.engines.megatron_base import SharedBase
 def main(folder: Path) -> int:
     """Train as one rank of the points that the launch's ``folder`` names; returns an exit code.
 
-    Points that are over already (in an earlier start of the same launch) are left out.
-
     Raises:
         IsotrainError: says what is wrong. A point whose own fault it is has it in its ``exits/`` too.
     """
@@ -47,22 +45,31 @@ def main(folder: Path) -> int:
     plan = read_asked(run_dirs[0]).plan
     open_world(me, plan.device, plan.ranks_used, dist.PrefixStore("train", open_store(me)))
     try:
-        world = join_world(me, folder, plan.topology)
-        nothing: list[Path] = []
-        left, problem = share(me, lambda: [one for one in run_dirs if not is_over(one)], nothing, world.cpu_group)
-        if problem is not None:
-            raise problem
-        return int(_train(world, [read_asked(run_dir) for run_dir in left])) if left else int(ExitCode.DONE)
+        return int(train_in_turns(join_world(me, folder, plan.topology), run_dirs))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _train(world: World, asked: Sequence[Asked]) -> ExitCode:
-    plan, own = asked[0].plan, OwnTime()
+def train_in_turns(world: World, run_dirs: Sequence[Path]) -> ExitCode:
+    """Train runs of one base and one layout, each after its newest checkpoint; all ranks call it.
+
+    Those that are over already (in an earlier start of the same launch) are left out.
+
+    Returns:
+        INTERRUPTED where a run was, else DONE; how each has ended is in its ``exits/``.
+    """
+    nothing: list[Path] = []
+    left, problem = share(world.me, lambda: [one for one in run_dirs if not is_over(one)], nothing, world.cpu_group)
+    if problem is not None:
+        raise problem
+    if not left:
+        return ExitCode.DONE
+    asked = [read_asked(run_dir) for run_dir in left]
+    plan, own, shared = asked[0].plan, OwnTime(), SharedBase()
     alike = [list(stage) for stage in plan.topology.groups("tp-cp-dp")]
     stragglers = _StragglersInTurns(world.me.rank, plan.ranks_used, alike, own)
-    base, shared = base_of(world, asked[0].job), SharedBase()
+    base = base_of(world, asked[0].job)
     points = [_Point(world, one, base, stragglers, shared) for one in asked]
     for point in points:
         point.open()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from parallel.topology import Topology
 from tests.helpers import runs
+from tests.helpers.cells import in_grid
 from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
@@ -86,9 +87,10 @@ CELLS = {
     "nf4-tp2": ("llama", {"topology": Topology(tp=2), "quantise": "nf4", "changes": tuple(PACKS.items())}, PLAIN),
     "experts-ep2": ("qwen3_moe", {"topology": Topology(dp=2, ep=2)}, MIXED),
 }
+FINER = ("one", "pp2", "dp2-distributed")  # test_turns.py has these
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", in_grid(CELLS, FINER))
 def test_runs_that_take_turns_on_one_base_are_bit_for_bit_those_alone(pool: Pool, tiny_model: Any, cell: str) -> None:
     """Losses, gradient norms, adapters and moments are equal; the frozen tensors of all are one set in memory."""
     family, place, them = CELLS[cell]
