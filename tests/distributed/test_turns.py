@@ -21,7 +21,7 @@ from orchestrator.runs import write_run
 from parallel.topology import Topology
 from tests.end_to_end.conftest import TinyRun, make_tiny_run, write_chat
 from tests.end_to_end.shell import Folder, tensors
-from tests.helpers.pool import Pool
+from tests.helpers.pool import Pool, RankError
 
 PLACES = {"one": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp": 2}}
 
@@ -165,3 +165,17 @@ def test_a_point_that_gives_up_or_goes_back_leaves_the_others_alone(pool: Pool, 
     assert (ours[3].path / "rewinds.json").read_text() == (theirs[3].path / "rewinds.json").read_text()
     for number in (0, 3):
         assert_same_run(ours[number], theirs[number])
+
+
+def test_a_point_whose_data_are_bad_says_so_in_its_own_folder(pool: Pool, tiny: TinyRun, tmp_path: Path) -> None:
+    """All ranks end, so that they are started again without it; the next start leaves it out."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{no JSON\n")
+    points: list[dict[str, object]] = [{"steps": 2}, {"data__path": bad}]
+    ours = [written(tiny, tmp_path / f"00{number}", {}, **point) for number, point in enumerate(points)]
+    folders, cache = [str(run.path) for run in ours], str(tmp_path / "cache")
+    with pytest.raises(RankError, match=r"bad\.jsonl"):
+        pool.run(1, in_turns, folders, cache)
+    assert ours[1].exits[0]["code"] == 65 and "bad.jsonl" in ours[1].exits[0]["message"] and not ours[0].exits
+    assert pool.run(1, in_turns, folders, cache) == [0]
+    assert ours[0].exits[0]["code"] == 0 and ours[0].steps == [2]

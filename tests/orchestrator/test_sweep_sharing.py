@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch.exits import write_exit
+from launch.exits import first_cause, read_exits, write_exit
+from launch.local import LaunchResult
 from launch.many import TaskEnd
+from launch.request import Rendered
 from orchestrator.cli import main
 from orchestrator.config.building import read_job
 from orchestrator.config.grid import grid
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.locking import locked
+from orchestrator.pages.run_folder import read_run
 from orchestrator.planning.memory import GIB
-from orchestrator.sweeps.bundle import is_over, read_bundle, write_bundle
+from orchestrator.runs import write_run
+from orchestrator.sweeps import together as together_command
+from orchestrator.sweeps.bundle import is_bundle, is_over, read_bundle, write_bundle
 from orchestrator.sweeps.planning import PlannedSweep, plan_sweep
 from orchestrator.sweeps.running import end_of_point
 from orchestrator.sweeps.searching import plan_only
@@ -143,6 +150,65 @@ def test_a_point_ends_by_its_own_word_or_as_its_launch(tmp_path: Path) -> None:
     assert point_end(tmp_path, launch) == PointEnd(0) and is_over(tmp_path)
     write_exit(tmp_path, 1, 93, cause="GaveUp", message="loss nan")
     assert point_end(tmp_path, launch) == PointEnd(93, "loss nan") and is_over(tmp_path)
+
+
+def started(folder: Path, *names: str) -> list[Path]:
+    """Folders of points, and their launch's, as a sweep leaves them to the command that trains them."""
+    sweep = planned(folder, "tuner.r=2,4,8")
+    found = []
+    for name, one in zip(names, sweep.waiting, strict=True):
+        assert one.job is not None and one.planned is not None
+        run_dir = folder / name
+        write_run(run_dir, replace(one.job, run_dir=str(run_dir)), one.planned.plan.to_json())
+        found.append(run_dir)
+    write_bundle(folder / "together-000", found)
+    return found
+
+
+def test_ranks_are_started_again_without_a_point_whose_fault_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start ends by one point's data, the second is done; each point is told of the starts that it was in."""
+    points, starts = started(tmp_path, "000", "001", "002"), list[list[str]]()
+    write_exit(points[0], 0, 93, cause="GaveUp")  # of an earlier launch: forgotten
+
+    def launch(rendered: Rendered, folder: Path, *_: object) -> LaunchResult:
+        left = [point for point in read_bundle(folder) if not is_over(point)]
+        starts.append([point.name for point in left])
+        if len(starts) == 1:
+            write_exit(points[2], 0, 0, cause="done")
+            write_exit(points[1], 0, 65, cause="DataError", message="row 3 is no JSON")
+            write_exit(folder, 0, 65, cause="DataError", message="row 3 is no JSON")
+            return LaunchResult(65, first_cause(read_exits(folder)))
+        write_exit(left[0], 0, 0, cause="done")
+        return LaunchResult(0, None)
+
+    said: list[str] = []
+    monkeypatch.setattr(together_command, "launch", launch)
+    ends = together_command.train_together(tmp_path / "together-000", said.append)
+    assert starts == [["000", "001", "002"], ["000"]]
+    assert ends == {"000": PointEnd(0), "001": PointEnd(65, "row 3 is no JSON"), "002": PointEnd(0)}
+    assert said == ["001 has ended; starting again with the other 1"]
+    codes = [[one.code for one in read_run(point).launches] for point in points]
+    assert codes == [[65, 0], [65], [0]]
+
+
+def test_a_stopped_launch_is_not_started_again_and_each_point_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = started(tmp_path, "000", "001", "002")
+
+    def launch(rendered: Rendered, folder: Path, *_: object) -> LaunchResult:
+        assert rendered.argv[-2:] == ("worker", str(folder)) and is_bundle(folder)
+        write_exit(points[0], 0, 0, cause="done")
+        write_exit(points[1], 0, 85, cause="interrupted", message="rank 0 ended with code 85 (interrupted)")
+        return LaunchResult(85, None, stopped=True)
+
+    monkeypatch.setattr(together_command, "launch", launch)
+    ends = together_command.train_together(tmp_path / "together-000", print)
+    assert [end.code for end in ends.values()] == [0, 85, 85]
+    with locked(points[1]), pytest.raises(ConfigError, match="another isotrain is training"):
+        together_command.train_together(tmp_path / "together-000", print)
 
 
 def test_of_a_command_that_was_killed_points_are_as_far_as_they_had_come(tmp_path: Path) -> None:
