@@ -31,8 +31,8 @@ LIMIT_S = 3600
 
 @dataclass(frozen=True)
 class Swept:
-    """One sweep. ``cpu_s``: of all its processes. ``peak_bytes``: of all ranks that ran at the same time. ``losses``: of
-    every step of every point.
+    """One sweep. ``cpu_s``: of all its processes. ``peak_bytes``: of all ranks that ran at once. ``losses``: of every step
+    of every point.
     """
 
     wall_s: float
@@ -111,8 +111,10 @@ def side(name: str, runs: Sequence[Swept], first: Swept) -> Side:
         for losses, theirs in zip(run.losses, first.losses, strict=True)
         for one, other in zip(losses, theirs, strict=True)
     ]
-    medians = [statistics.median(getattr(run, key) for run in runs) for key in ("wall_s", "cpu_s", "peak_bytes")]
-    return Side(name, *medians, max(gaps))
+    wall_s, cpu_s, peak = (
+        statistics.median(getattr(run, key) for run in runs) for key in ("wall_s", "cpu_s", "peak_bytes")
+    )
+    return Side(name, wall_s, cpu_s, peak, max(gaps))
 
 
 def table(sides: Sequence[Side], rounds: int, steps: int, threads: int) -> str:
