@@ -31,8 +31,9 @@ LIMIT_S = 3600
 
 @dataclass(frozen=True)
 class Swept:
-    """One sweep. ``cpu_s``: of all its processes. ``peak_bytes``: of all ranks that ran at once. ``losses``: of every step
-    of every point.
+    """One sweep. ``cpu_s``: of all its processes. ``peak_bytes``: of all ranks that ran at once.
+
+    ``losses``: of every step of every point.
     """
 
     wall_s: float
