@@ -26,6 +26,7 @@ from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.locking import locked
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.experts import dependence_on_cut
+from orchestrator.planning.goals import check_trainable
 from orchestrator.recovery import patience, progress, run_ranks
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, write_run
 from parallel.specs import ModelSpec, SpecError
@@ -34,17 +35,19 @@ if TYPE_CHECKING:
     from orchestrator.explaining import Explanation
     from orchestrator.planning.advice import Advice
     from orchestrator.planning.plan import Plan
+    from orchestrator.planning.search import Found
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A job, the model's shape, and the plan to run it."""
+    """A job, the model's shape, the plan to run it, and what was weighed for it."""
 
     job: JobConfig
     model: ModelSpec
     plan: Plan
+    weighed: Found | None = None
 
     @property
     def words(self) -> str:
@@ -87,18 +90,19 @@ def plan_job(job: JobConfig) -> Planned:
         ConfigError, SpecError: the job cannot work on its cluster; says why, with a hint.
     """
     from orchestrator.ledger import corrected
-    from orchestrator.planning.plan import make_plan
+    from orchestrator.planning.plan import decide
 
     model, cluster = model_spec(job.model), found_cluster(job.cluster)
-    plan = corrected(make_plan(job, model, cluster), job, model, ledger_file())
-    return Planned(on_cluster(job, cluster), model, plan)
+    made, weighed = decide(job, model, cluster)
+    plan = corrected(made, job, model, ledger_file())
+    return Planned(on_cluster(job, cluster), model, plan, weighed)
 
 
 def plan_advice(planned: Planned) -> Advice:
     """What a plan achieves, and what fewer ranks or one change would do."""
     from orchestrator.planning.advice import advise
 
-    return advise(planned.job, planned.model, found_cluster(planned.job.cluster), planned.plan)
+    return advise(planned.job, planned.model, found_cluster(planned.job.cluster), planned.plan, planned.weighed)
 
 
 def explain_choice(overrides: Sequence[str], asked: Sequence[str]) -> list[str]:
@@ -305,13 +309,14 @@ def asked_run_dir(overrides: Sequence[str]) -> Path | None:
 
 
 def check_files(job: JobConfig, kind: str = "start") -> None:
-    """Find out before anything is started that the model or the data are not there.
+    """Find out before anything is started that the model or the data are not there, or the objective is not built.
 
     Raises:
-        ConfigError: says what was searched.
+        ConfigError: says what was searched, or what trains.
     """
     from orchestrator.data.sources import resolve
 
+    check_trainable(job.objective.name)
     check_model(job.model)
     resolve(job.data.path)
     if job.tuner.path and kind == "start":  # a resumed run has its adapter in the checkpoint

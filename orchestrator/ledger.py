@@ -53,6 +53,7 @@ def likeness(job: JobConfig, model: ModelSpec, plan: Plan) -> str:
     kind = "latent" if model.latent else "experts" if model.is_moe else "dense"
     size = round(math.log2(shape_of(model).parameters()))
     tuner = f"{job.tuner.name}{'-' + job.tuner.quantise if job.tuner.quantise else ''}"
+    tuner += f" {job.objective.name}" if job.objective.name != "sft" else ""
     axes = "+".join(axis for axis, count in vars(plan.topology).items() if count > 1) or "one"
     device = (plan.cluster.gpu if plan.cluster else None) or plan.device
     return f"{device} {plan.precision} {kind} 2^{size} {tuner} {plan.recompute} {axes}"

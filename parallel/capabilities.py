@@ -26,6 +26,7 @@ class Capabilities:
     engines: tuple[str, ...] = ("megatron",)
     recompute: tuple[str, ...] = ("none", "selective", "full")
     precisions: tuple[str, ...] = ("fp32", "bf16")
+    objectives: tuple[str, ...] = ("sft",)
 
 
 BUILT = Capabilities()

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from orchestrator.planning.profile import Message, Pace, Profile
     from parallel.specs import ClusterSpec
 
-LARGEST_GROUP = 4
-"""Ranks of the largest group whose collectives are measured on a CPU; larger ones follow from the fit."""
+GROUPS = (2, 3, 4)
+"""Ranks of the groups whose collectives are measured on a CPU, more than its cores among them; larger ones follow."""
 
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +33,13 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
 def run_calibrate(arguments: argparse.Namespace) -> int:
     """Measure, write, and say what was found."""
     from orchestrator.config.loading import compose_job
-    from orchestrator.detection.cluster import found_cluster
+    from orchestrator.detection.cluster import found_machines
     from orchestrator.planning.profile import profile_file
     from orchestrator.runs import write_whole
 
     words = arguments.overrides
     chosen = any(word.startswith("cluster=") for word in words)
-    cluster = found_cluster(compose_job([*([] if chosen else ["cluster=auto"]), *words]).cluster)
+    cluster = found_machines(compose_job([*([] if chosen else ["cluster=auto"]), *words]).cluster)
     check_here(cluster)
     out = arguments.out or profile_file(cluster.device)
     started = time.monotonic()
@@ -80,25 +80,27 @@ def calibrate(cluster: ClusterSpec) -> Profile:
 
     from launch.environment import usable_cores
     from launch.pool import Pool
+    from orchestrator.calibrate.launching import measure_launch
     from orchestrator.calibrate.measuring import measure_messages, measure_pace
     from orchestrator.planning.estimate import cluster_device
-    from orchestrator.planning.profile import Profile, fit_link
+    from orchestrator.planning.profile import Link, Profile, fit_link
 
     cores, on_cpu = usable_cores(), cluster.device == "cpu"
     threads = sorted({1, max(1, cores // 4), max(1, cores // 2), cores}) if on_cpu else [1]
-    ranks = max(2, min(LARGEST_GROUP, cluster.gpus_per_node)) if on_cpu else cluster.gpus_per_node
-    pool = Pool(max(ranks, cores if on_cpu else 1), log=Path(os.devnull))
+    groups = GROUPS if on_cpu else [cluster.gpus_per_node] if cluster.gpus_per_node > 1 else []
+    pool = Pool(max([*groups, cores if on_cpu else 1]), log=Path(os.devnull))
     try:
         paces = [mean(pool.run(cores // each if on_cpu else 1, measure_pace, each, cluster.device)) for each in threads]
-        messages: list[Message] = []
-        for size in sorted({2, ranks}) if ranks > 1 else []:
-            messages += slowest(pool.run(size, measure_messages, cluster.device))
+        if on_cpu:
+            paces = [replace(pace, launch_s=pool.run(1, measure_launch, pace.threads)[0]) for pace in paces]
+        messages = {size: slowest(pool.run(size, measure_messages, cluster.device)) for size in groups}
     finally:
         pool.leave()
     device = cluster_device(cluster)
-    link, message_s = fit_link(messages) if messages else (device.link_rate, device.message_s)
+    links = [Link(ranks, *fit_link(found)) for ranks, found in messages.items()]
+    links = links or [Link(1, device.link_rate, device.message_s)]
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
-    return Profile(socket.gethostname(), device.kind, cores, tuple(paces), link, message_s, when, torch.__version__)
+    return Profile(socket.gethostname(), device.kind, cores, tuple(paces), tuple(links), when, torch.__version__)
 
 
 def mean(paces: Sequence[Pace]) -> Pace:
@@ -109,7 +111,13 @@ def mean(paces: Sequence[Pace]) -> Pace:
         return sum(values) / len(values)
 
     products = {name: of([one.products[name] for one in paces]) for name in paces[0].products}
-    return Pace(paces[0].threads, products, of([one.attention for one in paces]), of([one.memory for one in paces]))
+    shares = {
+        name: tuple((points[0][0], of([share for _, share in points])) for points in zip(*alike, strict=True))
+        for name in paces[0].shares
+        if (alike := [one.shares[name] for one in paces])
+    }
+    attention, memory = of([one.attention for one in paces]), of([one.memory for one in paces])
+    return Pace(paces[0].threads, products, attention, memory, of([one.launch_s for one in paces]), shares)
 
 
 def slowest(by_rank: Sequence[Sequence[Message]]) -> list[Message]:
@@ -125,5 +133,11 @@ def shown(profile: Profile) -> list[str]:
         lines.append(
             f"  {pace.threads} thread{'s' if pace.threads > 1 else ''} a process: products {rates} GFLOP/s, attention "
             f"{pace.attention / 1e9:.1f} GFLOP/s, memory {pace.memory / 1e9:.1f} GB/s"
+            + (f", {1e6 * pace.launch_s:.0f} us an operator" if pace.launch_s else "")
         )
-    return [*lines, f"  between processes: {profile.link / 1e9:.2f} GB/s, {1e6 * profile.message_s:.0f} us a message"]
+        for name, points in pace.shares.items():
+            lines.append(f"    {name} by tokens: " + ", ".join(f"{tokens} {share:.0%}" for tokens, share in points))
+    for link in profile.links:
+        words = f"{link.rate / 1e9:.2f} GB/s, {1e6 * link.message_s:.0f} us a message"
+        lines.append(f"  between {link.ranks} processes: {words}")
+    return lines

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from orchestrator.planning.profile import Message, Pace
 
-SHAPES = ((256, 576, 576), (256, 1536, 576), (512, 576, 1536), (512, 2048, 2048), (1024, 4096, 1024))
+SHAPES = ((512, 576, 576), (512, 1536, 576), (512, 576, 1536), (512, 2048, 2048), (1024, 4096, 1024))
 """Tokens, output and input width of the products that are timed: linears of small models, which CPUs train."""
+FEWER_TOKENS = (16, 64, 256)
+WIDTHS = ((576, 576), (1536, 576), (576, 1536))
+"""Products of few tokens reach less: the same widths by tokens."""
+BETWEEN = (256, 576, 576)
+"""The product that ranks compute between two messages: a few milliseconds, as much as a small model's layer."""
 GPU_SHAPES = ((4096, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (16384, 8192, 8192))
 TOKENS, GROUPS, QUERIES, HEAD_DIM = 512, 3, 3, 64
 COPIED_BYTES = 64 * 2**20
 SIZES = (16 * 2**10, 256 * 2**10, 4 * 2**20)
 LONG_ENOUGH_S = 0.25
 FEWEST, MOST = 3, 200
+ROUNDS, COMPUTED = 3, 100
+LEAST_S = 1e-6
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,17 +50,19 @@ def measure_pace(threads: int, device: str) -> Pace:
     """What this rank achieves while all ranks do the same."""
     torch.set_num_threads(threads)
     place, wait = _place(device)
-    products = {}
+    products, shares = {}, {}
     for name, dtype in PRECISIONS.items():
         dist.barrier()
-        products[name] = _product_rate(dtype, place, wait)
+        products[name] = _product_rate(dtype, place, wait, GPU_SHAPES if device == "cuda" else SHAPES)
+        if device == "cpu":
+            shares[name] = _shares(dtype, products[name])
     dist.barrier()
     attention = _attention_rate(place, wait)
     dist.barrier()
     source = torch.ones(COPIED_BYTES // 4, device=place)
     target = torch.empty_like(source)
     memory = 2 * COPIED_BYTES / median_s(lambda: target.copy_(source), wait)
-    return Pace(threads, products, attention, memory)
+    return Pace(threads, products, attention, memory, shares=shares)
 
 
 def _place(device: str) -> tuple[torch.device, Callable[[], object]]:
@@ -64,12 +74,23 @@ def _place(device: str) -> tuple[torch.device, Callable[[], object]]:
     return place, torch.cuda.synchronize
 
 
-def _product_rate(dtype: torch.dtype, place: torch.device, wait: Callable[[], object]) -> float:
+def _shares(dtype: torch.dtype, rate: float) -> tuple[tuple[int, float], ...]:
+    """Of products of fewer tokens, what they reach of the rate."""
+    found = []
+    for tokens in FEWER_TOKENS:
+        shapes = [(tokens, out, width) for out, width in WIDTHS]
+        found.append((tokens, min(1.0, _product_rate(dtype, torch.device("cpu"), lambda: None, shapes) / rate)))
+    return *found, (SHAPES[0][0], 1.0)
+
+
+def _product_rate(
+    dtype: torch.dtype, place: torch.device, wait: Callable[[], object], shapes: Sequence[tuple[int, int, int]]
+) -> float:
     """FLOP/s over all shapes together, each timed alone; the shapes count alike."""
     from parallel.fused import product
 
     slowness = []
-    for tokens, out, width in GPU_SHAPES if place.type == "cuda" else SHAPES:
+    for tokens, out, width in shapes:
         rows = torch.ones(tokens, width, dtype=dtype, device=place)
         weight = torch.ones(out, width, dtype=dtype, device=place)
         slowness.append(median_s(lambda: product(rows, weight.t()), wait) / (2 * tokens * out * width))  # noqa: B023
@@ -87,16 +108,21 @@ def _attention_rate(place: torch.device, wait: Callable[[], object]) -> float:
 
 
 def measure_messages(device: str) -> list[Message]:
-    """All-reduces, all-gathers, all-to-alls and sends to a neighbour, over all ranks, by size."""
+    """All-reduces, all-gathers, all-to-alls and sends to a neighbour, over all ranks, by size.
+
+    On a CPU ranks compute a little before each: one that waits gives its core away, and is woken late where all are
+    busy. What the computing takes alone, on as many ranks, is not counted.
+    """
     place, wait = _place(device)
     group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
+    between = _computing(group) if device == "cpu" else _Between(lambda: None, 0.0)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     found = []
     for size in SIZES:
         count = size // 4 // ranks * ranks
         whole, other = (torch.ones(count, device=place) for _ in range(2))
         part = torch.ones(count // ranks, device=place)
-        moved, hops, repeats = count * 4 * (ranks - 1) / ranks, ranks - 1, 20 if size < 2**20 else 8
+        moved, hops, repeats = count * 4 * (ranks - 1) / ranks, ranks - 1, 12 if size < 2**20 else 6
 
         def send() -> None:
             ends = ((dist.isend, whole, (rank + 1) % ranks), (dist.irecv, other, (rank - 1) % ranks))  # noqa: B023
@@ -111,5 +137,46 @@ def measure_messages(device: str) -> list[Message]:
         ]
         for work, bytes_moved, messages in works:
             dist.barrier()
-            found.append(Message(bytes_moved, messages, median_s(work, wait, repeats)))
+
+            def both(work: Callable[[], object] = work) -> None:
+                between.compute()
+                work()
+
+            taken = mean_s(both, wait, repeats) if device == "cpu" else median_s(work, wait, repeats)
+            found.append(Message(bytes_moved, messages, max(taken - between.seconds, LEAST_S)))
     return found
+
+
+@dataclass(frozen=True)
+class _Between:
+    """What a rank computes between two messages, and how long it takes while all ranks do."""
+
+    compute: Callable[[], object]
+    seconds: float
+
+
+def _computing(group: dist.ProcessGroup | None) -> _Between:
+    tokens, out, width = BETWEEN
+    rows, weight = torch.ones(tokens, width), torch.ones(out, width)
+
+    def compute() -> None:
+        rows @ weight.t()
+
+    dist.barrier(group)
+    return _Between(compute, mean_s(compute, lambda: None, COMPUTED))
+
+
+def mean_s(work: Callable[[], object], wait: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of ``work``, after one that does not count: waiting for a core is part of it, now and then.
+
+    Of some rounds the median, so that a moment of other work on the machine does not count.
+    """
+    work()
+    rounds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        wait()
+        rounds.append((time.perf_counter() - start) / repeats)
+    return statistics.median(rounds)

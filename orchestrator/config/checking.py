@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "topology.cp_comm": ("ring", "ulysses"),
     "memory.recompute": ("none", "selective", "full"),
     "data.on_bad_row": ("error", "skip"),
+    "objective.name": ("sft", "dpo", "orpo", "simpo"),
     "objective.train_on": ("assistant", "last", "all"),
     "tuner.name": ("lora", "full"),
     "tuner.init": ("default", "pissa"),
@@ -71,7 +72,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
             *("seed", "optimizer.lr", "optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_norm"),
             *("optimizer.warmup_steps", "checkpoint.every_steps", "experts.balancing_loss", "experts.bias_rate"),
             *(f"checkpoint.keep_{which}" for which in ("last", "every", "best")),
-            *("cluster.slurm.signal_s", "recovery.restarts", "anomalies.limit"),
+            *("cluster.slurm.signal_s", "recovery.restarts", "recovery.node_faults", "anomalies.limit"),
         )
     },
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),

@@ -137,7 +137,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """``name``: sft. ``train_on``: ``assistant`` turns, the ``last`` of them, or ``all``."""
+    """``name``: sft; dpo, orpo and simpo are planned, not trained.
+
+    ``train_on``: ``assistant`` turns, the ``last`` of them, or ``all``.
+    """
 
     name: str = "sft"
     train_on: str = "assistant"
@@ -246,11 +249,13 @@ class RecoveryConfig:
     """What a run does about lost ranks. ``restarts``: how often all are started again without a new checkpoint.
 
     ``silent_s``, ``stalled_s``: how long a rank may give no sign of life, and all of them do no step, before that.
+    ``node_faults``: lost starts after which a node of Slurm's is left out, where the range of nodes allows; 0: never.
     """
 
     restarts: int = 3
     silent_s: float = 120.0
     stalled_s: float = 1800.0
+    node_faults: int = 2
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def found_cluster(asked: ClusterConfig) -> ClusterSpec:
     Raises:
         ConfigError: there is no such partition or no GPU, or Slurm does not answer.
     """
-    found = _found(asked)
+    found = found_machines(asked)
     profile = asked.profile or ""
     if not profile and found.nodes == 1 and asked.slurm == SlurmConfig():
         file = profile_file(found.device)
@@ -61,7 +61,8 @@ def found_cluster(asked: ClusterConfig) -> ClusterSpec:
     return replace(found, profile=profile)
 
 
-def _found(asked: ClusterConfig) -> ClusterSpec:
+def found_machines(asked: ClusterConfig) -> ClusterSpec:
+    """:func:`found_cluster` without a profile."""
     is_open = asked.device == AUTO or not (asked.nodes and asked.gpus_per_node and asked.memory_gib)
     if asked.name != AUTO or not is_open:
         sizes = (asked.nodes, asked.gpus_per_node)

@@ -11,6 +11,7 @@ from orchestrator.data import prepare
 from orchestrator.data.sources import resolve
 from orchestrator.doctor.finding import Finding, judged
 from orchestrator.models import resolve_model
+from orchestrator.planning.goals import check_trainable
 from orchestrator.planning.memory import GIB
 from orchestrator.runs import decide_train
 
@@ -54,6 +55,7 @@ def look_at_data(job: JobConfig) -> str:
     Raises:
         ConfigError, DataError, ResourceError: as the run would end with.
     """
+    check_trainable(job.objective.name)
     file = resolve(job.data.path)
     size = file.stat().st_size
     if size > READ_WHOLE_BYTES:

@@ -12,13 +12,28 @@ from orchestrator.planning.timing import StepTime
 
 WIDTH, RIGHT = 560, 496
 MOST_ROWS = 32
-OWNERS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "slack", "overhead")
-OWNER_COLOURS = dict(zip(OWNERS, (COLOURS[order] for order in (0, 5, 2, 6, 1, 3, 4, 8, 7)), strict=True))
+OWNERS = (
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "buffers",
+    "slack",
+    "overhead",
+    "reference",
+)
+OWNER_COLOURS = dict(zip(OWNERS, (COLOURS[order] for order in (0, 5, 2, 6, 1, 3, 4, 8, 7, 5)), strict=True))
 KINDS = {
-    "computing": (COLOURS[0], ("matmul_s", "attention_s", "head_s", "memory_s", "recompute_s", "optimizer_s")),
+    "computing": (
+        COLOURS[0],
+        ("matmul_s", "attention_s", "head_s", "memory_s", "recompute_s", "optimizer_s", "reference_s"),
+    ),
     "waiting for other ranks": (COLOURS[1], ("tensor_s", "context_s", "expert_s", "pipeline_s", "data_s")),
     "pipeline bubble": (COLOURS[3], ("bubble_s",)),
     "the host's launches": (COLOURS[7], ("launch_s",)),
+    "waiting for cores": (COLOURS[2], ("shared_s",)),
 }
 CAUSES = {
     "matmul_s": "matrix products",
@@ -34,6 +49,8 @@ CAUSES = {
     "data_s": "gradients, weights",
     "bubble_s": "pipeline bubble",
     "launch_s": "launches",
+    "shared_s": "shared cores",
+    "reference_s": "reference",
 }
 
 

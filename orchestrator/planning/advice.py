@@ -9,9 +9,10 @@ from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError
 from orchestrator.planning.candidates import Candidate, Question
 from orchestrator.planning.estimate import cluster_device
+from orchestrator.planning.goals import GOALS
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.plan import Plan, ask
-from orchestrator.planning.search import search
+from orchestrator.planning.search import Found, search
 from orchestrator.planning.shape import Shape, shape_of
 from orchestrator.planning.timing import StepTime
 from parallel.specs import ClusterSpec, ModelSpec
@@ -20,7 +21,7 @@ CALIBRATED_ERROR, UNCALIBRATED_ERROR = 0.13, 0.25
 """Mean error of step time on published runs whose group was left out of the fit (docs/planner.md); twice that for kinds
 of devices without a published run, which nothing has checked."""
 LIMITS = {
-    "matrix products and attention": ("matmul_s", "attention_s", "head_s", "recompute_s"),
+    "matrix products and attention": ("matmul_s", "attention_s", "head_s", "recompute_s", "reference_s"),
     "memory bandwidth": ("memory_s", "optimizer_s"),
     "links between ranks": ("tensor_s", "context_s", "expert_s", "pipeline_s", "data_s"),
     "the pipeline bubble": ("bubble_s",),
@@ -59,8 +60,11 @@ class Advice:
     faster: Alternative | None
 
 
-def advise(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan) -> Advice:
+def advise(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan, weighed: Found | None = None) -> Advice:
     """Advice about the plan that :func:`orchestrator.planning.plan.make_plan` made of the same three.
+
+    Args:
+        weighed: what was found when the plan was made; searched again where it is not at hand.
 
     Example:
         >>> from orchestrator.planning.plan import make_plan
@@ -70,9 +74,11 @@ def advise(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, plan: Plan) -
         'pp=2 dp=2 cp=1 tp=1'
     """
     question = ask(job, model, cluster)
-    others = [one for one in search(question).candidates if one.proposal.topology != plan.topology]
+    found = weighed or search(question)
+    others = [one for one in found.candidates if one.proposal.topology != plan.topology]
     device, peak = cluster_device(cluster), peak_tokens_per_s(job, model, cluster, plan)
-    tokens_per_s = plan.global_sequences * plan.sequence_tokens / plan.step_time.total_s
+    rows = plan.global_sequences * GOALS[plan.objective].row_sequences
+    tokens_per_s = rows * plan.sequence_tokens / plan.step_time.total_s
     return Advice(
         tokens_per_s_per_rank=tokens_per_s / plan.ranks_used,
         utilisation=tokens_per_s / peak if peak else 0.0,
@@ -91,7 +97,11 @@ def peak_tokens_per_s(job: JobConfig, model: ModelSpec, cluster: ClusterSpec, pl
     if device.is_measured:
         return 0.0
     peak = device.peaks[device.precision(plan.precision)] * plan.ranks_used
-    return peak / operations_per_token(shape_of(model), plan.sequence_tokens, job.tuner.name != "full")
+    goal = GOALS[plan.objective]
+    operations = operations_per_token(shape_of(model), plan.sequence_tokens, job.tuner.name != "full")
+    if goal.has_reference:
+        operations += sum(_forward_operations(shape_of(model), plan.sequence_tokens))
+    return peak / operations
 
 
 def operations_per_token(shape: Shape, sequence: int, frozen: bool) -> float:
@@ -104,14 +114,19 @@ def operations_per_token(shape: Shape, sequence: int, frozen: bool) -> float:
         >>> round(operations_per_token(Shape(32, 4096, 32, 8, 128, 14336, 128256), 8192, frozen=False) / 1e9, 1)
         51.5
     """
+    products, scores = _forward_operations(shape, sequence)
+    return (2 if frozen else 3) * products + 3 * scores
+
+
+def _forward_operations(shape: Shape, sequence: int) -> tuple[float, float]:
+    """Of one token's forward pass: those with weights, and those of attention."""
     weights = float(shape.vocab * shape.hidden)
     for kind, count in shape.kinds().items():
         weights += count * sum(linear.parameters for linear in shape.linears(kind))
         if kind == "moe":
             weights += count * shape.expert_parameters() * shape.experts_per_token / shape.experts
     attending = sum(count for kind, count in shape.kinds().items() if kind in ("dense", "moe", "attention"))
-    scores = 2 * attending * shape.tokens_seen(sequence) * (shape.score_width + shape.value_width)
-    return (4 if frozen else 6) * weights + 3 * scores
+    return 2 * weights, 2 * attending * shape.tokens_seen(sequence) * (shape.score_width + shape.value_width)
 
 
 def limit_of(time: StepTime) -> str:

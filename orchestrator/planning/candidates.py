@@ -10,6 +10,7 @@ from functools import cached_property
 from orchestrator.config.job import JobConfig, TopologyConfig, galore_spec
 from orchestrator.planning.counts import TunerExtras, Workload, head_cost_in_layers
 from orchestrator.planning.estimate import cluster_device, setup_of
+from orchestrator.planning.goals import GOALS
 from orchestrator.planning.memory import StageMemory, stage_memory
 from orchestrator.planning.setup import Setup, fast_domain
 from orchestrator.planning.timing import StagePass, StepTime, stage_passes
@@ -152,6 +153,7 @@ def set_up(question: Question, proposal: Proposal) -> Setup:
         adapter_rank=job.tuner.r,
         device=question.cluster.device,
         extras=TunerExtras(job.tuner.dora, job.tuner.init == "pissa", question.chosen, galore_spec(job.optimizer)),
+        goal=GOALS[job.objective.name],
     )
     return setup_of(work, question.cluster)
 

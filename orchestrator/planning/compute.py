@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from orchestrator.planning.constants import Constants
-from orchestrator.planning.setup import Setup
+from orchestrator.planning.setup import Setup, Software
 from orchestrator.planning.shape import Linear
 
 FUSED_BACKWARD = 2.5
@@ -26,6 +26,8 @@ OLD_ATTENTION = 0.5
 of an H100's peak against 75 %)."""
 HOPPER = 5e14
 """Peak in 16 bits that tells Hopper and later devices from those before."""
+END_OPERATORS = 76
+"""Operators of embedding, last norm, output layer and loss: as many as a layer's with adapters (measured on a CPU)."""
 ALIGNED = 8
 """Matrix units take rows of a multiple of 16 bytes; products with others run on the plain ones (cuBLAS guide, tensor
 core usage)."""
@@ -64,6 +66,11 @@ class LayerWork:
     backward: Work
     again: Work
     host_s: float
+
+
+def operators(software: Software, adapted: int) -> int:
+    """That the host launches in a layer's forward pass, without experts; ``adapted``: linears with an adapter."""
+    return software.operators + 4 * adapted
 
 
 @dataclass(frozen=True)
@@ -114,26 +121,27 @@ class Computing:
 
     def _host_s(self, kind: str) -> float:
         """What the host needs to launch one pass over a layer."""
-        operators = self.setup.software.operators + 4 * len(self.setup.adapted(kind))
+        count = operators(self.setup.software, len(self.setup.adapted(kind)))
         if kind == "moe":
             looped = self.setup.shape.experts // self.setup.ep * LOOPED_OPERATORS
-            operators += looped if self.setup.software.loops_experts else EXPERT_OPERATORS
-        return operators * self.constants.launch_s
+            count += looped if self.setup.software.loops_experts else EXPERT_OPERATORS
+        return count * self.constants.launch_s
 
-    def ends(self) -> tuple[Work, Work]:
+    def ends(self, forward_only: bool = False) -> tuple[Work, Work]:
         """The output layer with its loss, and the embedding: forward and backward of both, of one micro-batch."""
         setup, shape = self.setup, self.setup.shape
         tokens, rows = setup.rank_tokens, shape.vocab / setup.tp
-        products = 2 if setup.frozen else 3
+        products = 1 if forward_only else 2 if setup.frozen else 3
         operations = 2.0 * tokens * rows * shape.hidden
         moved = setup.value_bytes * (tokens * shape.hidden + rows * shape.hidden + tokens * rows)
         # logits: written and read in the model's type, and in fp32 read, exponentiated, and their gradient written
         logits = tokens * rows * ((4 if setup.software.fused_loss else 12) + 2 * setup.value_bytes)
+        logits /= 2 if forward_only else 1
         head = Work(
-            matmul=products * operations / self.wide_rate,
+            matmul=products * operations / (self.wide_rate * setup.device.product_share(setup.precision, tokens)),
             memory=(products * moved + logits) / self.memory_rate,
         )
-        embedded = 4 * tokens * shape.hidden * setup.value_bytes
+        embedded = (2 if forward_only else 4) * tokens * shape.hidden * setup.value_bytes
         return head, Work(memory=embedded / self.memory_rate)
 
     def _product(self, tokens: float, linear: Linear, cuts: int, rate: float) -> Work:
@@ -144,6 +152,7 @@ class Computing:
         is_low = self.is_low and not whole
         size = 1 if is_low else self.setup.value_bytes
         moved = size * (tokens * width + out * width) + self.setup.value_bytes * tokens * out
+        rate *= self.setup.device.product_share(self.setup.precision, tokens)
         busy = math.hypot(2 * tokens * out * width / rate, moved / self.memory_rate)
         cast = CAST_BYTES * tokens * width if is_low else 0.0
         return Work(busy, memory=cast / self.memory_rate)

@@ -44,10 +44,12 @@ AS_MEASURED = Constants(1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0)
 """For devices whose catalogue entry is what runs achieve."""
 
 
-def constants_for(is_measured: bool, constants: Constants = FITTED, attention: float = 0.0) -> Constants:
-    """The shares of a device. ``attention``: measured on the machine at hand, as all its other rates then are."""
+def constants_for(
+    is_measured: bool, constants: Constants = FITTED, attention: float = 0.0, launch_s: float = 0.0
+) -> Constants:
+    """The shares of a device. ``attention``, ``launch_s``: measured on the machine at hand, as all its rates are."""
     if is_measured:
-        return replace(AS_MEASURED, attention=attention) if attention else AS_MEASURED
+        return replace(AS_MEASURED, attention=attention or 1.0, launch_s=launch_s)
     if attention:
         return replace(constants, matmul=1.0, matmul_low=1.0, attention=attention, memory=1.0, link=1.0)
     return constants

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from orchestrator.planning.goals import GOALS, Goal
 from parallel import names
 from parallel.capabilities import Proposal
 from parallel.galore_spec import GaloreSpec
@@ -34,10 +35,11 @@ class Workload:
 
     Args:
         stages: layer indices per chunk, as ``parallel.stages.split_layers`` returns them.
-        row_tokens: tokens of the longest row, padding included.
+        row_tokens: tokens of the longest sequence, padding included.
         adapted: paths of the linears with an adapter (empty when all weights are trained).
         adapter_rank: LoRA's ``r``.
         extras: what the tuner adds to plain LoRA, or takes from full tuning.
+        goal: what the objective needs beside the model that learns.
     """
 
     model: ModelSpec
@@ -48,11 +50,12 @@ class Workload:
     adapter_rank: int
     device: str
     extras: TunerExtras = TunerExtras()
+    goal: Goal = GOALS["sft"]
 
     @property
     def micro_tokens(self) -> int:
         """Tokens of one micro-batch."""
-        return self.proposal.micro_sequences * self.row_tokens
+        return self.proposal.micro_sequences * self.goal.row_sequences * self.row_tokens
 
     @property
     def value_bytes(self) -> int:
@@ -66,7 +69,8 @@ class StageCounts:
 
     ``expert_trainable``: those of ``trainable`` that belong to experts, which are replicated over other ranks.
     ``expert``: those of ``base`` that belong to experts. ``adapters``: those of ``trainable`` beside ``base``.
-    ``linears``: those of the layers' dense linears, which may be quantised.
+    ``linears``: those of the layers' dense linears, which may be quantised. ``chosen``: base weights that full tuning
+    freezes, or that learn whole beside an adapter.
     """
 
     base: int
@@ -77,6 +81,7 @@ class StageCounts:
     linears: int = 0
     expert: int = 0
     adapters: int = 0
+    chosen: int = 0
 
 
 def layer_matmul_parameters(model: ModelSpec, layer: int) -> int:
@@ -140,6 +145,7 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
         expert=experts,
         linears=sum(one.linears * count for one, count in held) // topology.tp,
         adapters=0 if full else adapters,
+        chosen=chosen,
     )
 
 

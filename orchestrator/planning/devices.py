@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ class Measured:
 
     ``attention``: its rate / that of products. ``message_s``: one message between ranks of a host. ``threads``: of a
     process, on ``cores`` that all share (0: every rank has a device of its own). ``words``: where and when.
+    ``launch_s``: of one operator, where the device is its own host (0: not measured). ``shares``: by precision, what
+    products of so many tokens reach of the rate of large ones, ascending.
     """
 
     attention: float
@@ -32,6 +36,8 @@ class Measured:
     threads: int
     cores: int
     words: str
+    launch_s: float = 0.0
+    shares: dict[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,19 @@ class Device:
     def is_measured(self) -> bool:
         """Whether the figures are what runs achieve (a CPU's) and not what the hardware could."""
         return self.message_s > 0
+
+    def product_share(self, precision: str, tokens: float) -> float:
+        """What products of so many tokens reach of the rate of large ones: 1 where it was not measured.
+
+        Between measured numbers of tokens along the straight line over their logarithms.
+        """
+        points = self.measured.shares.get(self.precision(precision), ()) if self.measured else ()
+        if not points or tokens >= points[-1][0]:
+            return points[-1][1] if points else 1.0
+        for (few, low), (many, high) in itertools.pairwise(points):
+            if few <= tokens < many:
+                return low + (high - low) * math.log(tokens / few) / math.log(many / few)
+        return points[0][1]
 
     def precision(self, asked: str) -> str:
         """The precision whose units do the work: the asked one's, or the next that the device has.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from orchestrator.planning.counts import Workload, layers_alike, moment_numbers, stage_counts
+from launch.environment import wanted_threads
+from orchestrator.planning.counts import StageCounts, Workload, layers_alike, moment_numbers, stage_counts
 from orchestrator.planning.devices import Device, device
 from orchestrator.planning.kept import (
     Cut,
@@ -42,7 +43,9 @@ def cluster_device(cluster: ClusterSpec) -> Device:
         ConfigError: the catalogue has no ``cluster.gpu``, or the profile is of another kind.
     """
     found = device(cluster.gpu or DEFAULT_KIND[cluster.device])
-    return measured_device(cluster.profile, cluster.gpus_per_node, found.kind) if cluster.profile else found
+    if not cluster.profile:
+        return found
+    return measured_device(cluster.profile, cluster.gpus_per_node, found.kind, wanted_threads() or 0)
 
 
 def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
@@ -82,6 +85,8 @@ def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
         stage_holdings=tuple(held[stage] for stage in stand_ins),
         alike=alike,
         stage_kept=tuple(kept[stage] for stage in stand_ins),
+        row_sequences=work.goal.row_sequences,
+        has_reference=work.goal.has_reference,
     )
 
 
@@ -175,7 +180,15 @@ def _holding(work: Workload, stage: int) -> Holding:
         adapters_trainable=counts.adapters,
         quantised=counts.linears + counts.expert if work.proposal.quantise else 0,
         moments=moment_numbers(work, stage) if work.extras.galore else None,
+        reference=_reference(work, counts),
     )
+
+
+def _reference(work: Workload, counts: StageCounts) -> int:
+    """What of a stage a reference holds again: weights that learn; a frozen base is its own reference."""
+    if not work.goal.has_reference:
+        return 0
+    return counts.base - counts.chosen if work.proposal.tuner == "full" else counts.chosen
 
 
 def estimate_memory(work: Workload, cluster: ClusterSpec) -> tuple[StageMemory, ...]:

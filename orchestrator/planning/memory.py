@@ -19,7 +19,7 @@ DRIVER_BYTES = int(0.6 * GIB)
 @dataclass(frozen=True)
 class StageMemory:
     """Bytes on each rank of one stage, by owner. ``slack``: what an allocator reserves and does not hand out;
-    ``overhead``: what a process and its driver hold beside it.
+    ``overhead``: what a process and its driver hold beside it; ``reference``: a second copy of what learns.
 
     Example:
         >>> StageMemory(weights=3, adapters=1, gradients=1, optimizer=2, activations=4, logits=0, overhead=1).total
@@ -35,6 +35,7 @@ class StageMemory:
     overhead: int
     buffers: int = 0
     slack: int = 0
+    reference: int = 0
 
     @property
     def total(self) -> int:
@@ -84,6 +85,7 @@ def _one_stage(setup: Setup, stage: int, constants: Constants) -> StageMemory:
         "activations": _activation_bytes(setup, stage),
         "logits": _logits_bytes(setup) if stage == setup.pp - 1 else 0,
         "buffers": _buffer_bytes(setup, held, stage),
+        "reference": _reference_bytes(setup, held, stage),
     }
     if setup.device.is_measured:
         return StageMemory(overhead=CPU_OVERHEAD_BYTES, **owners)
@@ -101,6 +103,17 @@ def _weight_bytes(setup: Setup, held: Holding) -> int:
     shape = setup.shape
     largest = max(one.parameters for kind in shape.kinds() for one in shape.linears(kind))
     return int((held.base - held.quantised) * setup.value_bytes + packed + largest / setup.tp * 4)
+
+
+def _reference_bytes(setup: Setup, held: Holding, stage: int) -> int:
+    """The weights that a reference holds again, and on the last stage one fp32 log-probability of each token of a
+    micro-batch and one of each sequence of the step. Its passes keep nothing, so they need no more than the model's."""
+    if not setup.has_reference:
+        return 0
+    told = 0.0
+    if stage == setup.pp - 1:
+        told = 4 * (setup.rank_tokens + setup.micro_batches * setup.micro * setup.row_sequences)
+    return int(held.reference * setup.value_bytes / (setup.replicas if setup.zero == 3 else 1) + told)
 
 
 def _gradient_bytes(setup: Setup, held: Holding) -> int:

@@ -13,6 +13,7 @@ from orchestrator.config.job import AUTO, JobConfig
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.candidates import Candidate, Question, Rejected
 from orchestrator.planning.experts import check_experts
+from orchestrator.planning.goals import is_built
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.nearest import nearest_legal
 from orchestrator.planning.search import Found, micro_sizes, search
@@ -56,6 +57,7 @@ class Plan:
         cluster: what the plan is for, as it was named or found; None in a plan of isotrain 0.1.
         history: what similar runs took; None where there is none.
         micro_choices: sizes of a micro-batch that the run may change to; empty: none.
+        objective: what is learned; where it is not built, the plan is what it would be.
     """
 
     topology: Topology
@@ -84,6 +86,7 @@ class Plan:
     cluster: ClusterSpec | None = None
     history: History | None = None
     micro_choices: tuple[int, ...] = ()
+    objective: str = "sft"
 
     @property
     def expected_step_s(self) -> float:
@@ -139,11 +142,16 @@ def make_plan(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Plan:
     Raises:
         ConfigError: nothing can run; the message says why, and the hint is a change that works.
     """
+    return decide(job, model, cluster)[0]
+
+
+def decide(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> tuple[Plan, Found]:
+    """:func:`make_plan`, with all that was weighed."""
     question = ask(job, model, cluster)
     found = search(question)
     if not found.candidates:
         raise _refusal(question, found.rejected)
-    return _plan(question, found)
+    return _plan(question, found), found
 
 
 def ask(job: JobConfig, model: ModelSpec, cluster: ClusterSpec) -> Question:
@@ -194,6 +202,7 @@ def _plan(question: Question, found: Found) -> Plan:
         passes=best.passes,
         cluster=question.cluster,
         micro_choices=tuple(micro_sizes(proposal)) if job.batch.micro_sequences == AUTO else (),
+        objective=job.objective.name,
     )
 
 
@@ -202,6 +211,8 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     job, cluster, topology = question.job, question.cluster, best.proposal.topology
     asked = {key: value for key, value in asdict(job.topology).items() if value is not None}
     reasons = [f"cluster={cluster.name}: {cluster.found}"] if cluster.found else []
+    if not is_built(job.objective.name):
+        reasons.append(f"objective.name={job.objective.name} is not built: this is what it would be, train refuses it")
     if measured := best.setup.device.measured:
         reasons.append(f"times as {measured.words}")
     if asked:

@@ -6,7 +6,7 @@ import json
 import math
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,36 @@ class Pace:
     """What a process with ``threads`` threads achieves while others compute on all other cores; on a GPU, alone.
 
     ``products``: matrix products by precision, FLOP/s. ``attention``: FLOP/s of its scores and values, forward.
-    ``memory``: bytes/s of a copy, read and written.
+    ``memory``: bytes/s of a copy, read and written. ``launch_s``: of one operator as plans count them, on a CPU.
+    ``shares``: by precision, pairs of tokens and what products of so many reach of the rate, ascending.
     """
 
     threads: int
     products: dict[str, float]
     attention: float
     memory: float
+    launch_s: float = 0.0
+    shares: dict[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between ranks of a host on which ``ranks`` compute and talk: bytes/s from one to the next, seconds a message."""
+
+    ranks: int
+    rate: float
+    message_s: float
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A machine. ``kind``: of its devices in the catalogue. ``link``: bytes/s of one rank to the next of this host;
-    ``message_s``: of one message. ``measured``: when, UTC."""
+    """A machine. ``kind``: of its devices in the catalogue. ``links``: by number of ranks. ``measured``: when, UTC."""
 
     host: str
     kind: str
     cores: int
     paces: tuple[Pace, ...]
-    link: float
-    message_s: float
+    links: tuple[Link, ...]
     measured: str
     torch: str
 
@@ -51,6 +61,10 @@ class Profile:
     def pace(self, threads: int) -> Pace:
         """The measured pace whose threads are nearest, in proportion."""
         return min(self.paces, key=lambda one: abs(math.log(one.threads / threads)))
+
+    def link(self, ranks: int) -> Link:
+        """The measured link whose number of ranks is nearest, in proportion."""
+        return min(self.links, key=lambda one: abs(math.log(one.ranks / ranks)))
 
     @property
     def words(self) -> str:
@@ -100,7 +114,8 @@ def read_profile(file: str) -> Profile:
     """
     try:
         value: dict[str, Any] = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-        return Profile(**{**value, "paces": tuple(Pace(**pace) for pace in value["paces"])})
+        paces = tuple(Pace(**{**pace, "shares": _shares(pace["shares"])}) for pace in value["paces"])
+        return Profile(**{**value, "paces": paces, "links": tuple(Link(**link) for link in value["links"])})
     except OSError as error:
         raise ConfigError(f"cluster.profile={file}: {error.strerror}", f"isotrain calibrate --out {file}") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -109,9 +124,16 @@ def read_profile(file: str) -> Profile:
         ) from error
 
 
+def _shares(value: dict[str, Any]) -> dict[str, tuple[tuple[int, float], ...]]:
+    return {name: tuple((int(tokens), float(share)) for tokens, share in points) for name, points in value.items()}
+
+
 @lru_cache(maxsize=64)
-def measured_device(file: str, ranks_per_node: int, kind: str) -> Device:
+def measured_device(file: str, ranks_per_node: int, kind: str, threads: int = 0) -> Device:
     """A device of the catalogue with a profile's figures, for ``ranks_per_node`` processes on a node.
+
+    Args:
+        threads: of each process (0: as the launcher deals out the cores).
 
     Raises:
         ConfigError: the profile is of another kind.
@@ -122,17 +144,26 @@ def measured_device(file: str, ranks_per_node: int, kind: str) -> Device:
             f"cluster.profile={file} was measured on {profile.kind}, but the plan is for {base.kind}",
             "cluster.profile=null",
         )
-    threads = max(1, profile.cores // ranks_per_node)
-    pace = profile.pace(threads)
+    threads = threads or max(1, profile.cores // ranks_per_node)
+    pace, link = profile.pace(threads), profile.link(ranks_per_node)
     widest = pace.products.get("bf16") or pace.products["fp32"]
     cores = profile.cores if base.is_measured else 0
-    measured = Measured(pace.attention / widest, profile.message_s, threads, cores, profile.words)
+    on_cpu = base.is_measured
+    measured = Measured(
+        attention=pace.attention / widest,
+        message_s=link.message_s,
+        threads=threads,
+        cores=cores,
+        words=profile.words,
+        launch_s=pace.launch_s if on_cpu else 0.0,
+        shares=pace.shares if on_cpu else {},
+    )
     return replace(
         base,
         peaks=pace.products if base.is_measured else base.peaks,
         best=pace.products,
         memory_rate=pace.memory,
-        link_rate=profile.link,
-        message_s=profile.message_s if base.is_measured else 0.0,
+        link_rate=link.rate,
+        message_s=link.message_s if base.is_measured else 0.0,
         measured=measured,
     )

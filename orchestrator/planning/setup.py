@@ -60,7 +60,7 @@ class Holding:
     ``trainable``: those with a gradient, adapters included; ``expert_trainable``: of them those of experts.
     ``adapters``: parameters beside ``base``, fixed ones among them; ``adapters_trainable``: without these.
     ``quantised``: those of ``base`` in 4 bits. ``moments``: numbers that the optimizer keeps beside master weights,
-    where these are not Adam's two for each trained parameter.
+    where these are not Adam's two for each trained parameter. ``reference``: of a second, frozen copy.
     """
 
     base: float
@@ -71,6 +71,7 @@ class Holding:
     quantised: float = 0.0
     moments: float | None = None
     adapters_trainable: float = 0.0
+    reference: float = 0.0
 
 
 def fast_domain(device: Device, gpus_per_node: int) -> int:
@@ -92,6 +93,7 @@ class Setup:
         alike: stages that stand for others with the same layers and parameters, and for how many; the first of them,
             which holds most micro-batches. Empty: not known.
         stage_kept: what each stage keeps for the backward pass, where a program's own tensors are known.
+        row_sequences: sequences of each of ``micro`` rows; ``has_reference``: a reference computes them too.
     """
 
     shape: Shape
@@ -124,6 +126,8 @@ class Setup:
     stage_holdings: tuple[Holding, ...] = ()
     alike: tuple[tuple[int, int], ...] = ()
     stage_kept: tuple[StageKept, ...] = ()
+    row_sequences: int = 1
+    has_reference: bool = False
 
     @cached_property
     def distinct(self) -> tuple[tuple[int, int], ...]:
@@ -143,7 +147,7 @@ class Setup:
     @property
     def rank_tokens(self) -> float:
         """Tokens of a micro-batch on one context-parallel rank."""
-        return self.micro * self.tokens / self.cp
+        return self.micro * self.row_sequences * self.tokens / self.cp
 
     @property
     def ranks(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.job import JobConfig
 from orchestrator.planning.advice import Advice
+from orchestrator.planning.goals import GOALS, is_built
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.search import FLOOR
@@ -26,8 +27,9 @@ MOST_REASONS = 12
 
 def batch_arithmetic(plan: Plan) -> str:
     """How the global batch is split: ``8 sequences = 2 dp x 2 micro-batches x 2``."""
+    rows = "sequences" if GOALS[plan.objective].row_sequences == 1 else "pairs"
     return (
-        f"{plan.global_sequences} sequences = {plan.topology.dp} dp x {plan.micro_batches} micro-batches x "
+        f"{plan.global_sequences} {rows} = {plan.topology.dp} dp x {plan.micro_batches} micro-batches x "
         f"{plan.micro_sequences}"
     )
 
@@ -60,6 +62,7 @@ def plan_summary(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | 
     return told | {
         **json.loads(plan.to_json()),
         "batch": batch_arithmetic(plan),
+        "is_built": is_built(plan.objective),
         "model": {"path": job.model.path, **asdict(model)},
         "memory_gib_per_rank": [round(stage.total / GIB, 3) for stage in plan.memory],
         "estimated_step_s": plan.step_time.total_s,
@@ -75,13 +78,15 @@ def plan_facts(plan: Plan, job: JobConfig, model: ModelSpec) -> dict[str, str]:
     kind += f" on {job.tuner.quantise}" if job.tuner.quantise else ""
     tuner = f"{kind} r={job.tuner.r}" if job.tuner.name == "lora" else job.tuner.name
     tuner += f", galore r={job.optimizer.galore.rank}" if job.optimizer.name == "galore" else ""
+    goal = {} if plan.objective == "sft" else {"learns": GOALS[plan.objective].words(job.tuner.name != "full")}
     padded = f", padded to multiples of {plan.length_multiple}" if plan.length_multiple > 1 else ""
     return {
         "model": f"{job.model.path or model.family} ({model.layers} layers, hidden {model.hidden}{moe}), {tuner}",
+        **goal,
         "cluster": f"{job.cluster.name}: {job.cluster.nodes} x {job.cluster.gpus_per_node} {plan.device} ranks",
         "topology": f"{plan.topology}{_switches(plan)} = {plan.ranks_used} ranks{idle}",
         "batch": batch_arithmetic(plan),
-        "rows": f"at most {plan.sequence_tokens} tokens{padded}",
+        "rows": f"at most {plan.sequence_tokens} tokens{' a sequence' if goal else ''}{padded}",
         "runs on": f"{plan.engine}, {plan.precision}, recompute {plan.recompute}",
     }
 
@@ -165,11 +170,11 @@ def _memory_table(plan: Plan) -> Table:
     from rich.table import Table
 
     table = Table(title="estimated MiB per rank", title_justify="left", box=None, pad_edge=False)
-    owners = list(asdict(plan.memory[0]))
+    owners = [owner for owner in asdict(plan.memory[0]) if owner != "reference" or plan.objective != "sft"]
     for name in ("stage", "layers", *owners, "total"):
         table.add_column(name, justify="right")
     for stage, memory in enumerate(plan.memory):
         layers = sum(len(chunk) for chunk in plan.stages[stage :: plan.topology.pp])
-        sizes = [*asdict(memory).values(), memory.total]
+        sizes = [*(getattr(memory, owner) for owner in owners), memory.total]
         table.add_row(str(stage), str(layers), *(f"{size / 2**20:,.0f}" for size in sizes))
     return table

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from orchestrator.planning.compute import Computing, LayerWork, Work
+from orchestrator.planning.compute import END_OPERATORS, Computing, LayerWork, Work
 from orchestrator.planning.constants import FITTED, Constants, constants_for
 from orchestrator.planning.links import Links
 from orchestrator.planning.setup import Setup
@@ -21,7 +21,8 @@ class StepTime:
     ``matmul_s``, ``attention_s``, ``memory_s`` (norms, activations, casts), ``launch_s``: of the slowest stage.
     ``recompute_s``: what it computes twice. ``head_s``: output layer and loss, where they are on it. ``tensor_s``,
     ``context_s``, ``expert_s``: collectives inside of its layers. ``data_s``: gradients and sharded parameters.
-    ``shared_s``: cores that other ranks of the machine are on.
+    ``shared_s``: cores that other ranks of the machine are on. ``reference_s``: a reference's forward passes, with all
+    that ranks tell each other in them.
     """
 
     matmul_s: float = 0.0
@@ -38,6 +39,7 @@ class StepTime:
     data_s: float = 0.0
     optimizer_s: float = 0.0
     shared_s: float = 0.0
+    reference_s: float = 0.0
 
     @property
     def compute_s(self) -> float:
@@ -80,13 +82,17 @@ class StagePass:
 class LayerCosts:
     """One micro-batch of a layer of each kind, what ranks tell each other in it (over tp, cp and ep), and of both ends.
 
-    All stages share them, and all layouts that differ in pp, vpp, dp and the optimizer only.
+    All stages share them, and all layouts that differ in pp, vpp, dp and the optimizer only. ``reference``: seconds of
+    a reference's layers by kind, forward and talk included, and of its embedding and its head; empty: there is none.
+    ``ends_host_s``: what the host needs to launch both ends, where it is the device.
     """
 
     layers: dict[str, LayerWork]
     talks: dict[str, tuple[float, float, float]]
     head: Work
     embedding: Work
+    reference: dict[str, float] = field(default_factory=dict)
+    ends_host_s: float = 0.0
 
 
 def layer_costs(setup: Setup, constants: Constants = FITTED) -> LayerCosts:
@@ -95,7 +101,23 @@ def layer_costs(setup: Setup, constants: Constants = FITTED) -> LayerCosts:
     computing, links = Computing(setup, constants), Links(setup, constants)
     layers = {kind: computing.layer(kind) for kind, count in setup.shape.kinds().items() if count}
     talks = {kind: _layer_talk(setup, links, constants, kind, layers[kind].forward.attention) for kind in layers}
-    return LayerCosts(layers, talks, *computing.ends())
+    ends_host_s = 2 * END_OPERATORS * constants.launch_s if setup.device.is_measured else 0.0
+    return LayerCosts(layers, talks, *computing.ends(), _reference_costs(setup, constants), ends_host_s)
+
+
+def _reference_costs(setup: Setup, constants: Constants) -> dict[str, float]:
+    """A micro-batch's forward pass through the model without adapters: a layer of each kind, and both ends."""
+    if not setup.has_reference:
+        return {}
+    plain = replace(setup, adapter_rank=0, recompute="none")
+    computing, links = Computing(plain, constants), Links(plain, constants)
+    found = {}
+    for kind in (kind for kind, count in setup.shape.kinds().items() if count):
+        layer = computing.layer(kind)
+        busy = layer.forward.total + sum(_layer_talk(plain, links, constants, kind, layer.forward.attention, True))
+        found[kind] = busy + layer.host_s / 2 if setup.device.is_measured else max(busy, layer.host_s / 2)
+    head, embedding = computing.ends(forward_only=True)
+    return found | {"head": head.total, "embedding": embedding.total}
 
 
 def step_time(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | None = None) -> StepTime:
@@ -127,27 +149,40 @@ def step_time(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | N
         optimizer_s=_optimizer_s(setup, constants),
     )
     busy = passes * sum((stage.work.total + stage.launch + stage.again + stage.ends) * count for stage, count in stages)
-    return replace(time, shared_s=_shared_s(setup, busy, time))
+    if setup.has_reference:
+        reference = [(_reference_stage(setup, costs, stage), count) for stage, count in setup.distinct]
+        paced, whole = max(one for one, _ in reference), sum(one * count for one, count in reference)
+        alone = passes * paced + (whole - paced) / setup.vpp + time.pipeline_s / 2  # sends go one way only
+        time, busy = replace(time, reference_s=alone), busy + passes * whole
+    talk = passes * sum((stage.tensor + stage.context + stage.expert) * count for stage, count in stages)
+    return replace(time, shared_s=_shared_s(setup, busy, talk, time))
 
 
 def _constants(setup: Setup, constants: Constants) -> Constants:
     measured = setup.device.measured
-    return constants_for(setup.device.is_measured, constants, measured.attention if measured else 0.0)
+    if measured is None:
+        return constants_for(setup.device.is_measured, constants)
+    return constants_for(setup.device.is_measured, constants, measured.attention, measured.launch_s)
 
 
-def _shared_s(setup: Setup, busy_s: float, time: StepTime) -> float:
-    """What ranks that share a machine's cores wait for them: all that they compute takes all cores at least so long.
+def _shared_s(setup: Setup, busy_s: float, talk_s: float, time: StepTime) -> float:
+    """What ranks that share a machine's cores wait for them.
 
-    Where ranks wait for each other anyway (a pipeline's bubble) their cores compute for others meanwhile.
+    Ranks that cut a layer between them compute at the same time, and then tell each other: each such stretch takes as
+    much longer as they are more than the cores. And all that all ranks compute, and copy to each other, takes all cores
+    at least so long; where ranks wait for others anyway (a pipeline's bubble) their cores compute for others meanwhile.
 
     Args:
-        busy_s: what one rank of every stage computes, together.
+        busy_s, talk_s: what one rank of every stage computes, and waits for in collectives inside of layers, together.
     """
     measured = setup.device.measured
     if measured is None or not measured.cores:
         return 0.0
-    busy_s = (busy_s + setup.pp * time.optimizer_s) * setup.tp * setup.cp * setup.dp
-    return max(0.0, busy_s * measured.threads / measured.cores - time.total_s)
+    cores, together = measured.cores / measured.threads, setup.tp * setup.cp
+    ranks = together * setup.dp
+    least_s = (busy_s + setup.pp * time.optimizer_s) * ranks / cores + talk_s * ranks / max(together, cores)
+    crowded_s = (time.compute_s + time.bubble_s + time.reference_s) * max(0.0, together / cores - 1)
+    return max(crowded_s, least_s - time.total_s, 0.0)
 
 
 def stage_passes(setup: Setup, constants: Constants = FITTED, costs: LayerCosts | None = None) -> tuple[StagePass, ...]:
@@ -155,7 +190,7 @@ def stage_passes(setup: Setup, constants: Constants = FITTED, costs: LayerCosts 
 
     Launches, collectives, embedding and head are dealt to forward and backward as the layers' work is.
     """
-    costs = costs or layer_costs(setup, constants_for(setup.device.is_measured, constants))
+    costs = costs or layer_costs(setup, constants)
     passes = []
     for stage in (_stage(setup, costs, stage) for stage in range(setup.pp)):
         forward = stage.total * (stage.forward / max(stage.work.total + stage.again, 1e-30))
@@ -174,14 +209,23 @@ def _stage(setup: Setup, costs: LayerCosts, stage: int) -> _Stage:
         forward += layer.forward.total * count
         again += layer.again.total * count
         busy = layer.forward.total + layer.backward.total + layer.again.total + sum(talk)
-        launch += max(0.0, layer.host_s - busy) * count
+        launch += (layer.host_s if setup.device.is_measured else max(0.0, layer.host_s - busy)) * count
         tensor, context, expert = tensor + talk[0] * count, context + talk[1] * count, expert + talk[2] * count
     ends = (costs.embedding.total if stage == 0 else 0.0) + (costs.head.total if stage == setup.pp - 1 else 0.0)
+    if stage == setup.pp - 1:
+        launch += costs.ends_host_s
     return _Stage(work, forward, launch, again, ends, tensor, context, expert)
 
 
+def _reference_stage(setup: Setup, costs: LayerCosts, stage: int) -> float:
+    """Seconds of a reference's micro-batch on a stage."""
+    found = sum(costs.reference[kind] * count for kind, count in setup.kinds_by_stage[stage].items() if count)
+    found += costs.reference["embedding"] if stage == 0 else 0.0
+    return found + (costs.reference["head"] if stage == setup.pp - 1 else 0.0)
+
+
 def _layer_talk(
-    setup: Setup, links: Links, constants: Constants, kind: str, attention_s: float
+    setup: Setup, links: Links, constants: Constants, kind: str, attention_s: float, forward_only: bool = False
 ) -> tuple[float, float, float]:
     """What ranks tell each other in one layer, forward and backward: over tp, cp and ep."""
     attends = kind in ("dense", "moe", "attention")
@@ -190,12 +234,12 @@ def _layer_talk(
     states = setup.rank_tokens * setup.shape.hidden * setup.value_bytes
     # an all-reduce after each block forward and before it backward; with sequence parallelism a gather and a scatter
     # as large, and the inputs gathered once more for the weights' gradient (Korthikanti et al. 2022, section 4.2.2)
-    passes = 2 + full + (0.5 if setup.sp and not setup.frozen else 0)
+    passes = 1 if forward_only else 2 + full + (0.5 if setup.sp and not setup.frozen else 0)
     tensor = blocks * passes * links.reduce_s(states, setup.tp)
     if setup.software.overlaps_tensor and setup.sp:
         tensor *= 1 - constants.hidden
-    context = _context_s(setup, links, attention_s, constants) if attends else 0.0
-    expert = _expert_s(setup, links) * (4 + 2 * full) if kind == "moe" else 0.0
+    context = _context_s(setup, links, attention_s, constants, forward_only) if attends else 0.0
+    expert = _expert_s(setup, links) * (2 if forward_only else 4 + 2 * full) if kind == "moe" else 0.0
     return tensor, context, expert
 
 
@@ -208,7 +252,9 @@ def _expert_s(setup: Setup, links: Links) -> float:
     )
 
 
-def _context_s(setup: Setup, links: Links, attention_s: float, constants: Constants) -> float:
+def _context_s(
+    setup: Setup, links: Links, attention_s: float, constants: Constants, forward_only: bool = False
+) -> float:
     """What context-parallel ranks tell each other in one layer, for one micro-batch forward and backward.
 
     Ring: keys and values make ``cp - 1`` hops forward and as many backward, their fp32 gradients ``cp``; hops hide
@@ -218,19 +264,21 @@ def _context_s(setup: Setup, links: Links, attention_s: float, constants: Consta
     cp, shape = setup.cp, setup.shape
     if cp == 1:
         return 0.0
-    again = setup.recompute != "none"
+    passes = 1 if forward_only else 2 + (setup.recompute != "none")
     groups = max(1, shape.kv_heads // setup.tp)
     if setup.cp_comm == "ulysses":
         import math
 
         dealt = 2 * shape.heads // setup.tp + 2 * math.lcm(groups, cp)
         share = setup.rank_tokens * dealt * shape.value_width // shape.heads * setup.value_bytes
-        return (2 + again) * (links.exchange_s(share, 1, cp, setup.tp) + (cp - 1) * links.latency_s)
+        return passes * (links.exchange_s(share, 1, cp, setup.tp) + (cp - 1) * links.latency_s)
     values = setup.rank_tokens * max(shape.key_value_width / setup.tp, 2 * groups * shape.head_dim)
     rate = links.ring_rate(cp, setup.tp)
-    hops = (2 + again) * (cp - 1) * (values * setup.value_bytes / rate + links.latency_s)
-    hops += cp * (values * 4 / rate + links.latency_s)
-    return max(hops - constants.hidden * attention_s * (1 + FUSED_SHARE), hops * (1 - constants.hidden))
+    hops = passes * (cp - 1) * (values * setup.value_bytes / rate + links.latency_s)
+    if not forward_only:
+        hops += cp * (values * 4 / rate + links.latency_s)
+    attending = attention_s * (1 if forward_only else 1 + FUSED_SHARE)
+    return max(hops - constants.hidden * attending, hops * (1 - constants.hidden))
 
 
 FUSED_SHARE = 2.5

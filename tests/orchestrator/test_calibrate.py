@@ -12,6 +12,7 @@ import pytest
 from orchestrator.bench.planner_here import MARK, TOPOLOGIES, Here, bench_here, measure, words_of
 from orchestrator.calibrate import command as module
 from orchestrator.calibrate.command import calibrate, check_here, mean, slowest
+from orchestrator.calibrate.launching import measure_launch
 from orchestrator.calibrate.measuring import measure_messages, median_s
 from orchestrator.cli import main
 from orchestrator.commands import plan_job
@@ -23,6 +24,7 @@ from orchestrator.planning.constants import FITTED, constants_for
 from orchestrator.planning.devices import device
 from orchestrator.planning.estimate import cluster_device
 from orchestrator.planning.profile import (
+    Link,
     Message,
     Pace,
     Profile,
@@ -38,9 +40,11 @@ PROFILE = Profile(
     host="tide",
     kind="cpu",
     cores=2,
-    paces=(Pace(1, {"fp32": 5e10, "bf16": 1e11}, 2e10, 1e10), Pace(2, {"fp32": 9e10, "bf16": 2e11}, 3e10, 1.5e10)),
-    link=2e9,
-    message_s=2e-4,
+    paces=(
+        Pace(1, {"fp32": 5e10, "bf16": 1e11}, 2e10, 1e10, 1e-5, {"fp32": ((16, 0.5), (64, 0.75), (256, 1.0))}),
+        Pace(2, {"fp32": 9e10, "bf16": 2e11}, 3e10, 1.5e10, 2e-5),
+    ),
+    links=(Link(2, 2e9, 2e-4), Link(3, 1.5e9, 4e-4), Link(4, 1e9, 8e-4)),
     measured="2026-11-22 12:00",
     torch="2.13.0",
 )
@@ -51,6 +55,7 @@ JOB = ["model=smollm2_135m", "data=lighthouse", "topology.tp=1", "topology.cp=1"
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with a profile of this host's CPU."""
     monkeypatch.setenv("ISOTRAIN_PROFILES", str(tmp_path / "profiles"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     file = profile_file("cpu")
     file.parent.mkdir(parents=True)
     file.write_text(PROFILE.to_json())
@@ -62,19 +67,46 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_profile_comes_back_as_it_was_written(kept: Path) -> None:
     assert read_profile(str(kept)) == PROFILE
     assert [PROFILE.pace(threads).threads for threads in (1, 2, 16)] == [1, 2, 2]
+    assert [PROFILE.link(ranks).ranks for ranks in (1, 2, 3, 16)] == [2, 2, 3, 4]
 
 
-def test_plans_of_this_host_use_its_profile_and_say_so(kept: Path) -> None:
+def test_plans_of_this_host_use_its_profile_and_say_so(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan_job(compose_job([*JOB, "cluster=laptop"])).plan
     assert "times as measured on tide, 2026-11-22 12:00 (isotrain calibrate)" in planned.reasons
     assert planned.cluster is not None and planned.cluster.profile == str(kept)
     here = cluster_device(planned.cluster)
-    assert (here.matmul_rate("fp32"), here.link_rate, here.message_s) == (5e10, 2e9, 2e-4)
+    assert (here.matmul_rate("fp32"), here.link_rate, here.message_s) == (5e10, 1e9, 8e-4)
     assert here.measured is not None and (here.measured.threads, here.measured.cores) == (1, 2)
     alone = cluster_device(replace(planned.cluster, gpus_per_node=1))
     assert alone.matmul_rate("fp32") == 9e10 and alone.measured is not None and alone.measured.threads == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what the user has set is what ranks compute with
+    assert cluster_device(replace(planned.cluster, gpus_per_node=1)).matmul_rate("fp32") == 5e10
     for elsewhere in ("h100x8", "slurm_cpu"):
         assert found_cluster(compose_job([f"cluster={elsewhere}"]).cluster).profile == ""
+
+
+def test_few_tokens_reach_a_part_of_the_rate(kept: Path) -> None:
+    here = measured_device(str(kept), 2, "cpu")
+    shares = [here.product_share("fp32", tokens) for tokens in (1, 16, 32, 64, 128, 256, 4096)]
+    assert shares == pytest.approx([0.5, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0])
+    assert here.product_share("bf16", 16) == device("H100").product_share("bf16", 16) == 1.0
+
+
+@pytest.mark.parametrize(("axis", "ranks"), [("dp", 1), ("dp", 2), ("tp", 3)])
+def test_operators_take_the_host_as_long_whatever_they_compute(kept: Path, axis: str, ranks: int) -> None:
+    """On a CPU launching an operator is work like all other: 60 of a layer, 4 for each of 4 adapters, both ways."""
+    words = [*JOB[:2], "cluster=one", "batch.micro_sequences=1", "memory.recompute=none", f"topology.{axis}={ranks}"]
+    found = plan_job(compose_job([*words, f"cluster.gpus_per_node={ranks}"])).plan
+    launch_s = 2e-5 if ranks == 1 else 1e-5
+    assert found.step_time.launch_s == pytest.approx(2 * found.micro_batches * (30 + 1) * 76 * launch_s)
+
+
+def test_ranks_that_cut_a_layer_wait_for_cores_in_each(kept: Path) -> None:
+    """Three ranks compute at once on two cores: half as long again, and messages come on top of that."""
+    words = [*JOB[:2], "cluster=one", "batch.micro_sequences=1", "memory.recompute=none", "topology.tp=3"]
+    time = plan_job(compose_job([*words, "cluster.gpus_per_node=3"])).plan.step_time
+    assert time.tensor_s > 0 and time.shared_s >= time.compute_s / 2
+    assert time.total_s >= 1.5 * time.compute_s + time.tensor_s
 
 
 def test_cores_that_ranks_share_make_steps_longer(kept: Path) -> None:
@@ -155,6 +187,23 @@ def test_collectives_are_measured_between_real_processes(pool: Pool) -> None:
     assert rate > 1e6 and 0 < latency < 1
 
 
+def test_an_operator_is_measured_with_a_real_layer(pool: Pool) -> None:
+    assert 1e-7 <= pool.run(1, measure_launch, 1)[0] < 1
+
+
+def test_a_profile_of_before_is_no_reason_not_to_measure(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept.write_text('{"link": 2e9}')
+    read_profile.cache_clear()
+    assert main(["plan", *JOB, "cluster=laptop"]) == 64
+    assert f"hint: isotrain calibrate --out {kept}" in capsys.readouterr().err
+    monkeypatch.setattr(module, "calibrate", lambda cluster: PROFILE)
+    assert main(["calibrate", "cluster=laptop", "--out", str(kept)]) == 0
+    read_profile.cache_clear()
+    assert main(["plan", *JOB, "cluster=laptop"]) == 0
+
+
 def test_the_command_measures_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +211,9 @@ def test_the_command_measures_and_writes(
     out = tmp_path / "new" / "profile.json"
     assert main(["calibrate", "cluster=laptop", "--out", str(out)]) == 0
     assert read_profile(str(out)) == PROFILE
-    assert "1 thread a process: products fp32 50.0, bf16 100.0 GFLOP/s" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 thread a process: products fp32 50.0, bf16 100.0 GFLOP/s" in told and "10 us an operator" in told
+    assert "fp32 by tokens: 16 50%, 64 75%, 256 100%" in told and "between 3 processes: 1.50 GB/s, 400 us" in told
     assert main(["calibrate", "cluster=laptop", "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"code": 0, "out": str(out)} | json.loads(PROFILE.to_json())
     (tmp_path / "file").touch()
@@ -180,7 +231,11 @@ def test_only_this_host_is_measured() -> None:
 @pytest.mark.grid
 def test_this_machine_is_measured_whole() -> None:
     profile = calibrate(found_cluster(compose_job(["cluster=auto"]).cluster))
-    assert profile.kind == "cpu" and profile.cores >= 1 and profile.link > 0 and profile.message_s > 0
+    assert profile.kind == "cpu" and profile.cores >= 1
+    assert [link.ranks for link in profile.links] == [2, 3, 4]
+    assert all(link.rate > 0 and link.message_s > 0 for link in profile.links)
+    assert all(0 < pace.launch_s < 1 for pace in profile.paces)
+    assert all(0 < share <= 1 for pace in profile.paces for points in pace.shares.values() for _, share in points)
     assert all(rate > 1e8 for pace in profile.paces for rate in (*pace.products.values(), pace.attention))
 
 

@@ -16,15 +16,18 @@ from orchestrator.config.job import (
     BatchConfig,
     JobConfig,
     MemoryConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     TopologyConfig,
     TunerConfig,
 )
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.advice import Advice, advise, limit_of, operations_per_token, why
+from orchestrator.planning.candidates import Question
 from orchestrator.planning.compare import compared, comparison, read_plan
 from orchestrator.planning.devices import catalogue
-from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.plan import Plan, decide, make_plan
+from orchestrator.planning.search import Found, search
 from orchestrator.planning.shape import shape_of
 from orchestrator.planning.show import advice_lines
 from orchestrator.planning.timing import StepTime
@@ -86,6 +89,19 @@ def test_one_change_is_faster_and_changes_no_number_of_the_run() -> None:
     slow = make_plan(recomputing, LLAMA3_8B, H100X64)
     faster = advise(recomputing, LLAMA3_8B, H100X64, slow).faster
     assert faster and faster.typed == "memory.recompute=null"
+
+
+def test_what_a_plan_has_weighed_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, weighed = decide(FULL, LLAMA3_8B, H100X64)
+    alone, searched = advise(FULL, LLAMA3_8B, H100X64, plan), []
+
+    def counted(question: Question) -> Found:
+        searched.append(question.cluster)
+        return search(question)
+
+    monkeypatch.setattr("orchestrator.planning.advice.search", counted)
+    assert advise(FULL, LLAMA3_8B, H100X64, plan, weighed) == alone
+    assert searched and all(cluster != H100X64 for cluster in searched)  # smaller clusters, for the fewest ranks
 
 
 def test_the_limit_is_where_most_of_the_step_goes() -> None:
@@ -185,12 +201,13 @@ MODELS = st.builds(
 )
 SIZES = st.sampled_from([None, None, None, 1, 2, 3, 4, 8])
 JOBS = st.builds(
-    lambda topology, rows, micro, tokens, full, distributed, recompute: JobConfig(
+    lambda topology, rows, micro, tokens, full, distributed, recompute, objective: JobConfig(
         topology=topology,
         batch=BatchConfig(rows, micro, tokens),
         tuner=TunerConfig(name="full") if full else TunerConfig(targets=["q_proj", "v_proj"]),
         optimizer=OptimizerConfig(distributed=distributed),
         memory=MemoryConfig(recompute),
+        objective=ObjectiveConfig(objective),
     ),
     topology=st.builds(
         TopologyConfig, tp=SIZES, pp=SIZES, cp=SIZES, ep=SIZES, dp=SIZES, vpp=st.sampled_from([None, 2])
@@ -201,6 +218,7 @@ JOBS = st.builds(
     full=st.booleans(),
     distributed=st.sampled_from([None, False, True]),
     recompute=st.sampled_from([None, "none", "selective", "full"]),
+    objective=st.sampled_from(["sft", "sft", "dpo", "orpo", "simpo"]),
 )
 
 
