@@ -282,6 +282,13 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """What the points of a sweep do together. ``share_base``: those that can train in turns on one frozen base."""
+
+    share_base: bool = False
+
+
+@dataclass(frozen=True)
 class JobConfig:
     """The whole request. Two equal jobs are the same run, whatever the cluster, topology or engine."""
 
@@ -304,6 +311,7 @@ class JobConfig:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     anomalies: AnomaliesConfig = field(default_factory=AnomaliesConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def galore_spec(optimizer: OptimizerConfig) -> GaloreSpec | None:

@@ -86,8 +86,8 @@ def regions(groups: Groups) -> Regions:
     )
 
 
-def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
-    """megatron-core's config of this model on this topology."""
+def transformer_config(spec: EngineSpec, groups: Groups, on_host: bool = False) -> TransformerConfig:
+    """megatron-core's config of this model on this topology; ``on_host``: weights are made on the CPU."""
     model, topology = spec.model, groups.topology
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TransformerConfig(
@@ -121,7 +121,7 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         pipeline_dtype=DTYPES[spec.precision],
         bf16=spec.precision == "bf16",
         perform_initialization=False,
-        use_cpu_initialization=device == "cpu" or spec.quantise is not None,
+        use_cpu_initialization=device == "cpu" or spec.quantise is not None or on_host,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -169,8 +169,12 @@ def _experts(spec: EngineSpec) -> dict[str, Any]:
     }
 
 
-def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[HiddenGPTModel]:
-    """Build this rank's pipeline chunks, wrap adapters on, freeze what is not trained; weights are filled later."""
+def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock, on_host: bool = False) -> list[HiddenGPTModel]:
+    """Build this rank's pipeline chunks, wrap adapters on, freeze what is not trained; weights are filled later.
+
+    Args:
+        on_host: make weights on the CPU, where they take no memory before they are written: others will replace them.
+    """
     stand_in_for_cuda()
     _name_rng_stream()
     if not hasattr(moe_utils, "te_general_gemm"):  # unbound in megatron-core 0.16.1 without transformer-engine
@@ -179,7 +183,7 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         parallel_state._set_global_memory_buffer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = transformer_config(spec, groups)
+        config = transformer_config(spec, groups, on_host)
         chunks = [_build_chunk(spec, groups, config, virtual) for virtual in range(spec.vpp or 1)]
     for virtual, chunk in enumerate(chunks):
         if spec.quantise is not None:
@@ -333,14 +337,25 @@ def _base_tensors(
             yield chunk.head_weight(), names.vocab_piece(name, model, tp, rank)
 
 
-def fill_base(spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], reader: TensorReader | None) -> None:
+def fill_base(
+    spec: EngineSpec,
+    groups: Groups,
+    chunks: list[HiddenGPTModel],
+    reader: TensorReader | None,
+    there: frozenset[int] = frozenset(),
+) -> None:
     """Fill the base weights: slices of a Hugging Face folder, or (``reader`` None) random ones keyed by their names.
 
     Each rank reads only the rows and columns that it holds; rows that pad the vocabulary are zero.
+
+    Args:
+        there: ``id`` of parameters that have their values already.
     """
     with torch.no_grad():
         for virtual, chunk in enumerate(chunks):
             for tensor, piece in _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual)):
+                if id(tensor) in there:
+                    continue
                 if piece.local.size[0] < tensor.shape[0] and piece.name in (names.EMBEDDING, names.HEAD):
                     tensor[piece.local.size[0] :].zero_()
                 if 0 in piece.box.size:
