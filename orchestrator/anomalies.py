@@ -30,12 +30,15 @@ class Anomalies:
 
     Args:
         losses: of the newest steps before, the newest last.
+
+    ``has_learned``: whether the model has learned from a step since this start.
     """
 
     def __init__(self, config: AnomaliesConfig, losses: Iterable[float] = ()) -> None:
         self._config = config
         self._losses = deque(losses, maxlen=WINDOW)
         self._skipped = 0
+        self.has_learned = False
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -68,6 +71,7 @@ class Anomalies:
         """The model has learned from a step of this loss."""
         self._losses.append(loss)
         self._skipped = 0
+        self.has_learned = True
 
     def skipped_too_many(self) -> bool:
         """One more step is skipped; whether these are more in a row than the job bears."""

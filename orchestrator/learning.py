@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
 from orchestrator.anomalies import Anomalies, note_rewind
+from orchestrator.checkpoint.folder import step_name
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.errors import GaveUp, Rewound
 from orchestrator.runs import latest_step
@@ -50,9 +52,21 @@ def skip_or_leave(run: Run, anomalies: Anomalies, saver: Saver, result: StepResu
     if anomaly.policy == "stop" or anomalies.skipped_too_many():
         limit = run.job.anomalies.limit
         many = "" if anomaly.policy == "stop" else f", after {limit} steps skipped in a row (anomalies.limit={limit})"
-        raise GaveUp(
-            f"{words}{many}; nothing of this step was saved",
-            f"isotrain resume {run.run_dir} optimizer.lr={run.job.optimizer.lr / 10:g}   (goes on from the newest "
-            "checkpoint; without one: isotrain train with that and another run_dir)",
-        )
+        may_be_damaged = not (anomalies.has_learned or math.isfinite(result.loss))
+        raise _give_up(run, f"{words}{many}; nothing of this step was saved", may_be_damaged)
     run.say(f"{words}; skipped: nothing is learned from it")
+
+
+def _give_up(run: Run, words: str, may_be_damaged: bool) -> GaveUp:
+    """A smaller rate helps where steps before were well; not where what was loaded is the cause."""
+    again = f"isotrain resume {run.run_dir} optimizer.lr={run.job.optimizer.lr / 10:g}"
+    newest = latest_step(run.run_dir)
+    if not may_be_damaged or not newest:
+        more = "goes on from the newest checkpoint; without one: isotrain train with that and another run_dir"
+        return GaveUp(words, f"{again}   ({more})")
+    folder = run.run_dir / "checkpoints" / step_name(newest)
+    return GaveUp(
+        f"{words}; no step since the start was well: step {newest} may have spoilt the weights that were loaded",
+        f"rm -r {folder} && {again}   (goes on from the checkpoint before; without one: isotrain train with that and "
+        "another run_dir)",
+    )

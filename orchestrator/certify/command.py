@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import queue
 import tempfile
@@ -92,15 +93,32 @@ def certify(
             "experts.balancing_over=sequence experts.capacity_factor=null",
         )
     config = small_config(request.job, request.ranks)
-    columns = [one for one in layouts(request.ranks, read_model(config).is_moe) if request.only in one.name]
-    if not columns:
-        raise ConfigError(f"--only {request.only} leaves no topology of up to {request.ranks} processes", "--up-to 4")
+    columns = _columns(request, read_model(config).is_moe)
     rows = tuner_rows(request.tuners)
     with tempfile.TemporaryDirectory(prefix="isotrain-certify-") as name:
         bench = Bench.prepared(Path(name), request.job, config, rows)
         teams = _own_teams(request.ranks, Path(name)) if pool is None else _given(pool)
         with teams as pools, _Crew(bench, pools, train) as crew:
             return _cells(crew, list(rows), columns, tick)
+
+
+def _columns(request: Request, moe: bool) -> list[Layout]:
+    """The columns that were asked for.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if request.ranks < 2:
+        raise ConfigError(f"--up-to {request.ranks}: there is no topology of fewer than 2 processes", "--up-to 4")
+    columns = layouts(request.ranks, moe)
+    found = [one for one in columns if request.only in one.name]
+    if not found:
+        names = [one.name for one in columns]
+        near = difflib.get_close_matches(request.only, names, n=1, cutoff=0.0) or names[:1]
+        raise ConfigError(
+            f"--only {request.only} leaves no topology of up to {request.ranks} processes", f"--only {near[0]}"
+        )
+    return found
 
 
 def _cells(crew: _Crew, tuners: list[str], columns: list[Layout], tick: Tick) -> list[Cell]:

@@ -73,9 +73,16 @@ def chosen_runs(words: Sequence[str]) -> list[Path]:
     folders = [Path(word).expanduser().absolute() for word in words]
     for folder in folders:
         if read_submission(folder) is None:
-            hint = f"isotrain sweep {folder}" if is_sweep(folder) else f"isotrain submit ... run_dir={folder}"
-            raise ConfigError(f"{folder} has no job of Slurm's", hint)
+            raise ConfigError(f"{folder} has no job of Slurm's", _instead(folder))
     return folders
+
+
+def _instead(folder: Path) -> str:
+    """What tells of a folder that was never submitted."""
+    if is_sweep(folder):
+        return f"isotrain sweep {folder}"
+    trained_here = (folder / "job.yaml").is_file()
+    return f"isotrain report {folder}" if trained_here else f"isotrain submit ... run_dir={folder}"
 
 
 def statuses(run_dir: Path) -> list[Status]:

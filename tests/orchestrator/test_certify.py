@@ -90,8 +90,21 @@ def test_rows_are_every_tuner_and_dropout() -> None:
     assert "galore" not in tuner_rows() and list(tuner_rows(["galore"])) == ["galore"]
     with pytest.raises(ConfigError, match="--tuner qora is none of"):
         tuner_rows(["qora"])
-    with pytest.raises(ConfigError, match="--only zz leaves no topology"):
-        certify(Request(compose_job(["model=smollm2_135m"]), only="zz"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "only", "words", "hint"),
+    [
+        (2, "tp7", "--only tp7 leaves no topology of up to 2 processes", "--only tp2"),
+        (0, "", "--up-to 0: there is no topology of fewer than 2 processes", "--up-to 4"),
+    ],
+)
+def test_a_grid_without_columns_is_refused_with_a_name_that_is_there(
+    ranks: int, only: str, words: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as raised:
+        certify(Request(compose_job(["model=smollm2_135m"]), ranks, only=only))
+    assert raised.value.hint == hint
 
 
 def a_run(folder: Path, change: float = 0.0, steps: int = 2, loss: float = 2.0, name: str = "w") -> Path:

@@ -204,6 +204,15 @@ def test_it_gives_up_on_a_loss_that_is_no_number_and_does_not_save_it(tmp_path: 
     assert list(saved(tmp_path)) == ["step-000002"] and 4 not in run.metrics.lines  # type: ignore[union-attr]
 
 
+def test_a_loss_that_is_no_number_right_after_a_checkpoint_is_held_against_it(tmp_path: Path) -> None:
+    train(make_run(tmp_path, CountingEngine(), steps=2), Cursor(), StopRequest())
+    run = make_run(tmp_path, CountingEngine(optimizer_steps=2, losses={3: math.nan}))
+    with pytest.raises(GaveUp, match="step 2 may have spoilt the weights that were loaded") as caught:
+        train(run, Cursor(2, 8), StopRequest())
+    folder = tmp_path / "checkpoints" / "step-000002"
+    assert caught.value.hint.startswith(f"rm -r {folder} && isotrain resume {tmp_path} optimizer.lr=0.1 ")
+
+
 def fail_saves(monkeypatch: pytest.MonkeyPatch, *numbers: int, code: int = errno.ENOSPC) -> None:
     """The disk refuses these saves, counted from 1."""
     real, made = publish.prepare, 0
