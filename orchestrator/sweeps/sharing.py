@@ -103,7 +103,7 @@ def _stage_bytes(held: Sequence[StageMemory], wholes: Sequence[bool]) -> int:
     if len(held) == 1:
         return held[0].total
     copies = sum(one.gradients for one, whole in zip(held, wholes, strict=True) if whole)
-    own = sum(one.adapters + one.gradients + one.optimizer for one in held) + copies
+    own = sum(one.adapters + one.gradients + one.optimizer + one.reference for one in held) + copies
     in_turn = max(one.activations + one.logits + one.buffers for one in held)
     given = max(one.weights for one in held) + own + in_turn
     slack = max(one.slack / max(1, one.allocated) for one in held)

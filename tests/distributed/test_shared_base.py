@@ -87,7 +87,7 @@ CELLS = {
     "nf4-tp2": ("llama", {"topology": Topology(tp=2), "quantise": "nf4", "changes": tuple(PACKS.items())}, PLAIN),
     "experts-ep2": ("qwen3_moe", {"topology": Topology(dp=2, ep=2)}, MIXED),
 }
-FINER = ("one", "pp2", "dp2-distributed")  # test_turns.py has these
+FINER = ("one", "tp2-sp", "pp2", "dp2-distributed")  # test_turns.py has most of these
 
 
 @pytest.mark.parametrize("cell", in_grid(CELLS, FINER))
