@@ -122,7 +122,7 @@ def _predicted(row: dict[str, Any], setup: Setup, constants: Constants) -> Predi
         group=str(row.get("group") or ""),
         step_s=time.total_s,
         measured_s=_positive(target.get("step_s")) if scorable.get("time") else None,
-        memory_gb=_of_kind(shown, kind) / 1e9,
+        memory_gb=read_off(shown, reading(row)) / 1e9,
         measured_gb=_positive(measured.get("mem_gb")) if scorable.get("memory") else None,
         memory_kind=kind,
         fits=fullest.total <= capacity,
@@ -144,11 +144,25 @@ def capacity_of(row: dict[str, Any], setup: Setup) -> float:
     return (_positive(row.get("hbm_gb")) or setup.device.memory_bytes / 1e9) * GIBIBYTE
 
 
-def _of_kind(memory: StageMemory, kind: str) -> int:
-    """The bytes that a reading of some kind counts."""
-    if "allocated" in kind:
-        return memory.allocated
-    return memory.total if "nvidia-smi" in kind else memory.reserved
+def reading(row: dict[str, Any]) -> str:
+    """What a row's reading counts: all of a device, what torch has reserved of it, or has allocated.
+
+    Where only "GB" is printed, what the program itself could print: the fork of Megatron-LM with zero-bubble schedules takes
+    ``torch.cuda.max_memory_allocated`` for a stage's memory, and InternEvo prints none, so that it was read from outside.
+
+    Example:
+        >>> reading({"framework": "InternEvo", "measured": {"mem_kind": "GPU memory, integer GB"}})
+        'all'
+    """
+    kind, name = str((row.get("measured") or {}).get("mem_kind") or ""), str(row.get("framework") or "").lower()
+    if "allocated" in kind or "zero-bubble" in name:
+        return "allocated"
+    return "all" if "nvidia-smi" in kind or "internevo" in name else "reserved"
+
+
+def read_off(memory: StageMemory, counted: str) -> int:
+    """The bytes that a reading counts."""
+    return memory.total if counted == "all" else int(getattr(memory, counted))
 
 
 def _positive(value: Any) -> float | None:
