@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(shell (pwd; cat constraints.txt pyproject.toml
 DEMO_DIR ?= runs/demo
 ARGS ?=
 
-.PHONY: help setup model demo test test-slurm test-pages test-faults soak grid lint format certify bench-train bench-checkpoint bench-kills clean
+.PHONY: help setup model demo test test-slurm test-pages test-faults soak grid lint format certify bench-train bench-checkpoint bench-kills bench-share clean
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s '@'
 
@@ -90,6 +90,9 @@ bench-checkpoint: setup  ## save, load and reshard beside two other libraries; f
 
 bench-kills: setup  ## kill a save at every phase and see what is left; fills docs/checkpoints.md (a minute)
 	@$(BIN)/python -m orchestrator.bench kills --write docs/checkpoints.md
+
+bench-share: setup model  ## the same sweep one after another, two at a time, and on one base; fills README.md (10 minutes)
+	@$(BIN)/python -m orchestrator.bench share --steps 10 --write README.md
 
 clean:  ## forget what was made here, but not runs/
 	@rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

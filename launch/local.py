@@ -28,6 +28,7 @@ from launch.exits import (
 from launch.parent import dying_with_parent
 from launch.request import Rendered
 from launch.states import clear_states, rank_pids, signal_ranks
+from launch.stop import WARNINGS
 from launch.watch import USUAL, Patience, Watch
 
 ABORTED = 130
@@ -49,14 +50,24 @@ class LaunchResult:
 
 
 class Stops:
-    """How often the user asked to stop: Ctrl-C, SIGTERM and SIGHUP count alike."""
+    """How often the user asked to stop: Ctrl-C, SIGTERM and SIGHUP count alike.
+
+    A scheduler's warning asks once, and what is said after it is not impatience: the end of the time limit, mostly.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self._warned = False
+        self._asked = 0
+
+    @property
+    def count(self) -> int:
+        """1: finish the step and save; 2: end at once."""
+        return max(self._asked, int(self._warned))
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        self.count += 1
+        self._warned |= number in WARNINGS
+        self._asked += number not in WARNINGS
 
 
 def launch(
@@ -187,7 +198,7 @@ def _living(run_dir: Path) -> bool:
 def catching_stops() -> Iterator[Stops]:
     """While open, signals that ask to stop are counted instead of ending this process."""
     stops = Stops()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
     before = {number: signal.signal(number, stops.note) for number in numbers}
     try:
         yield stops

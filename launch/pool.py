@@ -22,7 +22,8 @@ from launch.environment import become_rank
 LOOK_EVERY_S = 0.5  # whether workers live
 PEER_TIMEOUT = timedelta(seconds=120)
 CALLS_OF_A_WORKER = 50  # engines with experts still leave threads of gloo groups behind, which poll
-IMPORTED_ONCE = ["torch", "parallel.engines"]  # by the process that workers are forked from; megatron-core is the most
+# By the process that workers are forked from: megatron-core, and what an optimizer of torch imports when it is made.
+IMPORTED_ONCE = ["torch", "torch._dynamo", "parallel.engines"]
 
 
 class RankError(RuntimeError):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # what schedulers are asked to send some time before the end
+
 
 class StopRequest:
-    """Whether this process was asked to stop, by SIGTERM, SIGUSR1 or Ctrl-C.
+    """Whether this process was asked to stop, by SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C.
 
     The flag is this rank's own: ranks must agree on a step (reduce it) before they act on it. A second Ctrl-C raises
     KeyboardInterrupt. Make it on the main thread, with :meth:`installed`.
@@ -24,7 +26,7 @@ class StopRequest:
         if isinstance(owner, cls):
             return owner
         request = cls()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (signal.SIGTERM, *WARNINGS, signal.SIGINT):
             signal.signal(number, request._note)
         return request
 

@@ -23,6 +23,7 @@ from parallel.selection import frozen_weights, rate_ratios, saved_weights, weigh
 from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
+    from parallel.engines.megatron_base import SharedBase
     from parallel.groups import Groups
 
 TOKENIZER_FILES = (
@@ -103,8 +104,12 @@ def engine_spec(job: JobConfig, plan: Plan, model: ModelSpec) -> EngineSpec:
     )
 
 
-def open_engine(job: JobConfig, plan: Plan, groups: Groups) -> Engine:
-    """Build the engine of this rank with its base weights and a new adapter."""
+def open_engine(job: JobConfig, plan: Plan, groups: Groups, shared: SharedBase | None = None) -> Engine:
+    """Build the engine of this rank with its base weights and a new adapter.
+
+    Args:
+        shared: the frozen weights that engines of several runs have in common.
+    """
     from parallel.engines.megatron import MegatronEngine
 
     model, base = model_spec(job.model), None
@@ -112,7 +117,7 @@ def open_engine(job: JobConfig, plan: Plan, groups: Groups) -> Engine:
         folder = resolve_model(job.model.path)
         base = HfReader(folder)
         base.check(folder, weight_shapes(model))
-    return MegatronEngine(engine_spec(job, plan, model), groups, base)
+    return MegatronEngine(engine_spec(job, plan, model), groups, base, shared)
 
 
 def load_adapter(job: JobConfig, engine: Engine) -> None:

@@ -24,6 +24,7 @@ from orchestrator.pages.command import add_report, run_report
 from orchestrator.piping import until_unread
 from orchestrator.probing.command import INSIDE as PROBING
 from orchestrator.sweeps.command import SWEEP
+from orchestrator.sweeps.inside import TOGETHER
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,14 +98,19 @@ def _say(text: str) -> None:
 
 
 def _worker(words: list[str]) -> int:
-    """One rank of a launched run: ``worker RUN_DIR``. Not for people."""
+    """One rank of a launched run, or of several points of a sweep: ``worker RUN_DIR``. Not for people."""
     from launch.environment import rank_environment
     from orchestrator.supervise import guarded, leave_process
+    from orchestrator.sweeps.bundle import is_bundle
 
     run_dir = Path(words[0])
     me = rank_environment()
 
     def work() -> int:
+        if is_bundle(run_dir):
+            from orchestrator.sweeps.turns import main as train_in_turns
+
+            return train_in_turns(run_dir)
         from orchestrator.worker import main as train_rank
 
         return train_rank(run_dir)
@@ -241,7 +247,7 @@ def _certify(arguments: argparse.Namespace) -> int:
     return certified(request, arguments.out, arguments.write, arguments.json, arguments.ship)
 
 
-INSIDE = {"allocation": ALLOCATION, **PROBING}  # not for people: what batch scripts run
+INSIDE = {"allocation": ALLOCATION, "together": TOGETHER, **PROBING}  # not for people: what scripts and sweeps run
 COMMANDS: dict[str, Command] = {
     "plan": Command(
         "Show what would run and why: topology, batch split, memory. Starts nothing.",

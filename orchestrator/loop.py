@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -33,6 +34,16 @@ def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
         GaveUp: the loss is no number, or too far from those before, and the job says to stop then.
         Rewound: the same, and the job says to go back to the newest checkpoint then.
     """
+    turns = steps(run, start, stop)
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            return ExitCode(end.value)
+
+
+def steps(run: Run, start: Cursor, stop: StopRequest) -> Generator[None, None, ExitCode]:
+    """:func:`train`, a step for each ``next``: several runs may take turns. Closing it ends the saver."""
     anomalies, micro = Anomalies(run.job.anomalies, start.losses), _micro_batches(run)
     order, sequences = SampleOrder(run.data.rows, run.job.seed), run.plan.global_sequences
     with open_saver(run) as saver:
@@ -66,6 +77,7 @@ def train(run: Run, start: Cursor, stop: StopRequest) -> ExitCode:
                 save(run, saver, done, result, last=False)
             if stopping and step < run.job.steps:
                 return ExitCode.INTERRUPTED
+            yield
     return ExitCode.DONE
 
 

@@ -24,6 +24,34 @@ def make_progress(stream: TextIO | Tee, total_steps: int, first_step: int) -> Pa
     return Panel(stream, total_steps, first_step) if stream.isatty() else Lines(stream, total_steps)
 
 
+class Named(io.TextIOBase):
+    """A stream on which every line begins with a name: several runs in one process write to it. It is no terminal.
+
+    Example:
+        >>> said = io.StringIO()
+        >>> print("step 3", file=Named(said, "002-seed=4"))
+        >>> said.getvalue()
+        '002-seed=4: step 3\\n'
+    """
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        super().__init__()
+        self._stream = stream
+        self._name = name
+        self._at_line_start = True
+
+    def write(self, text: str) -> int:
+        """Write, with the name where a line begins."""
+        for line in text.splitlines(keepends=True):
+            self._stream.write(f"{self._name}: {line}" if self._at_line_start else line)
+            self._at_line_start = line.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
+
+
 class Remaining:
     """Tells the time left from a running mean of the time between steps; the first step warms up and does not count."""
 

@@ -39,6 +39,7 @@ def run_ranks(
     restarts: int,
     say: Callable[[str], None],
     is_stopping: Callable[[End], bool],
+    completed: Callable[[], int] | None = None,
 ) -> tuple[End, str]:
     """Start all ranks, and again after an end that another try may not meet, until that makes no progress.
 
@@ -48,10 +49,12 @@ def run_ranks(
         restarts: how often without a new checkpoint in between; 0: never.
         say: tells the user something, in one line.
         is_stopping: whether somebody has asked this start to end.
+        completed: steps that are saved; None: what the run's newest checkpoint holds.
     Returns:
         How the last start ended, and why there was no further one though it might have helped; empty: it would not.
     """
-    tries = Tries(restarts, latest_step(run_dir) or 0)
+    saved = completed or (lambda: latest_step(run_dir) or 0)
+    tries = Tries(restarts, saved())
     attempt = 0
     while True:
         started = time.time()
@@ -60,7 +63,7 @@ def run_ranks(
         note_launch(run_dir, started, end.code, end.cause)
         if restarts == 0 or is_stopping(end) or end.cause is None:
             return end, ""
-        step = latest_step(run_dir) or 0
+        step = saved()
         if end.cause.cause == OUT_OF_MEMORY and (rows := with_smaller_micro_batches(run_dir)):
             say(f"{end.cause.message}; starting again from step {step} with batch.micro_sequences={rows}")
             continue

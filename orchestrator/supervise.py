@@ -141,9 +141,7 @@ def guarded(run_dir: Path, rank: int, work: Callable[[], int]) -> int:
     if launched is not None:
         start_beating(run_dir, rank, BEAT_S, stop, tell)
     try:
-        code = int(work())
-        name = ExitCode(code).name.lower() if code in list(ExitCode) else "unknown"
-        explanation = Explanation(code, name, "" if code == 0 else f"rank {rank} ended with code {code} ({name})")
+        explanation = orderly_end(rank, int(work()))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the outermost edge of a rank
         explanation = explain(error)
         print("".join(traceback.format_exception(error)), file=sys.__stderr__, flush=True)
@@ -154,6 +152,17 @@ def guarded(run_dir: Path, rank: int, work: Callable[[], int]) -> int:
     finally:
         leave(run_dir, rank)
     return int(explanation.code)
+
+
+def orderly_end(rank: int, code: int) -> Explanation:
+    """What a rank says whose work has returned an exit code.
+
+    Example:
+        >>> orderly_end(1, 85).message
+        'rank 1 ended with code 85 (interrupted)'
+    """
+    name = ExitCode(code).name.lower() if code in list(ExitCode) else "unknown"
+    return Explanation(code, name, "" if code == 0 else f"rank {rank} ended with code {code} ({name})")
 
 
 def leave_word(run_dir: Path, rank: int, explanation: Explanation) -> None:

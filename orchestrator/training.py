@@ -26,7 +26,8 @@ class Run:
     """Everything that a rank trains with. ``cpu_group`` carries CPU tensors; ``metrics`` is there on the first rank.
 
     ``guard``: raises when the run folder has become another launch's. ``base``: the fingerprint of an adapter's model.
-    ``pace``: notes this rank's steps. ``stragglers``: finds ranks that hold the others up.
+    ``pace``: notes this rank's steps. ``stragglers``: finds ranks that hold the others up. ``name``: which of several
+    runs in these processes it is.
     """
 
     job: JobConfig
@@ -42,11 +43,12 @@ class Run:
     base: str | None = None
     pace: Pace | None = None
     stragglers: Stragglers | None = None
+    name: str = ""
 
     def say(self, words: str) -> None:
         """Tell the user a line, from the first rank."""
         if self.metrics is not None:
-            print(words, file=sys.stderr, flush=True)
+            print(f"{self.name}: {words}" if self.name else words, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

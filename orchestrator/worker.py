@@ -6,52 +6,35 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from launch.environment import (
-    RankEnvironment,
-    isotrain_cache,
-    ledger_file,
-    meeting_place,
-    rank_environment,
-    wanted_threads,
-)
+from launch.environment import RankEnvironment, ledger_file
 from launch.exits import first_cause, read_exits
-from launch.meeting import meet
-from launch.states import preparing
-from launch.stop import StopRequest
-from orchestrator.assemble import load_adapter, open_engine, room
-from orchestrator.checkpoint.base import fingerprint
 from orchestrator.config.building import read_job
-from orchestrator.config.job import JobConfig
-from orchestrator.data import TokenisedData, prepare
-from orchestrator.errors import ConfigError, ExitCode, IsotrainError
+from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.ledger import append, likeness, measured, steps_of
-from orchestrator.locking import still_mine
 from orchestrator.loop import train
-from orchestrator.metrics import Metrics
-from orchestrator.models import model_spec, resolve_model
-from orchestrator.pace import Pace
-from orchestrator.planning.plan import Plan
-from orchestrator.restoring import Restoring, restore
+from orchestrator.models import model_spec
+from orchestrator.opening import (
+    Asked,
+    base_of,
+    close_run,
+    join_world,
+    open_run,
+    open_store,
+    open_world,
+    read_asked,
+    share,
+    this_rank,
+)
 from orchestrator.stragglers import OwnTime, Stragglers
 from orchestrator.training import Run
-from parallel.device import backend, peak_memory_bytes
-from parallel.groups import open_groups
-
-Value = TypeVar("Value")
-PEER_TIMEOUT = timedelta(minutes=10)
-
-
-DATA_TIMEOUT = timedelta(hours=12)  # tokenising a large file on the first rank, while the others wait
+from parallel.device import peak_memory_bytes
 
 
 def main(run_dir: Path, store: dist.Store | None = None) -> int:
@@ -65,20 +48,20 @@ def main(run_dir: Path, store: dist.Store | None = None) -> int:
     Raises:
         IsotrainError: says what is wrong; its ``code`` is the exit code.
     """
-    me, guard = _me(), still_mine(run_dir)
-    job, plan = read_job(run_dir), Plan.from_json((run_dir / "plan.json").read_text(encoding="utf-8"))
+    me, asked = this_rank(), read_asked(run_dir)
+    plan = asked.plan
     if me.world_size < plan.ranks_used:
         raise ConfigError(
             f"the plan uses {plan.ranks_used} ranks ({plan.topology}), but {me.world_size} were started",
             f"torchrun --nproc-per-node {plan.ranks_used} ...",
         )
-    store = store or _open_store(me)
+    store = store or open_store(me)
     if me.rank >= plan.ranks_used:
         print(f"rank {me.rank} is idle: the plan uses {plan.ranks_used} of {me.world_size} ranks", flush=True)
         return int(ExitCode.DONE)
-    _open_world(me, plan.device, plan.ranks_used, dist.PrefixStore("train", store))
+    open_world(me, plan.device, plan.ranks_used, dist.PrefixStore("train", store))
     try:
-        return _train_rank(me, job, plan, run_dir, guard)
+        return _train_rank(me, asked)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -95,14 +78,14 @@ def main_by_hand(overrides: Sequence[str], as_json: bool = False) -> int:
     from orchestrator.runs import is_ours
     from orchestrator.supervise import explain, guarded, leave_process, leave_word
 
-    me = _me()
-    store = _open_store(me)
-    _open_world(me, "cpu", me.world_size, dist.PrefixStore("prepare", store))
+    me = this_rank()
+    store = open_store(me)
+    open_world(me, "cpu", me.world_size, dist.PrefixStore("prepare", store))
     with ExitStack() as stack:
-        (run_dir, decided), error = _share(me, lambda: prepare_by_hand(overrides, *_started(me), stack), (Path(), ""))
+        (run_dir, decided), error = share(me, lambda: prepare_by_hand(overrides, *_started(me), stack), (Path(), ""))
         if error is not None:
             asked = asked_run_dir(overrides)
-            (ours, _) = _share(me, lambda: asked is not None and is_ours(asked), False)
+            (ours, _) = share(me, lambda: asked is not None and is_ours(asked), False)
             if ours and asked is not None:
                 leave_word(asked, me.rank, explain(error))
             dist.barrier()  # or torchrun ends those that have not yet left their word
@@ -142,72 +125,19 @@ def _started(me: RankEnvironment) -> tuple[int, int]:
     return (1, me.world_size) if rest else (nodes, me.local_world_size)
 
 
-def _me() -> RankEnvironment:
-    me = rank_environment()
-    if me is None:
-        raise ConfigError("a worker needs RANK and WORLD_SIZE in its environment", "isotrain train ...")
-    return me
-
-
-def _open_store(me: RankEnvironment) -> dist.Store:
-    """The key-value store of the launch; all started ranks call it."""
-    if place := meeting_place():
-        return meet(*place, me, PEER_TIMEOUT)
-    store: dist.Store = next(dist.rendezvous("env://", me.rank, me.world_size, timeout=PEER_TIMEOUT))[0]
-    return store
-
-
-def _open_world(me: RankEnvironment, device: str, ranks: int, store: dist.Store) -> None:
-    """Open the default process group over the first ``ranks`` ranks."""
-    if device == "cuda":
-        torch.cuda.set_device(me.local_rank)
-    if threads := wanted_threads():
-        torch.set_num_threads(threads)
-    dist.init_process_group(backend(device), store=store, rank=me.rank, world_size=ranks, timeout=PEER_TIMEOUT)
-
-
-def _share(
-    me: RankEnvironment, decide: Callable[[], Value], otherwise: Value, group: dist.ProcessGroup | None = None
-) -> tuple[Value, Exception | None]:
-    """Decide on the first rank: every rank gets the answer, or ``otherwise`` and the error."""
-    answer: list[Any] = [otherwise, None]
-    if me.rank == 0:
-        try:
-            answer[0] = decide()
-        except (IsotrainError, ValueError, OSError) as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0, group=group)
-    return answer[0], answer[1]
-
-
-def _train_rank(me: RankEnvironment, job: JobConfig, plan: Plan, run_dir: Path, guard: Callable[[], None]) -> int:
+def _train_rank(me: RankEnvironment, asked: Asked) -> int:
     """All of a rank's work between opening the world and closing it."""
-    stop = StopRequest.installed()
-    groups = open_groups(plan.topology, me.rank)
-    # Checkpoints, data and stopping need no accelerator.
-    cpu_group = dist.new_group(backend="gloo", timeout=PEER_TIMEOUT)
-    data = _open_data(me, job, run_dir, cpu_group)
-    engine = open_engine(job, plan, groups)
-    base = _base(me, job, cpu_group)
-    start = restore(engine, me.rank, Restoring(job, run_dir, data.summary.source_sha256, base, cpu_group))
-    if not start.steps:
-        load_adapter(job, engine)
-    metrics = _open_metrics(job, plan, run_dir, start.steps) if me.rank == 0 else None
-    pace = Pace(run_dir, me.rank, partial(peak_memory_bytes, plan.device))
-    beside = room(job, model_spec(job.model))
-    if me.rank == 0:  # which writes them
-        beside = beside.read()
+    plan = asked.plan
+    world = join_world(me, asked.run_dir, plan.topology)
     own = OwnTime()
     alike = [list(stage) for stage in plan.topology.groups("tp-cp-dp")]
     stragglers = Stragglers(me.rank, plan.ranks_used, alike, own)
-    run = Run(job, plan, run_dir, groups, cpu_group, engine, data, beside, metrics, guard, base, pace, stragglers)
+    run, start = open_run(world, asked, base_of(world, asked.job), stragglers)
     try:
         with own:
-            code = train(run, start, stop)
+            code = train(run, start, world.stop)
     finally:
-        pace.write()
-        if metrics is not None:
-            metrics.close()
+        close_run(run)
     _note(me, run, start.steps + 1)
     return int(code)
 
@@ -222,41 +152,3 @@ def _note(me: RankEnvironment, run: Run, first_step: int) -> None:
     problem = append(file, likeness(run.job, model_spec(run.job.model), run.plan), run.plan, found)
     if problem:
         print(problem, file=sys.stderr, flush=True)
-
-
-def _open_metrics(job: JobConfig, plan: Plan, run_dir: Path, completed: int) -> Metrics:
-    from orchestrator.detection.cluster import found_cluster
-    from orchestrator.planning.advice import peak_tokens_per_s
-
-    peak = peak_tokens_per_s(job, model_spec(job.model), plan.cluster or found_cluster(job.cluster), plan)
-    return Metrics(job.metrics, run_dir, job.steps, completed + 1, peak_tokens_per_s=peak)
-
-
-def _open_data(me: RankEnvironment, job: JobConfig, run_dir: Path, cpu_group: dist.ProcessGroup) -> TokenisedData:
-    """Tokenise on the first rank of each node (or find it done), then map the tokens on every rank."""
-    cache = isotrain_cache() / "tokens"
-    folder = resolve_model(job.model.path)
-
-    def prepared() -> TokenisedData:
-        return prepare(job.data, job.objective, folder, job.batch.sequence_tokens, cache)
-
-    data = None
-    if me.local_rank == 0:
-        with preparing(run_dir, me.rank):
-            data = prepared()
-    dist.monitored_barrier(group=cpu_group, timeout=DATA_TIMEOUT)
-    data = data or prepared()
-    if me.rank == 0:
-        for line in [data.summary.epochs(job.steps, job.batch.global_sequences), *data.summary.messages()]:
-            print(line, file=sys.stderr, flush=True)
-    return data
-
-
-def _base(me: RankEnvironment, job: JobConfig, cpu_group: dist.ProcessGroup) -> str | None:
-    """Which weights the adapter belongs to; None where the run has no other weights than its own or random ones."""
-    if job.tuner.name == "full" or job.model.weights == "random":
-        return None
-    base, problem = _share(me, lambda: fingerprint(resolve_model(job.model.path)), "", cpu_group)
-    if problem is not None:
-        raise problem
-    return base

@@ -13,6 +13,7 @@ import torch
 
 NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest are rounding of fp32: Adam would divide them by their own size."""
+BLOCK = 1024  # of a matrix's longer side that is in fp64 at a time
 
 
 def subspace(gradient: torch.Tensor, rank: int) -> torch.Tensor:
@@ -21,6 +22,9 @@ def subspace(gradient: torch.Tensor, rank: int) -> torch.Tensor:
     A decomposition leaves the signs open; here a direction has a positive product with ``1, 2, 3, ...``. Directions in
     which there is nothing but rounding are zero: what another order of summing makes of them would be another run. Of a
     gradient that is not finite no direction is a number.
+
+    Directions turn in each other's plane by rounding over the gap of their singular values, and moments are kept along
+    them: so the rounding is the gradient's own, and none of the decomposition, which is in fp64.
 
     Args:
         gradient: fp32 ``[side, other]``.
@@ -32,11 +36,30 @@ def subspace(gradient: torch.Tensor, rank: int) -> torch.Tensor:
     """
     if not gradient.isfinite().all():
         return gradient.new_full((len(gradient), rank), float("nan"))
-    left, values, _ = torch.linalg.svd(gradient, full_matrices=False)
-    left, values = left[:, :rank], values[:rank]
+    left, values = _left_singular(gradient, rank)
     along = torch.arange(1, len(left) + 1, device=left.device, dtype=left.dtype) @ left
     signs = torch.where(along < 0, -1.0, 1.0) * (values > NEGLIGIBLE * values[0])
-    return (left * signs).contiguous()
+    return (left * signs).float().contiguous()
+
+
+def _left_singular(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first left singular vectors ``[side, rank]`` and values of an fp32 matrix, in fp64.
+
+    By the eigenvectors of the shorter side's Gram matrix: that is exact to fp64, costs less than a decomposition of the
+    matrix in fp32, and needs no copy of the matrix in fp64. Values below 1e-8 of the largest are noise.
+    """
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    short = matrix if is_wide else matrix.t()
+    gram = matrix.new_zeros(len(short), len(short), dtype=torch.float64)
+    for block in short.split(BLOCK, dim=1):
+        wide = block.double()
+        gram.addmm_(wide, wide.t())
+    squares, vectors = torch.linalg.eigh(gram)
+    values, vectors = squares[-rank:].flip(0).clamp(min=0).sqrt(), vectors[:, -rank:].flip(1)
+    if is_wide:
+        return vectors, values
+    sizes = values.clamp(min=max(float(values[0]) * NEGLIGIBLE, torch.finfo(torch.float64).tiny))
+    return torch.cat([rows.double() @ vectors for rows in matrix.split(BLOCK)]) / sizes, values
 
 
 @dataclass(frozen=True)

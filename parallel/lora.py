@@ -86,7 +86,6 @@ class LoraContext:
         if self.lora.init == "pissa":
             made.add_fixed(pissa_pieces(*pieces))
         if self.lora.dora:
-            assert layer is not None, "the plan refuses DoRA on the output layer"
             piece = names.magnitude_piece(linear, part, self.model, layer, *cut)
             made.add_magnitude(piece, linear, self.sequence_parallel)
         return made

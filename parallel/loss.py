@@ -7,8 +7,9 @@ in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989); the reductions over the cut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,13 +41,28 @@ class VocabShard:
         return value
 
 
+@dataclass(frozen=True)
+class HeadAdapter:
+    """What the output layer's adapter makes of the logits ``W x``, in this rank's rows of the vocabulary.
+
+    ``low [..., r]`` of the same tokens and ``up [rows, r]``: their product is added. ``factor``: fp32 ``[rows]``, by
+    which the sum is stretched (DoRA); None where nothing is. ``dropped [..., hidden]``: what ``low`` was made of, where
+    that is not ``x``; the logits are then ``W x + (factor - 1) W dropped + factor * low up^T``, as in PEFT.
+    """
+
+    low: torch.Tensor
+    up: torch.Tensor
+    factor: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
+
+
 def summed_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     vocab: VocabShard,
     cap: float = 0.0,
-    adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
+    adapter: HeadAdapter | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Sum of the cross entropies of all labelled rows.
 
@@ -56,7 +72,7 @@ def summed_loss(
         weight: ``[>= vocab.rows, hidden]``, this rank's rows of the output layer (more rows are padding).
         labels: int64, the shape of ``hidden`` without its last axis; ``IGNORED_LABEL`` where there is none.
         cap: logits are bounded by ``cap * tanh(logit / cap)`` unless it is 0.
-        adapter: ``low [..., r]`` of the same rows and ``up [vocab.rows, r]``, whose product is added to the logits.
+        adapter: of the same rows; gradients of what has tokens are this rank's share, too.
     Returns:
         The fp32 scalar sum and the count of labels.
     """
@@ -64,18 +80,22 @@ def summed_loss(
     rows, targets = hidden[chosen], labels[chosen]
     if weight.shape[0] != vocab.rows:
         weight = weight[: vocab.rows]
-    low, up = (None, None) if adapter is None else (adapter[0][chosen], adapter[1])
-    return _SummedLoss.apply(rows, weight, low, up, targets, vocab, cap), int(targets.numel())
+    if adapter is None:
+        inputs = _Inputs(rows, weight)
+    else:
+        dropped = None if adapter.dropped is None else adapter.dropped[chosen]
+        inputs = _Inputs(rows, weight, adapter.low[chosen], adapter.up, adapter.factor, dropped)
+    return _SummedLoss.apply(targets, vocab, cap, *inputs), int(targets.numel())
 
 
-def head_logits(
-    rows: torch.Tensor, weight: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor] | None
-) -> torch.Tensor:
+def head_logits(rows: torch.Tensor, weight: torch.Tensor, adapter: HeadAdapter | None) -> torch.Tensor:
     """Logits ``[..., padded rows]`` of this rank in fp32, with the output layer's adapter if it has one."""
     logits = (rows @ weight.t()).float()
     if adapter is not None:
-        low, up = adapter
-        logits[..., : up.shape[0]] += low.float() @ up.t().float()
+        mine = logits[..., : adapter.up.shape[0]]
+        mine += adapter.low.float() @ adapter.up.t().float()
+        if adapter.factor is not None:
+            mine *= adapter.factor
     return logits
 
 
@@ -94,50 +114,114 @@ def bound_(logits: torch.Tensor, cap: float) -> torch.Tensor | None:
     return slope
 
 
+class _Inputs(NamedTuple):
+    """What logits are made of, rows of tokens without a label left out; or the gradient of each."""
+
+    rows: torch.Tensor | None
+    weight: torch.Tensor | None
+    low: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
+
+
+class _Head:
+    """Makes logits a block of rows at a time, and adds up the gradients of what they are made of."""
+
+    def __init__(self, inputs: _Inputs, needed: Sequence[bool]) -> None:
+        self.inputs = inputs
+        empty = (torch.empty_like, torch.zeros_like, torch.empty_like, torch.zeros_like, torch.zeros_like)
+        wide = (None, torch.float32, None, torch.float32, torch.float32, None)
+        self.gradients = _Inputs(
+            *(
+                make(each, dtype=dtype) if each is not None and is_needed else None
+                for each, is_needed, make, dtype in zip(inputs, needed, (*empty, torch.empty_like), wide, strict=True)
+            )
+        )
+        self._plain: torch.Tensor | None = None  # logits before they are stretched
+
+    @property
+    def copies(self) -> int:
+        """How many matrices of a block's size there are at a time, the gradient in the place of the logits."""
+        return 1 + (self.inputs.factor is not None)
+
+    def logits(self, part: slice) -> torch.Tensor:
+        """The logits of some rows, fp32."""
+        rows, weight, low, up, factor, dropped = self.inputs
+        assert rows is not None and weight is not None
+        logits = product(rows[part], weight.t()).float()
+        if low is None or up is None:
+            return logits
+        if factor is None:
+            return logits.addmm_(low[part].float(), up.t().float())
+        if dropped is None:
+            self._plain = logits.addmm_(low[part].float(), up.t().float())
+            return logits * factor
+        self._plain = product(dropped[part], weight.t()).float()
+        logits -= self._plain
+        self._plain.addmm_(low[part].float(), up.t().float())
+        return logits.addcmul_(self._plain, factor)
+
+    def backward(self, part: slice, gradient: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the share of some rows, whose logits were made last; ``gradient`` and ``total`` of :func:`_block_loss`.
+
+        ``gradient`` is overwritten.
+        """
+        rows, weight, low, up, factor, dropped = self.inputs
+        assert rows is not None and weight is not None
+        if factor is not None and self._plain is not None:
+            if self.gradients.factor is not None:
+                self.gradients.factor.add_((self._plain.mul_(gradient).t() @ total.reciprocal()).squeeze(1))
+            self._plain = None
+            if dropped is not None:
+                self._products(rows, self.gradients.rows, part, gradient, total)
+                self._products(dropped, self.gradients.dropped, part, gradient * (factor - 1), total)
+            gradient.mul_(factor)
+        if low is not None and up is not None:
+            if self.gradients.low is not None:
+                self.gradients.low[part] = (gradient @ up.float()).div_(total)
+            if self.gradients.up is not None:
+                self.gradients.up.add_(gradient.t() @ low[part].float().div_(total))
+        if dropped is None:
+            self._products(rows, self.gradients.rows, part, gradient, total)
+
+    def _products(
+        self, rows: torch.Tensor, of_rows: torch.Tensor | None, part: slice, gradient: torch.Tensor, total: torch.Tensor
+    ) -> None:
+        """The gradients of ``rows[part] @ weight.t()``."""
+        weight, of_weight = self.inputs.weight, self.gradients.weight
+        assert weight is not None
+        if of_rows is not None:
+            of_rows[part] = product(gradient.to(weight.dtype), weight).div_(total)
+        if of_weight is not None:
+            of_weight.add_(gradient.t() @ rows[part].float().div_(total))
+
+
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        weight: torch.Tensor,
-        low: torch.Tensor | None,
-        up: torch.Tensor | None,
-        targets: torch.Tensor,
-        vocab: VocabShard,
-        cap: float,
+        ctx: Any, targets: torch.Tensor, vocab: VocabShard, cap: float, *given: torch.Tensor | None
     ) -> torch.Tensor:
-        need_rows, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        grad_low = torch.empty_like(low) if low is not None else None
-        grad_up = torch.zeros_like(up, dtype=torch.float32) if up is not None else None
-        grad_rows = torch.empty_like(rows) if need_rows else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        loss = rows.new_zeros((), dtype=torch.float32)
-        block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[0]))
-        for start in range(0, rows.shape[0], block):
+        inputs = _Inputs(*given)
+        assert inputs.rows is not None and inputs.weight is not None
+        head = _Head(inputs, ctx.needs_input_grad[-len(given) :])
+        loss = inputs.rows.new_zeros((), dtype=torch.float32)
+        block = max(1, BLOCK_ELEMENTS // max(1, head.copies * inputs.weight.shape[0]))
+        for start in range(0, len(targets), block):
             part = slice(start, start + block)
-            logits = product(rows[part], weight.t()).float()
-            if low is not None and up is not None:
-                logits.addmm_(low[part].float(), up.t().float())
-            part_loss, gradient, total = _block_loss(logits, targets[part], vocab, cap)
+            part_loss, gradient, total = _block_loss(head.logits(part), targets[part], vocab, cap)
             loss += part_loss
-            if low is not None and up is not None and grad_low is not None and grad_up is not None:
-                grad_low[part] = (gradient @ up.float()).div_(total)
-                grad_up += gradient.t() @ low[part].float().div_(total)
-            if grad_rows is not None:
-                grad_rows[part] = product(gradient.to(weight.dtype), weight).div_(total)
-            if grad_weight is not None:
-                grad_weight += gradient.t() @ rows[part].float().div_(total)
-        found = (grad_rows, grad_weight, grad_low, grad_up)
-        inputs = (rows, weight, low, up)
+            head.backward(part, gradient, total)
         ctx.gradients = [
-            None if each is None or of is None else each.to(of.dtype) for each, of in zip(found, inputs, strict=True)
+            None if each is None or of is None else each.to(of.dtype)
+            for each, of in zip(head.gradients, inputs, strict=True)
         ]
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = grads[0]
-        return *(None if each is None else each * scale.to(each.dtype) for each in ctx.gradients), None, None, None
+        return None, None, None, *(None if each is None else each * scale.to(each.dtype) for each in ctx.gradients)
 
 
 def _block_loss(

@@ -209,11 +209,21 @@ def embedding_adapter_pieces(spec: ModelSpec, r: int, tp: int, rank: int) -> tup
     return piece_a, whole_piece(f"{name}B", (spec.hidden, r))
 
 
-def magnitude_piece(linear: Linear, part: tuple[str, str], spec: ModelSpec, layer: int, tp: int, rank: int) -> Piece:
+def embedding_magnitude_piece(spec: ModelSpec) -> Piece:
+    """The piece of the embedding's DoRA magnitudes ``[hidden]``, one for each column, which every rank holds whole."""
+    return whole_piece(f"{ADAPTER}{EMBEDDING_MODULE}.lora_magnitude_vector", (spec.hidden,))
+
+
+def magnitude_piece(
+    linear: Linear, part: tuple[str, str], spec: ModelSpec, layer: int | None, tp: int, rank: int
+) -> Piece:
     """The piece of one part's local DoRA magnitudes ``[out]``, under PEFT's name: cut and laid as the rows of B are."""
     role, path = part
     out = shape(role, spec)[0]
     local, start = (out // tp, rank * (out // tp)) if linear.cut == "column" else (out, 0)
+    if role == "head":
+        rows = vocab_piece(HEAD, spec, tp, rank).box
+        start, local = rows.offset[0], rows.size[0]
     name = f"base_model.model.{layer_prefix(layer)}{path}.lora_magnitude_vector"
     return Piece(name, (out,), Box((start,), (local,)), Box.whole((local,)))
 

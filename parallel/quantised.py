@@ -28,6 +28,8 @@ class QuantisedLinear(torch.nn.Module):
         regions: the tensor-parallel collectives; None for one rank.
     """
 
+    HELD = ("codes", "scale_codes", "first_block", "mean", "outer", "table")
+    """Names of the buffers that are its weight."""
     codes: torch.Tensor
     scale_codes: torch.Tensor
     first_block: torch.Tensor
@@ -80,6 +82,11 @@ class QuantisedLinear(torch.nn.Module):
         held = {"codes": codes, "scale_codes": scale_codes, "first_block": first_block, "mean": mean}
         for name, tensor in (held | {"outer": torch.cat(outers), "table": dynamic_table()}).items():
             self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether it has its weight."""
+        return "codes" in self._buffers
 
     @property
     def weight(self) -> torch.Tensor:

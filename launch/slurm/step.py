@@ -22,6 +22,7 @@ from launch.parent import dying_with_parent
 from launch.slurm.allocation import Allocation
 from launch.slurm.commands import SlurmError, end_steps
 from launch.states import clear_states, rank_pids
+from launch.stop import WARNINGS
 from launch.watch import USUAL, Patience, Watch
 
 # "srun: error: node2: task 2: Killed", "srun: error: node1: tasks 0-1,3: Exited with exit code 70"
@@ -50,6 +51,10 @@ class StepRequest:
         """How many ranks are started."""
         return len(self.hosts) * self.ranks_per_node
 
+    def host_of(self, rank: int) -> str:
+        """The node that a rank runs on."""
+        return self.hosts[rank // self.ranks_per_node]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -67,7 +72,7 @@ class StepResult:
 class Signals:
     """Which signals asked this process to stop, in order. Make it on the main thread, before anything is started."""
 
-    def __init__(self, numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)) -> None:
+    def __init__(self, numbers: Iterable[signal.Signals] = (signal.SIGTERM, *WARNINGS, signal.SIGINT)) -> None:
         self.heard: list[signal.Signals] = []
         for number in numbers:
             signal.signal(number, self._note)
@@ -225,7 +230,8 @@ def tasks_ended(line: str) -> list[tuple[int, int, str]]:
 
 def _result(request: StepRequest, step: _Step, hung: RankExit | None, stopped: bool) -> StepResult:
     if hung is not None:
-        return StepResult(hung)
+        node = request.host_of(hung.rank) if hung.cause == "Silent" else ""
+        return StepResult(replace(hung, message=f"{hung.message} ({node})") if node else hung, node)
     exits, codes = read_exits(request.run_dir), step.codes
     if not exits and not codes and not stopped and step.said:
         words = re.sub(r"^srun: (error: )?", "", step.said[0])

@@ -96,7 +96,22 @@ def _plan(options: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     return planning.table(planned), asdict(planned), 0
 
 
-WHAT = {"train": _train, "first-step": _first_step, "checkpoint": _checkpoint, "kills": _kills, "plan": _plan}
+def _share(options: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    from orchestrator.bench import sharing
+
+    sides = sharing.measure(options.rounds, options.steps, options.threads)
+    text = sharing.table(sides, options.rounds, options.steps, options.threads)
+    return text, {"steps": options.steps, "sides": [asdict(side) for side in sides]}, 0
+
+
+WHAT = {
+    "train": _train,
+    "first-step": _first_step,
+    "checkpoint": _checkpoint,
+    "kills": _kills,
+    "plan": _plan,
+    "share": _share,
+}
 
 
 def compare(rounds: int, threads: int, steps: int) -> list[Row]:

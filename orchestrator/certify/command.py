@@ -1,65 +1,34 @@
-"""``isotrain certify``: every cell is planned, trained in a pool of processes, and compared with one process."""
+"""``isotrain certify``: every cell of the grid, by several teams of processes at once."""
 
 from __future__ import annotations
 
-import shutil
+import os
+import queue
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from launch.pool import Pool, RankError
-from orchestrator.certify.cell import LONGEST_ROW, train_cell, write_rows
-from orchestrator.certify.comparing import LOGITS_ATOL, Error, errors
-from orchestrator.certify.grid import BATCH, REFERENCE, Layout, layouts
-from orchestrator.certify.shrinking import VOCABULARY, shrunken
-from orchestrator.checkpoint.export import export_merged
-from orchestrator.checkpoint.folder import step_name
-from orchestrator.commands import Planned, plan_job
-from orchestrator.config.building import as_override, job_to_yaml
-from orchestrator.config.job import JobConfig, TunerConfig
-from orchestrator.config.loading import group_choices, override_job
+from launch.pool import Pool
+from orchestrator.certify.bench import SEED, STEPS, Bench, Cell, Ready, Train, Trained
+from orchestrator.certify.cell import train_cell
+from orchestrator.certify.grid import REFERENCE, Layout, layouts
+from orchestrator.certify.shrinking import shrunken
+from orchestrator.config.job import JobConfig
+from orchestrator.config.loading import group_choices
 from orchestrator.errors import ConfigError
 from orchestrator.models import resolve_model
-from orchestrator.planning.certified import plan_features
 from orchestrator.planning.experts import dependence_on_cut
-from orchestrator.planning.tuning import beyond_peft
-from orchestrator.runs import write_run
 from parallel.families import read_model
-from parallel.names import leaf_names, resolve_targets
-from parallel.specs import ModelSpec, SpecError, read_hf_config
+from parallel.specs import read_hf_config
+
+__all__ = ["SEED", "STEPS", "Cell", "Request", "certify", "small_config", "tuner_rows"]
 
 Tick = Callable[[int, int, str], None]
-Train = Callable[..., Any]
-STEPS, SEED = 3, 5
-# Adam divides a gradient by its own size: where rounding is all that there is of one, its update is rounding / eps.
-# With the usual 1e-8 that alone exceeds the tolerance on more than two processes (2e-3; 1e-6: 1e-4; 1e-5: 4e-5).
-EPS = 1e-4
-LIMIT_S = 180.0
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One tuner on one topology. ``verdict``: ``green``, ``red`` or ``refused`` (by the plan; ``reason`` says why).
-
-    ``features``: what the plan used (:func:`orchestrator.planning.certified.plan_features`), empty where there is none.
-    """
-
-    tuner: str
-    layout: Layout
-    verdict: str
-    errors: tuple[Error, ...] = ()
-    reason: str = ""
-    features: tuple[str, ...] = ()
-
-    @property
-    def worst(self) -> Error | None:
-        """The error that is nearest to its limit, or furthest beyond it."""
-        return max(self.errors, key=lambda error: error.share, default=None)
+MOST_TEAMS = 4  # whose cells one judge can follow
 
 
 @dataclass(frozen=True)
@@ -111,7 +80,7 @@ def certify(
 
     Args:
         tick: told before each cell how many are trained, how many there are, and the next one's name.
-        pool: processes to use and to leave alive; None: own ones.
+        pool: processes to use and to leave alive; None: own ones, as many teams as there are cores.
         train: what each rank runs; a test plants its fault here.
     Raises:
         ConfigError, SpecError: the job names no model that we know, nothing is left of the columns, or what is asked of
@@ -126,156 +95,92 @@ def certify(
     columns = [one for one in layouts(request.ranks, read_model(config).is_moe) if request.only in one.name]
     if not columns:
         raise ConfigError(f"--only {request.only} leaves no topology of up to {request.ranks} processes", "--up-to 4")
+    rows = tuner_rows(request.tuners)
     with tempfile.TemporaryDirectory(prefix="isotrain-certify-") as name:
-        workers = pool or Pool(request.ranks, Path(name) / "ranks.log")
-        try:
-            bench = _Bench.prepared(Path(name), request, config, workers, train)
-            return _cells(bench, columns, tick)
-        finally:
-            if pool is None:
-                workers.leave()
+        bench = Bench.prepared(Path(name), request.job, config, rows)
+        teams = _own_teams(request.ranks, Path(name)) if pool is None else _given(pool)
+        with teams as pools, _Crew(bench, pools, train) as crew:
+            return _cells(crew, list(rows), columns, tick)
 
 
-def _cells(bench: _Bench, columns: list[Layout], tick: Tick) -> list[Cell]:
-    """Every cell in order. One is compared while the ranks train the next."""
-    rows = tuner_rows(bench.request.tuners)
-    total = len(rows) * (len(columns) + 1)
-    found: list[Future[Cell]] = []
-    with _Judge(max_workers=1) as judge:
-        for tuner, words in rows.items():
-            tick(len(found), total, f"{tuner} in one process")
-            found.append(judge.submit(bench.judged, bench.trained(tuner, words, REFERENCE)))
-            reference = found[-1].result()
-            for layout in columns:
-                for each in found:
-                    if each.done():
-                        each.result()  # raises what the judge raised
-                tick(len(found), total, f"{tuner} on {layout.name}")
-                if reference.verdict == "green":
-                    trained = bench.trained(tuner, words, layout)
-                else:
-                    reason = reference.reason or "one process is red itself"
-                    trained = _Trained(tuner, layout, without=Cell(tuner, layout, "refused", reason=reason))
-                found.append(judge.submit(bench.judged, trained))
-        cells = [each.result() for each in found]
+def _cells(crew: _Crew, tuners: list[str], columns: list[Layout], tick: Tick) -> list[Cell]:
+    """The rows' runs in one process first, then every row from left to right."""
+    total = len(tuners) * (len(columns) + 1)
+
+    def begun(places: Iterable[tuple[str, Layout]], before: int) -> list[Future[Cell]]:
+        found = []
+        for number, (tuner, layout) in enumerate(places):
+            tick(before + max(0, number - crew.size), total, f"{tuner} on {layout.name}")
+            found.append(crew.begin(tuner, layout))
+        return found
+
+    ones = [each.result() for each in begun(((tuner, REFERENCE) for tuner in tuners), 0)]
+    green = [one.tuner for one in ones if one.verdict == "green"]
+    found = begun(((tuner, layout) for tuner in green for layout in columns), len(tuners))
+    cells = {(cell.tuner, cell.layout): cell for cell in (*ones, *(each.result() for each in found))}
+    reasons = {one.tuner: one.reason or "one process is red itself" for one in ones}
     tick(total, total, "")
-    return cells
+    return [
+        cells.get((tuner, layout)) or Cell(tuner, layout, "refused", reason=reasons[tuner])
+        for tuner in tuners
+        for layout in (REFERENCE, *columns)
+    ]
 
 
-class _Judge(ThreadPoolExecutor):
-    """One thread, that leaves what waits when the block ends with an error."""
+class _Crew:
+    """Teams that train one cell each, and one judge (transformers is not made for several threads).
+
+    What begins waits for a free team, so that a cell is planned while the ones before it train.
+    """
+
+    def __init__(self, bench: Bench, pools: Sequence[Pool], train: Train) -> None:
+        self.size = len(pools)
+        self._bench, self._train = bench, train
+        self._free: queue.SimpleQueue[Pool] = queue.SimpleQueue()
+        for pool in pools:
+            self._free.put(pool)
+        self._teams, self._judge = ThreadPoolExecutor(self.size), ThreadPoolExecutor(1)
+        self._begun: list[Future[Cell]] = []
+
+    def begin(self, tuner: str, layout: Layout) -> Future[Cell]:
+        """Plan a cell, and train it as soon as a team is free."""
+        for each in self._begun:
+            if each.done():
+                each.result()  # raises what a team or the judge raised
+        ready = self._bench.ready(tuner, layout)
+        pool = self._free.get()
+        trained = self._teams.submit(self._trained, ready, pool)
+        self._begun.append(self._judge.submit(self._judged, trained))
+        return self._begun[-1]
+
+    def _trained(self, ready: Ready | Cell, pool: Pool) -> Trained | Cell:
+        try:
+            return ready if isinstance(ready, Cell) else self._bench.trained(ready, pool, self._train)
+        finally:
+            self._free.put(pool)
+
+    def _judged(self, trained: Future[Trained | Cell]) -> Cell:
+        found = trained.result()
+        return found if isinstance(found, Cell) else self._bench.judged(found)
+
+    def __enter__(self) -> _Crew:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.shutdown(wait=True, cancel_futures=kind is not None)
+        for each in (self._teams, self._judge):
+            each.shutdown(wait=True, cancel_futures=kind is not None)
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """What a cell's ranks left: its run folder and job, and their logits of a probe; or the cell that it is without."""
-
-    tuner: str
-    layout: Layout
-    run: Path = Path()
-    planned: Planned | None = None
-    probe: tuple[list[int], ...] = ()
-    logits: Any = None
-    without: Cell | None = None
+@contextmanager
+def _own_teams(ranks: int, folder: Path) -> Iterator[list[Pool]]:
+    """A pool per core: while the ranks of one wait for each other, another's compute."""
+    with ExitStack() as stack:
+        pools = [Pool(ranks, folder / f"ranks-{team}.log") for team in range(min(os.cpu_count() or 1, MOST_TEAMS))]
+        for pool in pools:
+            stack.callback(pool.leave)
+        yield pools
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """The small model, its rows, and the pool that trains cells on them."""
-
-    folder: Path
-    request: Request
-    pool: Pool
-    train: Train
-    model: ModelSpec
-
-    @classmethod
-    def prepared(cls, folder: Path, request: Request, config: dict[str, Any], pool: Pool, train: Train) -> _Bench:
-        from orchestrator.certify.outside import make_model
-
-        make_model(config, folder / "model", SEED)
-        write_rows(folder / "rows", VOCABULARY, SEED)
-        return cls(folder, request, pool, train, read_model(config))
-
-    def trained(self, tuner: str, words: Sequence[str], layout: Layout) -> _Trained:
-        """Plan and train a cell."""
-        run = self._run_dir(tuner, layout.name)
-        try:
-            planned = plan_job(self._job(tuner, [*words, *layout.words], layout.ranks))
-        except (ConfigError, SpecError) as error:
-            return _Trained(tuner, layout, without=Cell(tuner, layout, "refused", reason=str(error)))
-        write_run(run, replace(planned.job, run_dir=str(run)), planned.plan.to_json())
-        probe, rows = self._probe(planned.plan.length_multiple), str(self.folder / "rows")
-        try:
-            said = self.pool.run(layout.ranks, self.train, str(run), rows, probe, timeout_s=LIMIT_S)
-        except RankError as error:
-            features = tuple(plan_features(planned.job, planned.plan))
-            return _Trained(tuner, layout, without=Cell(tuner, layout, "red", (), str(error), features))
-        return _Trained(tuner, layout, run, planned, tuple(probe), next(each for each in said if each is not None))
-
-    def judged(self, trained: _Trained) -> Cell:
-        """Compare a cell with the row's run in one process, and its logits with those of its export."""
-        if trained.planned is None:
-            assert trained.without is not None
-            return trained.without
-        tuner, layout, run, planned = trained.tuner, trained.layout, trained.run, trained.planned
-        is_reference = layout == REFERENCE
-        found = [] if is_reference else errors(self._run_dir(tuner, REFERENCE.name), run, STEPS)
-        found.append(self._outside(run, planned.job.tuner, list(trained.probe), trained.logits))
-        if not is_reference:
-            shutil.rmtree(run, ignore_errors=True)
-        good = all(error.value <= error.limit for error in found)
-        features = tuple(plan_features(planned.job, planned.plan))
-        return Cell(tuner, layout, "green" if good else "red", tuple(found), features=features)
-
-    def _probe(self, multiple: int) -> list[list[int]]:
-        """Two rows of token ids of about the longest row's length, which is one that the topology can cut."""
-        tokens = -(-LONGEST_ROW // multiple) * multiple
-        return np.random.Generator(np.random.PCG64(SEED)).integers(0, VOCABULARY, (2, tokens)).tolist()
-
-    def _job(self, tuner: str, words: Sequence[str], ranks: int) -> JobConfig:
-        """The user's job with the small model, on this many processes; what decides the numbers is the same in all."""
-        choice, *rest = words  # tuner=NAME comes first, and takes the place of the whole section
-        fixed = [
-            *("cluster=one", f"cluster.gpus_per_node={ranks}", "cluster.memory_gib=64"),
-            *("topology=auto", "memory.recompute=none", "precision=fp32", f"steps={STEPS}", f"seed={SEED}"),
-            *(f"model.path={self.folder / 'model'}", "model.weights=load", "model.config=null", "tuner.path=null"),
-            *(f"batch.global_sequences={BATCH}", "batch.micro_sequences=1", f"batch.sequence_tokens={LONGEST_ROW}"),
-            *("optimizer=adamw", "optimizer.lr=1e-3", f"optimizer.eps={EPS}", "optimizer.schedule=constant"),
-            *("metrics=jsonl", "metrics.progress=false", "checkpoint.every_steps=1", "checkpoint.keep_last=0"),
-            *("tuner.r=4", "tuner.alpha=8", "optimizer.distributed=false", "topology.cp_comm=ring"),
-        ]
-        if choice != "tuner=full":
-            fixed.append(f"tuner.targets={as_override(self._targets())}")
-        return override_job(job_to_yaml(self.request.job), [choice, *fixed, *rest])
-
-    def _targets(self) -> str | list[str]:
-        """The user's; else all linears, of a mixture of experts by name."""
-        asked = self.request.job.tuner.targets
-        if asked != TunerConfig().targets or not self.model.is_moe:
-            return asked
-        return leaf_names(self.model)
-
-    def _run_dir(self, tuner: str, name: str) -> Path:
-        return self.folder / tuner / name
-
-    def _outside(self, run: Path, tuner: TunerConfig, probe: list[list[int]], ours: Any) -> Error:
-        """How far our logits are from what transformers or peft make of the run's last checkpoint.
-
-        A quantised base is not the base's folder: its adapter is merged into what it was trained on. So is what PEFT
-        has no place for.
-        """
-        from orchestrator.certify.outside import logits
-
-        checkpoint = run / "checkpoints" / step_name(STEPS)
-        if tuner.name == "full":
-            said, where = logits(checkpoint / "model", None, probe), "of the checkpoint in transformers"
-        elif tuner.quantise or beyond_peft(tuner, resolve_targets(tuner.targets, self.model), self.model):
-            export_merged(checkpoint, self.folder / "model", run / "merged")
-            said, where = logits(run / "merged", None, probe), "of the merged export in transformers"
-        else:
-            said, where = logits(self.folder / "model", checkpoint / "adapter", probe), "of the adapter in peft"
-        return Error("logits", where, float(np.abs(said - ours).max()), LOGITS_ATOL)
+@contextmanager
+def _given(pool: Pool) -> Iterator[list[Pool]]:
+    yield [pool]

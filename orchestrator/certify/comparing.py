@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from orchestrator.certify.projecting import Kept, apart, carried, turned
 from orchestrator.checkpoint.folder import step_name
 from orchestrator.checkpoint.load import CheckpointReader
+from orchestrator.config.building import read_job
 from parallel.shards import Box
 
 LOSS_RTOL, TENSOR_RTOL, LOGITS_ATOL = 1e-5, 1e-4, 1e-4
@@ -17,7 +21,8 @@ LOSS_RTOL, TENSOR_RTOL, LOGITS_ATOL = 1e-5, 1e-4, 1e-4
 
 @dataclass(frozen=True)
 class Error:
-    """The worst of one kind: ``what`` (loss, gradient, weight, logits), ``where``, how large, how large it may be."""
+    """The worst of one kind: ``what`` (loss, gradient, moment, weight, logits; of GaLore subspace and turn), ``where``,
+    how large, how large it may be."""
 
     what: str
     where: str
@@ -33,15 +38,72 @@ class Error:
 def errors(reference: Path, found: Path, steps: int) -> list[Error]:
     """The worst errors of a run folder against another: every loss, step 1's gradients, the last step's weights.
 
-    Adam's first moment after one step is the gradient times ``1 - beta1``, so it stands for the gradient.
+    Adam's first moment after one step is the gradient times ``1 - beta1``, so it stands for the gradient. Moments that
+    GaLore keeps are compared in one basis (:mod:`orchestrator.certify.projecting`).
     """
+    projected = _projected(reference, found, steps)
     worst = [max(_losses(reference, found), key=lambda error: error.share)]
     for what, kind, step in (("gradient", "exp_avg", 1), ("moment", "exp_avg_sq", steps), ("weight", "weight", steps)):
         folders = [run / "checkpoints" / step_name(step) for run in (reference, found)]
         each = list(_tensors(what, kind, CheckpointReader(folders[0]), CheckpointReader(folders[1])))
+        apart = {error.where for error in projected} if kind.startswith("exp_avg") else set()
+        each = [error for error in each if error.where not in apart]
+        each += [error for error in projected if error.what == what]
         if each:
             worst.append(max(each, key=lambda error: error.share))
+    for what in ("subspace", "turn"):
+        if each := [error for error in projected if error.what == what]:
+            worst.append(max(each, key=lambda error: error.share))
     return worst
+
+
+def _projected(reference: Path, found: Path, steps: int) -> list[Error]:
+    """All errors of the matrices that GaLore projects in both runs, and whose shapes are equal."""
+    readers = [
+        [CheckpointReader(run / "checkpoints" / step_name(step)) for step in range(1, steps + 1)]
+        for run in (reference, found)
+    ]
+    ones, others = readers
+    names = sorted(set(ones[0].names("projector")) & set(others[0].names("projector")))
+    if not names:
+        return []
+    first, second = read_job(reference).optimizer.betas
+    betas = (first, second)
+    errors = []
+    for name in names:
+        if any(ones[0].shape(name, kind) != others[0].shape(name, kind) for kind in ("projector", "exp_avg")):
+            continue
+        one, other = ([_kept(reader, name) for reader in run] for run in (ones, others))
+        moved = carried(one, other, betas)
+        errors.append(Error("gradient", name, _gap(moved[0].first, other[0].first), TENSOR_RTOL))
+        errors.append(Error("moment", name, _gap(moved[-1].second, other[-1].second), TENSOR_RTOL))
+        subspace = max(apart(ours.projector, theirs.projector) for ours, theirs in zip(one, other, strict=True))
+        errors.append(Error("subspace", name, subspace, TENSOR_RTOL))
+        errors.append(Error("turn", name, _turn(one, other, betas[0]), TENSOR_RTOL))
+    return errors
+
+
+def _turn(one: Sequence[Kept], other: Sequence[Kept], beta: float) -> float:
+    """The largest of the steps in which the reference chose its subspace."""
+    before, worst = None, 0.0
+    for ours, theirs in zip(one, other, strict=True):
+        if before is None or not torch.equal(before.projector, ours.projector):
+            gained = ours.first if before is None else ours.first - beta * before.first
+            worst = max(worst, turned(ours, theirs.projector, gained / (1 - beta)))
+        before = ours
+    return worst
+
+
+def _kept(reader: CheckpointReader, name: str) -> Kept:
+    """What GaLore keeps of a matrix in a checkpoint."""
+    kinds = ("projector", "exp_avg", "exp_avg_sq")
+    return Kept(*(reader.read(name, kind, Box.whole(reader.shape(name, kind))).double() for kind in kinds))
+
+
+def _gap(expected: torch.Tensor, value: torch.Tensor) -> float:
+    """The relative distance in Frobenius norm."""
+    size, gap = float(expected.norm()), float((value - expected).norm())
+    return gap / size if size else (float("inf") if gap else 0.0)
 
 
 def _losses(reference: Path, found: Path) -> Iterator[Error]:
@@ -72,5 +134,4 @@ def _tensors(what: str, kind: str, one: CheckpointReader, other: CheckpointReade
             yield Error(what, f"{name} has another shape", float("inf"), TENSOR_RTOL)
             continue
         expected, value = (reader.read(name, kind, Box.whole(shape)).double() for reader in (one, other))
-        size, gap = float(expected.norm()), float((value - expected).norm())
-        yield Error(what, name, gap / size if size else (float("inf") if gap else 0.0), TENSOR_RTOL)
+        yield Error(what, name, _gap(expected, value), TENSOR_RTOL)

@@ -51,7 +51,7 @@ def shrunken(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
         **_small_windows(model, layers),
     }
     if model.is_moe:
-        experts = _several(model.experts, ranks)
+        experts = _fewest_experts(model.experts, ranks)
         small |= {
             next((key for key in EXPERT_KEYS if key in config), EXPERT_KEYS[-1]): experts,
             "num_experts_per_tok": min(model.experts_per_token, max(1, experts // 2)),
@@ -107,6 +107,22 @@ def _several(size: int, ranks: int) -> int:
     if size == least:
         return size
     return next(least * factor for factor in range(2, size // least + 1) if math.gcd(least * factor, every) == least)
+
+
+def _fewest_experts(size: int, ranks: int) -> int:
+    """As many experts as are cut by the same numbers up to ``ranks``, with several on a rank on half of these ranks.
+
+    Each costs its own products and adapters in every layer, so there are no more than that.
+
+    Example:
+        >>> [_fewest_experts(128, ranks) for ranks in (2, 3, 4, 8)], _fewest_experts(60, 4), _fewest_experts(3, 4)
+        ([4, 4, 4, 8], 12, 3)
+    """
+    every = math.lcm(*range(1, ranks + 1))
+    least = math.gcd(size, every)
+    wanted = max(4, ranks)
+    fitting = (least * factor for factor in range(1, size // least + 1) if math.gcd(least * factor, every) == least)
+    return next((count for count in fitting if count >= wanted), size)
 
 
 def _same_cuts(size: int, ranks: int) -> int:

@@ -42,6 +42,7 @@ class LoraPair:
 
     ``magnitude``: DoRA's lengths ``[out]`` of the rows of ``W + scale * B @ A``, by their name; None for plain LoRA.
     ``transposed``: of an embedding ``[vocab, hidden]``, whose update is ``scale * (B @ A)^T`` with A ``[r, vocab]``.
+    Its magnitudes ``[hidden]`` are its columns' lengths.
     """
 
     base: str
@@ -117,8 +118,8 @@ def lora_pairs(adapter: AdapterReader, folder: Path) -> dict[str, LoraPair]:
     """The updates of an adapter by the base weight's name (``model.layers.0.self_attn.q_proj.weight``).
 
     Raises:
-        ConfigError: the adapter is neither LoRA nor DoRA on linear layers (trained biases, embeddings, whole modules),
-            or a matrix lacks its partner or, of DoRA, its magnitudes.
+        ConfigError: the adapter is neither LoRA nor DoRA on linear layers and the embedding (trained biases, whole
+            modules), or a matrix lacks its partner or, of DoRA, its magnitudes.
     """
     config = adapter.config
     kind = config.get("peft_type")

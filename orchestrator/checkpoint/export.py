@@ -111,8 +111,9 @@ def _write_joined(adapter: AdapterReader, folder: Path) -> None:
 def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precision: str | None = None) -> None:
     """Write the whole model with the adapter merged into it: transformers loads it as it is.
 
-    ``W + scale * B @ A`` (its rows stretched to DoRA's magnitudes) is computed in fp32, block of rows by block of rows,
-    and cast once. Files are cut as the base's are. A checkpoint of full tuning is its own base.
+    ``W + scale * B @ A`` (its rows stretched to DoRA's magnitudes; of an embedding its columns) is computed in fp32,
+    block of rows by block of rows, and cast once. Files are cut as the base's are. A checkpoint of full tuning is its
+    own base.
 
     Args:
         base: the Hugging Face folder that the adapter was trained on; only read. None for full tuning.
@@ -150,12 +151,15 @@ def export_merged(checkpoint_folder: Path, base: Path | None, out: Path, precisi
             writer = FileWriter(folder / path.name, entries)
             try:
                 for entry in entries:
+                    columns = _column_factors(source, entry, pairs, adapter)
                     for rows in row_boxes(entry):
                         if adapter is not None and entry.key in saved:
                             whole = adapter.read(saved[entry.key], "weight", rows)
                             writer.write(whole.to(TORCH_DTYPES[entry.dtype]))
                             continue
-                        writer.write(_merged(source, entry, rows, pairs, adapter))
+                        merged = _merged(source, entry, rows, pairs, adapter)
+                        merged = merged if columns is None else merged * columns
+                        writer.write(merged.to(TORCH_DTYPES[entry.dtype]))
                 writer.close()
             finally:
                 writer.abort()
@@ -224,13 +228,18 @@ def row_boxes(entry: TensorEntry) -> Iterator[Box]:
 def _merged(
     source: QuantisedBase, entry: TensorEntry, rows: Box, pairs: Mapping[str, LoraPair], adapter: AdapterReader | None
 ) -> torch.Tensor:
-    """Some rows of a tensor (of joined experts: some experts) as they are written: ``entry`` has the type."""
+    """Some rows of a tensor (of joined experts: some experts) as they are written, in fp32 or more where they change.
+
+    The columns of an embedding are not stretched yet.
+    """
     data = source.read(entry.key, rows)
     if adapter is not None:
         wide = torch.promote_types(data.dtype, torch.float32)
         if (pair := pairs.get(common_name(entry.key))) is not None:
             data = data.to(wide) + _update(adapter, pair, rows.offset[0], rows.size[0]).to(wide)
-            if pair.magnitude is not None:  # arXiv:2402.09353, equation 5; a block holds whole rows
+            if (
+                pair.magnitude is not None and not pair.transposed
+            ):  # arXiv:2402.09353, equation 5; a block holds whole rows
                 length = adapter.read(pair.magnitude, "weight", Box(rows.offset[:1], rows.size[:1])).to(wide)
                 data *= (length / torch.linalg.vector_norm(data, dim=1))[:, None]
         for name, place in weight_places(entry.key, entry.shape):
@@ -241,7 +250,20 @@ def _merged(
                 if (magnitude := pairs[name].magnitude) is not None:
                     length = adapter.read(magnitude, "weight", Box((0,), (box.size[1],))).to(wide)
                     inside *= (length / torch.linalg.vector_norm(inside, dim=2))[..., None]
-    return data.to(TORCH_DTYPES[entry.dtype])
+    return data
+
+
+def _column_factors(
+    source: QuantisedBase, entry: TensorEntry, pairs: Mapping[str, LoraPair], adapter: AdapterReader | None
+) -> torch.Tensor | None:
+    """By what DoRA stretches the columns of an embedding: they go over all rows, so these are read once before."""
+    pair = pairs.get(common_name(entry.key))
+    if adapter is None or pair is None or pair.magnitude is None or not pair.transposed:
+        return None
+    blocks = (_merged(source, entry, rows, pairs, adapter) for rows in row_boxes(entry))
+    squares = torch.stack([block.double().square().sum(dim=0) for block in blocks]).sum(dim=0)
+    length = adapter.read(pair.magnitude, "weight", Box.whole(entry.shape[1:]))
+    return (length / squares.sqrt()).float()
 
 
 def _update(adapter: AdapterReader, pair: LoraPair, start: int, count: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from orchestrator.errors import ConfigError
 
 # A job that differs only here is the same run: where it runs, how fast, and what is written down about it.
 FREE_KEYS = (
-    *("run_dir", "cluster.", "topology.", "engine.", "metrics.", "memory.", "checkpoint.", "recovery."),
+    *("run_dir", "cluster.", "topology.", "engine.", "metrics.", "memory.", "checkpoint.", "recovery.", "sweep."),
     *("batch.micro_sequences", "optimizer.distributed", "model.download"),
 )
 

@@ -72,7 +72,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
             *("seed", "optimizer.lr", "optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_norm"),
             *("optimizer.warmup_steps", "checkpoint.every_steps", "experts.balancing_loss", "experts.bias_rate"),
             *(f"checkpoint.keep_{which}" for which in ("last", "every", "best")),
-            *("cluster.slurm.signal_s", "recovery.restarts", "anomalies.limit"),
+            *("cluster.slurm.signal_s", "recovery.restarts", "recovery.node_faults", "anomalies.limit"),
         )
     },
     "cluster.memory_gib": ("above 0", lambda value: value > 0, "4"),

@@ -249,11 +249,13 @@ class RecoveryConfig:
     """What a run does about lost ranks. ``restarts``: how often all are started again without a new checkpoint.
 
     ``silent_s``, ``stalled_s``: how long a rank may give no sign of life, and all of them do no step, before that.
+    ``node_faults``: lost starts after which a node of Slurm's is left out, where the range of nodes allows; 0: never.
     """
 
     restarts: int = 3
     silent_s: float = 120.0
     stalled_s: float = 1800.0
+    node_faults: int = 2
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,13 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """What the points of a sweep do together. ``share_base``: those that can train in turns on one frozen base."""
+
+    share_base: bool = False
+
+
+@dataclass(frozen=True)
 class JobConfig:
     """The whole request. Two equal jobs are the same run, whatever the cluster, topology or engine."""
 
@@ -302,6 +311,7 @@ class JobConfig:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     anomalies: AnomaliesConfig = field(default_factory=AnomaliesConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def galore_spec(optimizer: OptimizerConfig) -> GaloreSpec | None:

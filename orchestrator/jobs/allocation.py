@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,28 +20,32 @@ from launch.exits import INTERRUPTED, PEER_LOST
 from launch.slurm.allocation import Allocation, read_allocation
 from launch.slurm.commands import SlurmError, host_names, node_address, requeue, was_preempted
 from launch.slurm.step import Signals, StepRequest, StepResult, run_step
-from orchestrator.commands import Say, check_files, ended, make_folder, run_folder
+from launch.stop import WARNINGS
+from orchestrator.commands import Planned, Say, check_files, ended, make_folder, run_folder
 from orchestrator.config.building import read_job
-from orchestrator.config.job import AUTO, ClusterConfig, JobConfig, SlurmConfig
-from orchestrator.config.loading import compose_job
+from orchestrator.config.job import JobConfig, SlurmConfig
 from orchestrator.config.secrets import read_secrets
 from orchestrator.detection.cluster import as_asked
 from orchestrator.errors import ConfigError, ExitCode
-from orchestrator.jobs.nodes import plan_on
+from orchestrator.jobs.by_hand import by_hand
+from orchestrator.jobs.nodes import node_range, plan_on
 from orchestrator.jobs.record import (
     Ended,
     Submission,
     is_cancelled,
+    lost_start,
     note_start,
     read_tasks,
     slurm_folder,
     write_ended,
     write_submission,
 )
+from orchestrator.jobs.suspects import note_end, note_lost_nodes, suspects, without
 from orchestrator.locking import locked
 from orchestrator.pages.run_page import report_end
 from orchestrator.recovery import patience, progress, run_ranks
 from orchestrator.runs import decide_train, write_run
+from parallel.specs import SpecError
 
 STARTS_WITHOUT_PROGRESS = 3
 
@@ -80,18 +82,12 @@ def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> 
         return int(ExitCode.DONE)
     check_files(job, decision.kind)
     asked = dataclasses.replace(job, run_dir=str(run_dir))
-    planned = plan_on(asked, allocation.nodes)
-    job = planned.job
-    if job.cluster.nodes < allocation.nodes:
-        say(f"{job.cluster.nodes} of {allocation.nodes} nodes are used: the batch cannot be cut for more of them")
+    plan_on(asked, allocation.nodes)  # what cannot work is said before there is a folder
     make_folder(run_dir)
     with locked(run_dir):
-        write_run(run_dir, as_asked(job, asked), planned.plan.to_json())
         if overrides:
             write_submission(run_dir, Submission(f"isotrain:by-hand-{allocation.job_id}", allocation.job_id))
-        say(planned.words)
-        starts = note_start(run_dir, allocation.job_id, decision.step)
-        verdict = _train(run_dir, job, allocation, signals, say, starts)
+        verdict = _train_on_what_is_good(run_dir, asked, allocation, decision.step, signals, say)
         say(verdict.message)
         _write_ended(run_dir, allocation, verdict)
         report_end(run_dir)
@@ -119,62 +115,90 @@ def run_of_task(folder: Path, allocation: Allocation) -> Path:
     return run
 
 
-def by_hand(overrides: Sequence[str], allocation: Allocation) -> JobConfig:
-    """The job that was typed after ``sbatch slurm/train.sbatch``, on the cluster that the allocation is.
-
-    Nodes and ranks per node are the allocation's always; device and memory unless ``cluster=`` names them. A folder
-    without ``run_dir`` is named after the job, so that it is the same one after a requeue.
-    """
-    job = compose_job(overrides)
-    named = any(text.startswith("cluster=") for text in overrides)
-    if job.cluster.name == AUTO:  # its nodes are looked at when it is planned
-        return dataclasses.replace(job, run_dir=_folder(job, allocation))
-    cluster = job.cluster if named else cluster_of(allocation, job.cluster)
-    on_node = (allocation.gpus_per_node if cluster.device == "cuda" else 0) or (cluster.gpus_per_node if named else 1)
-    cluster = dataclasses.replace(cluster, nodes=allocation.nodes, gpus_per_node=allocation.ranks_per_node or on_node)
-    return dataclasses.replace(job, cluster=cluster, run_dir=_folder(job, allocation))
-
-
-def _folder(job: JobConfig, allocation: Allocation) -> str:
-    name = Path(job.model.path or "model").name.lower()
-    return job.run_dir or str(Path("runs", f"{name}-job-{allocation.job_id}").absolute())
-
-
-def cluster_of(allocation: Allocation, otherwise: ClusterConfig) -> ClusterConfig:
-    """What the nodes are: GPUs where Slurm has given some and torch sees them, else processes that share the memory."""
-    changes: dict[str, object] = {"name": "allocation"}
-    ranks = allocation.ranks_per_node or 1
-    memory_mib = allocation.memory_mib or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
-    changes["memory_gib"] = round(memory_mib / 1024 / ranks, 1)
-    if allocation.gpus_per_node:
-        import torch
-
-        if torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(0).total_memory / 2**30
-            changes |= {"device": "cuda", "memory_gib": round(0.95 * total, 1)}  # the driver and nccl take their share
-    return dataclasses.replace(otherwise, **changes)  # type: ignore[arg-type]
-
-
-def _train(
-    run_dir: Path, job: JobConfig, allocation: Allocation, signals: Signals, say: Say, starts: Sequence[int]
+def _train_on_what_is_good(
+    run_dir: Path, asked: JobConfig, allocation: Allocation, step: int, signals: Signals, say: Say
 ) -> Verdict:
-    """Run the ranks, again after an end that another try may not meet, until that makes no progress."""
+    """Train on the nodes there are, without those that starts are lost to again and again."""
+    hosts = host_names(allocation.node_list)
+    for node in note_lost_nodes(run_dir, lost_start(run_dir), hosts):
+        say(f"{node} was lost, and the start before this one with it")
+    starts = note_start(run_dir, allocation.job_id, step, hosts)
+    verdict: Verdict | None = None
+    while verdict is None:
+        bad = suspects(run_dir, asked.recovery.node_faults)
+        planned, nodes = _plan(asked, hosts, bad)
+        if left := [node for node in hosts if node not in nodes]:
+            say(f"{', '.join(left)} left out: starts were lost to it {asked.recovery.node_faults} times")
+        if planned.job.cluster.nodes < len(nodes):
+            used = f"{planned.job.cluster.nodes} of {len(nodes)} nodes are used"
+            say(f"{used}: the batch cannot be cut for more of them")
+        write_run(run_dir, as_asked(planned.job, asked), planned.plan.to_json())
+        say(planned.words)
+        here = _Here(run_dir, planned.job, allocation, tuple(nodes), node_range(asked.cluster)[0], frozenset(bad))
+        verdict = _train(here, signals, say, starts)
+    return verdict
+
+
+def _plan(asked: JobConfig, hosts: list[str], bad: set[str]) -> tuple[Planned, list[str]]:
+    """The plan without bad nodes, and the nodes it may use; with them where there is no other."""
+    nodes = without(hosts, bad, node_range(asked.cluster)[0])
+    try:
+        return plan_on(asked, len(nodes)), nodes
+    except (ConfigError, SpecError):
+        if nodes == hosts:
+            raise
+        return plan_on(asked, len(hosts)), hosts
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What is trained where. ``nodes``: that may be used; ``fewest``: that a plan may have; ``bad``: known as such."""
+
+    run_dir: Path
+    job: JobConfig
+    allocation: Allocation
+    nodes: tuple[str, ...]
+    fewest: int
+    bad: frozenset[str]
+
+    def has_new_suspect(self) -> bool:
+        """Whether there is a node now that should be left out, and can be."""
+        found = suspects(self.run_dir, self.job.recovery.node_faults) - self.bad
+        return bool(self.job.recovery.restarts) and len(without(self.nodes, found, self.fewest)) < len(self.nodes)
+
+
+def _train(here: _Here, signals: Signals, say: Say, starts: Sequence[int]) -> Verdict | None:
+    """Train, and again after an end that another try may not meet, until that makes no progress.
+
+    Returns:
+        None where a node should be left out from now on.
+    """
+
+    def start(attempt: int) -> StepResult:
+        end = run_step(_request(here, attempt), signals, lambda: progress(here.run_dir), say)
+        note_end(here.run_dir, here.allocation.job_id, end)
+        return end
+
     result, given_up = run_ranks(
-        lambda attempt: run_step(_request(run_dir, job, allocation, attempt), signals, lambda: progress(run_dir), say),
-        run_dir,
-        job.recovery.restarts,
+        start,
+        here.run_dir,
+        here.job.recovery.restarts,
         say,
-        lambda end: bool(signals.heard),
+        lambda end: bool(signals.heard) or here.has_new_suspect(),
     )
+    if result.cause is not None and not signals.heard and here.has_new_suspect():
+        say(result.cause.message)
+        return None
     if given_up and result.cause is not None:
         return Verdict(int(ExitCode.GAVE_UP), result.cause.cause, given_up)
-    return _verdict(run_dir, job, allocation, signals, result, starts)
+    return _verdict(here.run_dir, here.job, here.allocation, signals, result, starts)
 
 
-def _request(run_dir: Path, job: JobConfig, allocation: Allocation, attempt: int) -> StepRequest:
+def _request(here: _Here, attempt: int) -> StepRequest:
+    run_dir, job, allocation = here.run_dir, here.job, here.allocation
     slurm, per_node = job.cluster.slurm, job.cluster.gpus_per_node
-    hosts = tuple(host_names(allocation.node_list)[: job.cluster.nodes])
-    meeting = slurm_folder(run_dir) / f"meeting-{allocation.job_id}-{allocation.restarts}-{attempt}.json"
+    hosts = here.nodes[: job.cluster.nodes]
+    meeting = slurm_folder(run_dir) / f"meeting-{allocation.job_id}-{allocation.restarts}-{len(hosts)}-{attempt}.json"
     for earlier in slurm_folder(run_dir).glob("meeting-*.json"):
         earlier.unlink(missing_ok=True)
     meeting.parent.mkdir(exist_ok=True)
@@ -234,7 +258,7 @@ def _verdict(
         return plain
     if is_cancelled(run_dir, allocation.job_id):
         return dataclasses.replace(plain, message=f"{plain.message}; cancelled, so it is not requeued")
-    warned = signal.SIGUSR1 in signals.heard or was_preempted(allocation.job_id)
+    warned = not set(WARNINGS).isdisjoint(signals.heard) or was_preempted(allocation.job_id)
     if not (warned and job.cluster.slurm.requeue):
         return plain
     if len(starts) >= STARTS_WITHOUT_PROGRESS and min(starts[-STARTS_WITHOUT_PROGRESS:]) >= finished.step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,49 @@ def write_cancelled(run_dir: Path, job_id: str) -> None:
     _write(slurm_folder(run_dir) / "cancelled.json", {"job_id": job_id, "time": time.time()})
 
 
-def note_start(run_dir: Path, job_id: str, step: int) -> list[int]:
-    """Note at which step an allocation starts; returns those of all starts of the same job, this one last."""
+@dataclass(frozen=True)
+class Start:
+    """The newest allocation of a run. ``steps``: that checkpoints held at each start of its job, this one last.
+
+    ``nodes``: what it has; ``time``: unix seconds.
+    """
+
+    job_id: str
+    steps: tuple[int, ...]
+    nodes: tuple[str, ...] = ()
+    time: float = 0.0
+
+
+def note_start(run_dir: Path, job_id: str, step: int, nodes: Sequence[str] = ()) -> list[int]:
+    """Note at which step an allocation starts, and where; returns the steps of all starts of the same job."""
+    before = read_start(run_dir)
+    steps = (*(before.steps if before and before.job_id == job_id else ()), step)
+    _write(slurm_folder(run_dir) / "starts.json", asdict(Start(job_id, steps, tuple(nodes), time.time())))
+    return list(steps)
+
+
+def read_start(run_dir: Path) -> Start | None:
+    """The newest start; None when there was none."""
     values = _read(slurm_folder(run_dir) / "starts.json")
-    steps = [*(values.get("steps", []) if values.get("job_id") == job_id else []), step]
-    _write(slurm_folder(run_dir) / "starts.json", {"job_id": job_id, "steps": steps})
-    return steps
+    if not values:
+        return None
+    return Start(values["job_id"], tuple(values["steps"]), tuple(values.get("nodes", ())), values.get("time", 0.0))
+
+
+def lost_start(run_dir: Path) -> Start | None:
+    """The newest start, where it came to no end of its own."""
+    start, end = read_start(run_dir), read_ended(run_dir)
+    return None if start is None or (end is not None and end.time >= start.time) else start
+
+
+def read_faults(run_dir: Path) -> list[dict[str, Any]]:
+    """What starts were lost to, oldest first (:mod:`orchestrator.jobs.suspects`)."""
+    return list(_read(slurm_folder(run_dir) / "faults.json").get("faults", []))
+
+
+def write_faults(run_dir: Path, faults: Sequence[Mapping[str, Any]]) -> None:
+    """Remember them."""
+    _write(slurm_folder(run_dir) / "faults.json", {"faults": list(faults)})
 
 
 def _read(file: Path) -> dict[str, Any]:

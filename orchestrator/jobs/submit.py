@@ -86,8 +86,15 @@ def script_of(cluster: ClusterConfig, run_dir: Path) -> str:
     """The batch script for a folder.
 
     Raises:
-        ConfigError: Slurm would lose its log. LaunchError: a value cannot stand in an #SBATCH line.
+        ConfigError: Slurm would lose its log, or a container cannot have a folder. LaunchError: a value cannot stand in
+            an #SBATCH line.
     """
+    kind, *names = cluster.slurm.prologue or [""]
+    bound = [str(run_dir), *names[1:]] if kind in ON_RANKS else []
+    if cut := [folder for folder in bound if "," in folder or ":" in folder]:
+        raise ConfigError(
+            f"{cut[0]}: {kind} cannot bind a folder with a comma or a colon in its name", "run_dir=ANOTHER"
+        )
     if "\\" in str(run_dir):
         raise ConfigError(
             f"run_dir={run_dir}: Slurm loses the log of a job in a folder with a backslash", "run_dir=ANOTHER"

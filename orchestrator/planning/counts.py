@@ -134,7 +134,10 @@ def stage_counts(work: Workload, stage: int) -> StageCounts:
     adapters = sum(one.trainable * count for one, count in held)
     for module, here in ((names.HEAD_MODULE, last), (names.EMBEDDING_MODULE, first)):
         if here and module in work.adapted:
-            adapters += work.adapter_rank * (model.hidden + vocabulary // model.hidden)
+            rows = vocabulary // model.hidden
+            adapters += work.adapter_rank * (model.hidden + rows)
+            if work.extras.magnitudes:  # of an embedding one for each column
+                adapters += rows if module == names.HEAD_MODULE else model.hidden
     chosen = _chosen_parameters(work, stage)
     return StageCounts(
         base=base,

@@ -23,6 +23,7 @@ from orchestrator.planning.kept import (
 )
 from orchestrator.planning.memory import StageMemory, stage_memory
 from orchestrator.planning.profile import measured_device
+from orchestrator.planning.projected import projection
 from orchestrator.planning.setup import Holding, Setup, Software
 from orchestrator.planning.shape import Shape, shape_of
 from orchestrator.planning.timing import StepTime, step_time
@@ -164,7 +165,7 @@ def _stage_kept(work: Workload, cut: Cut, stage: int, held: Sequence[tuple[dict[
         layers=layers,
         inputs=layer_input(model, cut) * sum(count for _, count in held) + angles(model),
         largest=largest + layer_input(model, cut) * -1,
-        start=embedding_kept(cut) if first else Kept(),
+        start=embedding_kept(model, cut) if first else Kept(),
         finish=finish_kept(model, cut) if last else Kept(),
     )
 
@@ -181,6 +182,7 @@ def _holding(work: Workload, stage: int) -> Holding:
         quantised=counts.linears + counts.expert if work.proposal.quantise else 0,
         moments=moment_numbers(work, stage) if work.extras.galore else None,
         reference=_reference(work, counts),
+        projection=projection(work, stage),
     )
 
 

@@ -113,14 +113,31 @@ def first_norm(model: ModelSpec, cut: Cut) -> Kept:
     return Kept((model.hidden * cut.value_bytes + FULL_PRECISION) * cut.share)
 
 
-def embedding_kept(cut: Cut) -> Kept:
-    """Which rows an embedding that learns has to add gradients to, and which of them are another rank's."""
-    return Kept(INDEX + (cut.tp > 1)) if cut.is_full else Kept()
+def embedding_kept(model: ModelSpec, cut: Cut) -> Kept:
+    """Which rows an embedding that learns has to add gradients to, and which of them are another rank's.
+
+    Of its adapter the same, what A gives, and B; for DoRA what is stretched and by how much.
+    """
+    if cut.is_full:
+        return Kept(INDEX + (cut.tp > 1))
+    if names.EMBEDDING_MODULE not in cut.adapted:
+        return Kept()
+    wide = cut.rank * FULL_PRECISION
+    found = Kept(INDEX + 1 + wide * cut.share, fixed=wide * model.hidden)
+    stretched = Kept(model.hidden * cut.value_bytes * cut.share, fixed=2 * FULL_PRECISION * model.hidden)
+    return found + stretched if cut.magnitudes else found
 
 
 def finish_kept(model: ModelSpec, cut: Cut) -> Kept:
-    """The final norm's, and which tokens have a label. The logits are the loss's own."""
-    return Kept((model.hidden * cut.value_bytes + FULL_PRECISION) * cut.share + 1)
+    """The final norm's, and which tokens have a label; of the head's adapter its input, A, and DoRA's magnitudes. The
+    logits are the loss's own."""
+    found = Kept((model.hidden * cut.value_bytes + FULL_PRECISION) * cut.share + 1)
+    if names.HEAD_MODULE not in cut.adapted:
+        return found
+    rows = model.vocab / cut.tp * (FULL_PRECISION + 1) if cut.magnitudes else 0
+    return found + Kept(
+        model.hidden * cut.value_bytes * cut.share, fixed=cut.rank * model.hidden * cut.value_bytes + rows
+    )
 
 
 def angles(model: ModelSpec) -> Kept:

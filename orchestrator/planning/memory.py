@@ -87,6 +87,9 @@ def _one_stage(setup: Setup, stage: int, constants: Constants) -> StageMemory:
         "buffers": _buffer_bytes(setup, held, stage),
         "reference": _reference_bytes(setup, held, stage),
     }
+    if held.projection is not None:  # in the optimizer, when what the backward pass needs is gone
+        passing = owners["activations"] + owners["logits"] + owners["buffers"]
+        owners["buffers"] += max(0, held.projection.held - passing)
     if setup.device.is_measured:
         return StageMemory(overhead=CPU_OVERHEAD_BYTES, **owners)
     slack = int(sum(owners.values()) * (constants.slack - 1))

@@ -17,7 +17,7 @@ from orchestrator.planning.goals import is_built
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.nearest import nearest_legal
 from orchestrator.planning.search import ALIKE, Found, micro_sizes, search
-from orchestrator.planning.timing import StagePass, StepTime
+from orchestrator.planning.timing import StagePass, StepTime, choosing_s
 from orchestrator.planning.tuning import adapted_linears, beyond_peft, chosen_weights
 from parallel.capabilities import Proposal, batch_refusals
 from parallel.specs import ClusterSpec, ModelSpec
@@ -245,6 +245,12 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     if best.length_multiple > 1:
         reasons.append(
             f"rows are padded to a multiple of {best.length_multiple} tokens (sequence or context parallelism)"
+        )
+    if (longer_s := choosing_s(best.setup)) > 0:
+        every, guess = job.optimizer.galore.update_steps, "" if best.setup.device.is_measured else ", a guess"
+        reasons.append(
+            f"optimizer=galore chooses its subspaces every {every} steps, which makes that step about {longer_s:.2g} s "
+            f"longer ({longer_s / every:.2g} s per step on average{guess})"
         )
     if words := beyond_peft(job.tuner, question.adapted, question.model):
         reasons.append(f"{words}: PEFT has no place for it, so isotrain export makes it --to merged only")

@@ -54,13 +54,32 @@ class Software:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """GaLore's work on one rank of a stage. ``step``: FLOP in fp32 of every step, to project gradients and updates.
+
+    Every ``every`` steps subspaces are chosen: ``gram``: FLOP in fp64 of Gram matrices; ``eigen``: the cubes of their
+    sizes, added up. ``expert_gram``, ``expert_eigen``: those of experts, where they are apart. ``held``: bytes at a
+    time, while activations are not held.
+    """
+
+    every: int
+    step: float
+    gram: float
+    eigen: float
+    held: int
+    expert_gram: float = 0.0
+    expert_eigen: float = 0.0
+
+
+@dataclass(frozen=True)
 class Holding:
     """Parameters on one rank of a stage. ``expert``: those of ``base`` that belong to experts.
 
     ``trainable``: those with a gradient, adapters included; ``expert_trainable``: of them those of experts.
     ``adapters``: parameters beside ``base``, fixed ones among them; ``adapters_trainable``: without these.
     ``quantised``: those of ``base`` in 4 bits. ``moments``: numbers that the optimizer keeps beside master weights,
-    where these are not Adam's two for each trained parameter. ``reference``: of a second, frozen copy.
+    where these are not Adam's two for each trained parameter. ``projection``: what GaLore does with them.
+    ``reference``: parameters of a second, frozen copy.
     """
 
     base: float
@@ -72,6 +91,7 @@ class Holding:
     moments: float | None = None
     adapters_trainable: float = 0.0
     reference: float = 0.0
+    projection: Projection | None = None
 
 
 def fast_domain(device: Device, gpus_per_node: int) -> int:

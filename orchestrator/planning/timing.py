@@ -342,8 +342,35 @@ def _optimizer_s(setup: Setup, constants: Constants) -> float:
         dense /= setup.shard_ranks or setup.replicas
         expert /= setup.expert_replicas
     zeroed = most.trainable * GRADIENT_PASSES if setup.zero < 2 else 0.0
-    return ((dense + expert) * UPDATE_BYTES + zeroed) / (setup.device.memory_rate * constants.memory)
+    adam = ((dense + expert) * UPDATE_BYTES + zeroed) / (setup.device.memory_rate * constants.memory)
+    return adam + _projecting_s(setup, constants)
 
+
+def _projecting_s(setup: Setup, constants: Constants) -> float:
+    """GaLore's products of every step, and its share of the decompositions, which come every so many steps."""
+    held = [one.projection for one in setup.holdings if one.projection is not None]
+    if not held:
+        return 0.0
+    products = max(one.step for one in held) / (setup.device.matmul_rate("fp32") * constants.matmul)
+    return products + choosing_s(setup, constants) / held[0].every
+
+
+def choosing_s(setup: Setup, constants: Constants = FITTED) -> float:
+    """What a step takes longer in which GaLore chooses its subspaces; 0 without GaLore."""
+    constants = _constants(setup, constants)
+    rate = setup.device.matmul_rate("fp32") * constants.matmul
+    eigen = EIGEN_ON_CPU if setup.device.is_measured else EIGEN_GUESSED
+    held = [one.projection for one in setup.holdings if one.projection is not None]
+    return max(((GRAM * one.gram + eigen * one.eigen) / rate for one in held), default=0.0)
+
+
+GRAM = 5.0
+"""Rate of products in fp32 / in fp64, measured on a CPU (107 and 19 GFLOP/s on a core)."""
+EIGEN_ON_CPU = 90.0
+"""All eigenvectors in fp64 as so many times n^3 FLOP at the rate of fp32 products: on a core 125 at n=256, 106 at 576,
+117 at 1024, 58 at 2048."""
+EIGEN_GUESSED = 900.0
+"""The same of an accelerator: a guess, nobody measured; they do this at a much smaller share of their rate."""
 
 GRADIENT_PASSES = 12
 """Bytes per parameter of gradients that are zeroed, checked and measured whole on every rank."""

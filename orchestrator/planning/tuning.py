@@ -55,19 +55,19 @@ def beyond_peft(tuner: TunerConfig, adapted: frozenset[str], model: ModelSpec) -
 
 
 def _check_special(job: JobConfig, model: ModelSpec, adapted: frozenset[str]) -> None:
-    """What is not built for the ends of a model; PiSSA's rank is at most that of the weights."""
+    """What PEFT does not define for an embedding; PiSSA's rank is at most that of the weights."""
     tuner = job.tuner
-    asked = [  # the embedding starts at zero in PEFT, PiSSA or not
-        (EMBEDDING_MODULE, "tuner.dora=true", tuner.dora),
-        (HEAD_MODULE, "tuner.dora=true", tuner.dora),
-        (EMBEDDING_MODULE, "tuner.init=pissa", tuner.init == "pissa"),
-        (EMBEDDING_MODULE, f"tuner.loraplus_lr_ratio={tuner.loraplus_lr_ratio:g}", tuner.loraplus_lr_ratio != 1),
+    ratio = tuner.loraplus_lr_ratio
+    asked = [
+        ("tuner.init=pissa", tuner.init == "pissa", "PEFT starts an embedding's adapter at zero whatever is asked"),
+        (f"tuner.loraplus_lr_ratio={ratio:g}", ratio != 1, "PEFT gives embeddings a rate of their own in LoRA+"),
     ]
-    for module, setting, is_asked in asked:
-        if is_asked and module in adapted:
+    for setting, is_asked, reason in asked:
+        if is_asked and EMBEDDING_MODULE in adapted:
+            linears = [*leaf_names(model), *(["lm_head"] if HEAD_MODULE in adapted else [])]
             raise ConfigError(
-                f"{setting} is not built for {module}, which tuner.targets names",
-                f"tuner.targets=[{','.join(leaf_names(model))}]",
+                f"{setting} is not defined for {EMBEDDING_MODULE}, which tuner.targets names: {reason}",
+                f"tuner.targets=[{','.join(linears)}]",
             )
     twice = sorted(adapted & {name.removesuffix(".weight") for name in chosen_weights(job, model)})
     if twice:

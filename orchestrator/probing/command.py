@@ -112,7 +112,7 @@ def _by_hand(overrides: Sequence[str]) -> int:
     from launch.slurm.allocation import read_allocation
     from orchestrator.commands import make_folder
     from orchestrator.detection.cluster import found_cluster, on_cluster
-    from orchestrator.jobs.allocation import by_hand
+    from orchestrator.jobs.by_hand import by_hand
     from orchestrator.jobs.record import slurm_folder
     from orchestrator.probing.allocation import run_probe
     from orchestrator.probing.judging import judge

@@ -47,6 +47,11 @@ def plan_on_slurm(job: JobConfig) -> Planned:
     """
     if job.cluster.slurm.array is not None:
         raise ConfigError(f"cluster.slurm.array={job.cluster.slurm.array}: a sweep is an array itself", "--jobs N")
+    if job.sweep.share_base:
+        raise ConfigError(
+            "sweep.share_base=true: on Slurm each point is a task of its own, with a base of its own",
+            "sweep.share_base=false   or, inside of an allocation: cluster=auto",
+        )
     return plan_submission(job)
 
 

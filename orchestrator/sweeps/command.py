@@ -45,6 +45,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     from orchestrator.sweeps.planning import plan_sweep, words_of_folders
     from orchestrator.sweeps.running import run_here
     from orchestrator.sweeps.searching import are_for_slurm, asked_metric, plan_anywhere, plan_only
+    from orchestrator.sweeps.sharing import check_sharing, launches
 
     if rank_environment() is not None:
         raise ConfigError("sweep starts its own ranks, and this process is already one (RANK is set)", "isotrain sweep")
@@ -53,11 +54,15 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     if any(is_hydras(word) for word in words):
         return _search(words, arguments)
     sweep = plan_sweep(words, grid(words), plan_only if arguments.dry_run else plan_anywhere)
+    check_sharing(sweep)
     _say(_summary(sweep, arguments.jobs))
+    together = [one for one in launches(sweep.waiting) if len(one.points) > 1]
+    for one in together:
+        _say(one.words)
     if are_for_slurm(sweep):
         return _sweep_on_slurm(sweep, metric, arguments)
     if arguments.dry_run:
-        _show(sweep.folder, sweep.book(metric), arguments.json, 0)
+        _show(sweep.folder, sweep.book(metric), arguments.json, 0, {"together": [one.numbers for one in together]})
         return 0
     book, code = run_here(sweep, metric, arguments.jobs or 1, _say)
     return report(sweep.folder, book, arguments.json, code)

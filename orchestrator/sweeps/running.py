@@ -1,4 +1,5 @@
-"""The points of a sweep on this machine: each a command ``isotrain train`` of its own, one or several at a time."""
+"""The points of a sweep on this machine, one or several at a time: each a command ``isotrain train`` of its own, or
+several of them one command that trains them together."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from orchestrator.config.building import job_to_yaml
 from orchestrator.config.job import JobConfig
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.locking import locked
-from orchestrator.runs import write_whole
+from orchestrator.runs import latest_step, write_whole
 from orchestrator.sweeps.book import Book, Metric, Row, write_book
+from orchestrator.sweeps.bundle import bundle_folder, write_bundle
 from orchestrator.sweeps.measuring import measured
 from orchestrator.sweeps.planning import PlannedPoint, PlannedSweep
+from orchestrator.sweeps.sharing import Together, launches
 
 STOPPED = (int(ExitCode.INTERRUPTED), int(ExitCode.ABORTED), -int(signal.SIGTERM))
 
@@ -46,13 +49,15 @@ def run_here(sweep: PlannedSweep, metric: Metric, jobs: int, say: Say) -> tuple[
         ConfigError: the folder is taken, or there are not as many GPUs.
     """
     waiting = sweep.waiting
-    places = shares(waiting, min(jobs, len(waiting)))
+    together = launches(waiting)
+    places = shares(waiting, min(jobs, len(together)))
     make_folder(sweep.folder)
     with locked(sweep.folder):
         for one in waiting:
             _write_job(one)
-        record = _Record(sweep, metric, say)
-        stops = run_tasks([_task(one) for one in waiting], places, record.began, record.ended, say)
+        tasks = {_task_of(sweep.folder, one): one.numbers for one in together}
+        record = _Record(sweep, metric, say, {task.name: numbers for task, numbers in tasks.items()})
+        stops = run_tasks(list(tasks), places, record.began, record.ended, say)
     if stops:
         return record.book, int(ExitCode.INTERRUPTED if stops == 1 else ExitCode.ABORTED)
     return record.book, exit_code(sweep, record.book)
@@ -118,37 +123,71 @@ def _task(one: PlannedPoint) -> Task:
     return Task(str(one.point.number), train, one.run_dir / "logs" / "train.log")
 
 
-class _Record:
-    """The book while points run: brought up to date, written and said at each start and end."""
+def _task_of(sweep: Path, together: Together) -> Task:
+    """The command of a launch: that of its only point, or one for all of its points."""
+    if len(together.points) == 1:
+        return _task(together.points[0])
+    folder = bundle_folder(sweep, together.numbers)
+    for one in together.points:
+        assert one.planned is not None
+        write_whole(one.run_dir / "plan.json", one.planned.plan.to_json())
+    write_bundle(folder, [one.run_dir for one in together.points])
+    train = (sys.executable, "-m", "orchestrator", "together", str(folder), "--json")
+    return Task(folder.name, train, folder / "logs" / "train.log")
 
-    def __init__(self, sweep: PlannedSweep, metric: Metric, say: Say) -> None:
+
+class _Record:
+    """The book while points run: brought up to date, written and said at each start and end.
+
+    ``numbers``: of the points of each task, by its name.
+    """
+
+    def __init__(self, sweep: PlannedSweep, metric: Metric, say: Say, numbers: Mapping[str, Sequence[int]]) -> None:
         self.book = sweep.book(metric)
         self._folder = sweep.folder
         self._say = say
+        self._numbers = numbers
         write_book(self._folder, self.book)
 
     def began(self, task: Task) -> None:
-        """A point has started."""
-        row = self._change(task, lambda row: dataclasses.replace(row, state="running"))
-        self._say(f"point {row.point.number} started: {row.point.words}")
+        """A point has started, or several."""
+        for row in self._change(task, lambda row: dataclasses.replace(row, state="running")):
+            self._say(f"point {row.point.number} started: {row.point.words}")
 
     def ended(self, task: Task, end: TaskEnd) -> None:
-        """A point has ended."""
-        row = self._change(task, lambda row: self._measured(how_it_ended(row, end)))
+        """A point has ended, or several."""
         metric = self.book.metric.name
-        words = f", {metric} {row.value:.4f}" if row.value is not None else ""
-        why = f": {row.reason}" if row.reason else ""
-        self._say(f"point {row.point.number} {row.state}{words}, {row.step} of {row.steps} steps{why}")
+        for row in self._change(task, lambda row: self._measured(how_it_ended(row, self._end_of(task, row, end)))):
+            words = f", {metric} {row.value:.4f}" if row.value is not None else ""
+            why = f": {row.reason}" if row.reason else ""
+            self._say(f"point {row.point.number} {row.state}{words}, {row.step} of {row.steps} steps{why}")
 
     def _measured(self, row: Row) -> Row:
         return measured(row, self._folder / row.point.folder, self.book.metric)
 
-    def _change(self, task: Task, change: Callable[[Row], Row]) -> Row:
-        rows = {row.point.number: row for row in self.book.rows}
-        rows[int(task.name)] = change(rows[int(task.name)])
+    def _end_of(self, task: Task, row: Row, end: TaskEnd) -> TaskEnd:
+        """The end of one point of a task."""
+        if len(self._numbers[task.name]) == 1:
+            return end
+        return end_of_point(self._folder / row.point.folder, row.steps, end)
+
+    def _change(self, task: Task, change: Callable[[Row], Row]) -> list[Row]:
+        numbers = self._numbers[task.name]
+        rows = {row.point.number: change(row) if row.point.number in numbers else row for row in self.book.rows}
         self.book = dataclasses.replace(self.book, rows=tuple(rows.values()))
         write_book(self._folder, self.book)
-        return rows[int(task.name)]
+        return [rows[number] for number in numbers]
+
+
+def end_of_point(run_dir: Path, steps: int, end: TaskEnd) -> TaskEnd:
+    """The end of one of several points that one command has trained: what that said of it or, where it was killed, as
+    far as the point had come.
+    """
+    try:
+        said = json.loads(end.said)["points"][run_dir.name]
+        return TaskEnd(int(said["code"]), json.dumps(said))
+    except (ValueError, KeyError, TypeError):
+        return TaskEnd(0, "") if (latest_step(run_dir) or 0) >= steps else end
 
 
 def how_it_ended(row: Row, end: TaskEnd) -> Row:

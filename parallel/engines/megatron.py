@@ -26,10 +26,11 @@ from parallel.engines import megatron_model as models
 from parallel.engines import megatron_pissa as pissa
 from parallel.engines import megatron_rates as rates
 from parallel.engines import megatron_state as states
+from parallel.engines.megatron_base import SharedBase
 from parallel.engines.megatron_experts import balance_routers, count_experts_once, shift_biases
 from parallel.groups import Groups
 from parallel.host_memory import keep_freed_memory
-from parallel.loss import VocabShard, bound_, head_logits, summed_loss
+from parallel.loss import HeadAdapter, VocabShard, bound_, head_logits, summed_loss
 from parallel.seeding import DropoutClock
 from parallel.sequence import SequenceCut, in_order
 from parallel.shards import Piece, Shard
@@ -50,21 +51,27 @@ class MegatronEngine:
     Args:
         base: where the frozen (or initial) weights are read from; None for random ones that only depend on names.
         groups: stay the caller's: :meth:`close` does not close them.
+        shared: frozen weights that engines of the same base have in common; what is not in it yet is put there.
     """
 
-    def __init__(self, spec: EngineSpec, groups: Groups, base: TensorReader | None) -> None:
+    def __init__(
+        self, spec: EngineSpec, groups: Groups, base: TensorReader | None, shared: SharedBase | None = None
+    ) -> None:
         keep_freed_memory()
         self._spec, self._groups = spec, groups
         self._cut = SequenceCut(groups.topology.cp, groups.coordinate("cp"))
         self._clock = DropoutClock(spec.seed, spec.sequence_tokens, self._cut)
         self._balancing = BalancingClock()
-        self._chunks = models.build_chunks(spec, groups, self._clock)
+        self._chunks = models.build_chunks(spec, groups, self._clock, on_host=bool(shared))
         balance_routers(self._chunks, spec, groups, self._balancing)
-        models.fill_base(spec, groups, self._chunks, base)
+        there = shared.adopted_by(self._chunks) if shared else frozenset[int]()
+        models.fill_base(spec, groups, self._chunks, base, there)
         self._pgs = models.process_groups(groups)
         self._device = current_device()
         for chunk in self._chunks:
             chunk.to(self._device)
+        if shared is not None:
+            shared.add(self._chunks)
         models.start_adapters(self._chunks)
         self._started = spec.lora is None or spec.lora.init == "default"
         self._base = None if self._started else base  # an open reader keeps the pages of its files in memory
@@ -288,9 +295,9 @@ class MegatronEngine:
     def _head(self) -> torch.Tensor:
         return self._chunks[-1].head_weight()
 
-    def _head_adapter(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _head_adapter(self, hidden: torch.Tensor) -> HeadAdapter | None:
         adapter = self._chunks[-1].head_adapter
-        return None if adapter is None else adapter.low_and_up(hidden)
+        return None if adapter is None else adapter.of(hidden)
 
     def _vocab_shard(self) -> VocabShard:
         topology = self._groups.topology

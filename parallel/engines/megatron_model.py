@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from parallel.lora import (
     adapter_tensors,
     wrap_layer,
 )
-from parallel.lora_ends import LoraEmbedding, LoraHead
+from parallel.lora_ends import DoraEmbedding, DoraHead, LoraEmbedding, LoraHead
 from parallel.provider import block_spec
 from parallel.quantised import QuantisedLinear
 from parallel.rotary import frequencies
@@ -85,8 +86,8 @@ def regions(groups: Groups) -> Regions:
     )
 
 
-def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
-    """megatron-core's config of this model on this topology."""
+def transformer_config(spec: EngineSpec, groups: Groups, on_host: bool = False) -> TransformerConfig:
+    """megatron-core's config of this model on this topology; ``on_host``: weights are made on the CPU."""
     model, topology = spec.model, groups.topology
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TransformerConfig(
@@ -120,7 +121,7 @@ def transformer_config(spec: EngineSpec, groups: Groups) -> TransformerConfig:
         pipeline_dtype=DTYPES[spec.precision],
         bf16=spec.precision == "bf16",
         perform_initialization=False,
-        use_cpu_initialization=device == "cpu" or spec.quantise is not None,
+        use_cpu_initialization=device == "cpu" or spec.quantise is not None or on_host,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -168,8 +169,12 @@ def _experts(spec: EngineSpec) -> dict[str, Any]:
     }
 
 
-def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[HiddenGPTModel]:
-    """Build this rank's pipeline chunks, wrap adapters on, freeze what is not trained; weights are filled later."""
+def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock, on_host: bool = False) -> list[HiddenGPTModel]:
+    """Build this rank's pipeline chunks, wrap adapters on, freeze what is not trained; weights are filled later.
+
+    Args:
+        on_host: make weights on the CPU, where they take no memory before they are written: others will replace them.
+    """
     stand_in_for_cuda()
     _name_rng_stream()
     if not hasattr(moe_utils, "te_general_gemm"):  # unbound in megatron-core 0.16.1 without transformer-engine
@@ -178,7 +183,7 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
         parallel_state._set_global_memory_buffer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = transformer_config(spec, groups)
+        config = transformer_config(spec, groups, on_host)
         chunks = [_build_chunk(spec, groups, config, virtual) for virtual in range(spec.vpp or 1)]
     for virtual, chunk in enumerate(chunks):
         if spec.quantise is not None:
@@ -216,9 +221,12 @@ def build_chunks(spec: EngineSpec, groups: Groups, clock: DropoutClock) -> list[
 def _adapt_ends(chunk: HiddenGPTModel, context: LoraContext) -> None:
     """Put adapters on the embedding and the output layer, where they are targets and this chunk has them."""
     if chunk.post_process and names.HEAD_MODULE in context.lora.targets:
-        chunk.head_adapter = LoraHead(context)
+        head = DoraHead if context.lora.dora else LoraHead
+        chunk.head_adapter = head(context, chunk.head_weight)
     if chunk.pre_process and names.EMBEDDING_MODULE in context.lora.targets:
-        chunk.embedding_adapter = adapter = LoraEmbedding(context)
+        embedding = DoraEmbedding if context.lora.dora else LoraEmbedding
+        table = chunk.embedding.word_embeddings
+        chunk.embedding_adapter = adapter = embedding(context, partial(getattr, table, "weight"))
 
         def adapted(module: Any, args: Any, inputs: dict[str, Any], embedded: torch.Tensor) -> torch.Tensor:
             return adapter(inputs["input_ids"], embedded)
@@ -329,14 +337,25 @@ def _base_tensors(
             yield chunk.head_weight(), names.vocab_piece(name, model, tp, rank)
 
 
-def fill_base(spec: EngineSpec, groups: Groups, chunks: list[HiddenGPTModel], reader: TensorReader | None) -> None:
+def fill_base(
+    spec: EngineSpec,
+    groups: Groups,
+    chunks: list[HiddenGPTModel],
+    reader: TensorReader | None,
+    there: frozenset[int] = frozenset(),
+) -> None:
     """Fill the base weights: slices of a Hugging Face folder, or (``reader`` None) random ones keyed by their names.
 
     Each rank reads only the rows and columns that it holds; rows that pad the vocabulary are zero.
+
+    Args:
+        there: ``id`` of parameters that have their values already.
     """
     with torch.no_grad():
         for virtual, chunk in enumerate(chunks):
             for tensor, piece in _base_tensors(spec.model, groups, chunk, chunk_layers(spec, groups, virtual)):
+                if id(tensor) in there:
+                    continue
                 if piece.local.size[0] < tensor.shape[0] and piece.name in (names.EMBEDDING, names.HEAD):
                     tensor[piece.local.size[0] :].zero_()
                 if 0 in piece.box.size:
@@ -356,7 +375,7 @@ def start_adapters(chunks: list[HiddenGPTModel]) -> None:
     """Give adapters the start that depends on the base's weights; all tensor-parallel ranks call it, after the fill."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, DoraLinear | DoraRouter):
+            if isinstance(module, DoraLinear | DoraRouter | DoraEmbedding):
                 module.start()
 
 

@@ -45,12 +45,17 @@ def fill(
     layers: Iterable[tuple[int, torch.nn.Module]],
     read: Callable[[Piece], torch.Tensor],
 ) -> None:
-    """Quantise the weights of these ``(global index, layer)``, a linear at a time; collective over tp and etp."""
+    """Quantise the weights of these ``(global index, layer)``, a linear at a time; collective over tp and etp.
+
+    Linears that have their weights already, which are the same on all ranks, are passed over.
+    """
     for index, layer in layers:
         for linear in _linears(spec, groups, index):
             module = layer.get_submodule(linear.path)
             base = module.base if isinstance(module, LoraLinear) else module
             assert isinstance(base, QuantisedLinear)
+            if base.is_filled:
+                continue
             group = groups.by_name["expt_tp" if linear.expert else "tp"]
             ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
             pieces = names.weight_pieces(linear, spec.model, index, ranks, rank)

@@ -173,3 +173,32 @@ def rank_that_fails(*cell: Any) -> Any:
     if dist.get_rank() == 1:
         raise RuntimeError("the second rank has had enough")
     return train_cell(*cell)
+
+
+def subspace_of_parts_in_another_order(*cell: Any) -> Any:
+    """GaLore gathers a cut gradient with its parts the wrong way round before it is decomposed."""
+    from parallel.engines.megatron_galore import Matrix
+
+    right = Matrix.whole
+
+    def turned(self: Matrix, local: torch.Tensor) -> torch.Tensor:
+        whole = right(self, local)
+        along = 0 if self.cut == self.axis else 1
+        return whole if self.cut is None else torch.cat(whole.chunk(2, dim=along)[::-1], dim=along)
+
+    with patch.object(Matrix, "whole", turned):
+        return train_cell(*cell)
+
+
+def directions_in_another_order(*cell: Any) -> Any:
+    """GaLore's subspace is right beside other ranks, but two of its directions trade places: moments mix."""
+    from parallel.engines import megatron_galore
+
+    right = megatron_galore.subspace
+
+    def traded(gradient: torch.Tensor, rank: int) -> torch.Tensor:
+        basis = right(gradient, rank)
+        return basis if dist.get_world_size() == 1 else basis[:, [1, 0, *range(2, basis.shape[1])]].contiguous()
+
+    with patch.object(megatron_galore, "subspace", traded):
+        return train_cell(*cell)

@@ -28,6 +28,8 @@ PLANTED: list[tuple[Callable[..., Any], str, str]] = [
     (mutations.one_adapter_per_expert_rank, "lora", "dp2·ep2"),
     (mutations.expert_shares_not_summed, "lora", "dp2·etp2"),
     (mutations.positions_of_each_rank, "lora", "cp2"),
+    (mutations.subspace_of_parts_in_another_order, "galore", "tp2"),
+    (mutations.directions_in_another_order, "galore", "dp2"),
 ]
 
 
@@ -49,6 +51,7 @@ def cells(pool: Pool, tuner: str, layout: str, ranks: int = 2, **more: Any) -> d
         ("full", "tp2·dp2+all", 4, {"tp2·dp2+all"}),
         ("lora", "dp2·ep2", 2, {"dp2·ep2", "dp2·ep2+distributed"}),
         ("qlora", "tp2+sp", 2, {"tp2+sp"}),
+        ("galore", "tp2·pp2+sp", 4, {"tp2·pp2+sp"}),
         pytest.param("lora", "cp2", 2, {"cp2", "cp2+ulysses", "cp2+distributed", "cp2+recompute"}, marks=FINER),
         pytest.param("full", "pp2", 2, {"pp2", "pp2+vpp2", "pp2+recompute"}, marks=FINER),
     ],

@@ -31,6 +31,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bias": ("qwen2", {}),
     "bias-dropout": ("qwen2", {"dropout": 0.3, "targets": ("q_proj", "v_proj", "down_proj")}),
     "grouped-heads": ("qwen3", {}),
+    "ends": ("qwen2", {"targets": ("lm_head", "embed_tokens", "q_proj")}),
+    "ends-dropout": ("qwen2", {"targets": ("lm_head", "embed_tokens"), "dropout": 0.3}),
+    "ends-rslora": ("mixtral", {"targets": ("lm_head", "embed_tokens"), "rslora": True}),
+    "scaled-embedding": ("gemma3_text", {"targets": ("embed_tokens", "q_proj")}),
 }
 RUNS = [
     *(("llama", place) for place in PLACES),
@@ -38,6 +42,10 @@ RUNS = [
     *((case, "tp2-sp-pp2") for case in ("some-targets", "bias", "bias-dropout", "grouped-heads")),
     ("bias-dropout", "one"),
     ("rslora", "one"),
+    *(("ends", place) for place in PLACES),
+    *(("ends-dropout", place) for place in ("one", "tp3", "tp2-sp-pp2")),
+    ("ends-rslora", "one"),
+    *(("scaled-embedding", place) for place in ("one", "tp2-sp-pp2")),
 ]
 
 

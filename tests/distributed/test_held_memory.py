@@ -16,6 +16,7 @@ from tests.helpers.pool import Pool
 from tests.helpers.runs import Run
 
 TOLERANCE = 0.03
+ENDS = ("lm_head", "embed_tokens", "q_proj")
 CELLS = {
     "lora": Run(),
     "dora": Run(dora=True),
@@ -23,12 +24,15 @@ CELLS = {
     "lora-recomputed": Run(recompute="full"),
     "full-pp2": Run(topology=Topology(pp=2), full=True),
     "lora-tp2-sp": Run(topology=Topology(tp=2), sp=True),
+    "dora-ends-tp2-sp": Run("qwen2", topology=Topology(tp=2), sp=True, dora=True, targets=ENDS),
     "full-dp2-distributed-bf16": Run(topology=Topology(dp=2), distributed=True, full=True, precision="bf16"),
 }
 FINER = {
     "full": Run(full=True),
     "lora-bf16": Run(precision="bf16"),
     "pissa": Run(init="pissa"),
+    "lora-ends": Run("qwen2", targets=ENDS),
+    "dora-ends-bf16": Run("qwen2", dora=True, targets=ENDS, precision="bf16"),
     "attention-only": Run(targets=("q_proj", "v_proj")),
     "embedding-learns": Run(modules_to_save=("embed_tokens",)),
     "embedding-learns-bf16": Run(modules_to_save=("embed_tokens",), precision="bf16"),

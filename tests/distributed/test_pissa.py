@@ -43,8 +43,6 @@ def as_rank_2r(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor]) -> 
     """The adapter on the original base: ``W_res + s B A = W + s [B, -B0] [A; A0]``."""
     joined = {}
     for name, value in end.items():
-        if ".base_layer." in name:  # PEFT saves the head that it has changed; here it is as it was
-            continue
         if name.endswith("lora_A.weight"):
             value = torch.cat([value, start[name]])
         elif name.endswith("lora_B.weight"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from parallel.seeding import DropoutClock, kaiming_uniform
+from parallel.seeding import DropoutClock, kaiming_uniform, normal
 from tests.helpers import runs
 from tests.helpers.runs import Run
 
@@ -42,7 +42,7 @@ def backward(run: Run, step: int, model: Any, clock: DropoutClock) -> float:
 
 
 def make_model(run: Run, folder: Path, **config: Any) -> tuple[Any, DropoutClock]:
-    """PEFT's model of a run; A starts from the values that the seed gives."""
+    """PEFT's model of a run; A (of an embedding B) starts from the values that the seed gives."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -66,8 +66,10 @@ def make_model(run: Run, folder: Path, **config: Any) -> tuple[Any, DropoutClock
             module.lora_dropout["default"] = SampleDropout(clock, logical, run.dropout)
     if "init_lora_weights" not in config:
         for name, parameter in model.named_parameters():
+            key = name.replace(".default", "")
+            if ".lora_embedding_B" in name:
+                parameter.data.copy_(normal(tuple(parameter.shape), 1.0, run.seed, "lora_embedding_B", key))
             if ".lora_A." in name:
-                key = name.replace(".default", "")
                 parameter.data.copy_(kaiming_uniform(tuple(parameter.shape), run.seed, "lora_A", key))  # type: ignore[arg-type]
     return model, clock
 
@@ -87,10 +89,11 @@ def train(run: Run, model: Any, clock: DropoutClock, optimizer: Any = None) -> t
 
 
 def adapter(model: Any) -> dict[str, torch.Tensor]:
-    """The adapter under the keys that PEFT saves it by."""
+    """The adapter under the keys that PEFT saves it by, without the whole ends of the base that it may add."""
     from peft import get_peft_model_state_dict
 
-    return {key: value.detach() for key, value in get_peft_model_state_dict(model).items()}
+    state = get_peft_model_state_dict(model)
+    return {key: value.detach() for key, value in state.items() if ".base_layer." not in key}
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-4) -> float:

@@ -138,7 +138,10 @@ def test_a_crashed_rank_is_our_fault_and_a_code_without_an_exit_file_still_count
     assert unsaid.code == 71 and "ended with code 71" in unsaid.cause.message  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("world", "number"),
+    [(1, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGUSR2), (2, signal.SIGINT), (2, signal.SIGUSR1)],
+)
 def test_first_ctrl_c_lets_every_rank_finish_and_save(tmp_path: Path, world: int, number: signal.Signals) -> None:
     driver = start_driver(tmp_path, world, "wait")
     wait_for(lambda: len(pids(tmp_path)) == world)
@@ -163,6 +166,18 @@ def test_second_ctrl_c_kills_all_ranks_at_once(tmp_path: Path) -> None:
     assert not any(is_alive(pid) for pid in ranks)
 
 
+def test_what_follows_a_scheduler_s_warning_does_not_end_the_save(tmp_path: Path) -> None:
+    driver = start_driver(tmp_path, 1, "stubborn")
+    wait_for(lambda: len(pids(tmp_path)) == 1)
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        driver.send_signal(number)
+        time.sleep(0.5)
+    assert driver.poll() is None and is_alive(*pids(tmp_path))
+    driver.send_signal(signal.SIGTERM)  # now the user insists
+    out, _ = driver.communicate(timeout=20)
+    assert json.loads(out) == [130, None]
+
+
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     driver = start_driver(tmp_path, 1, "wait")
     wait_for(lambda: len(pids(tmp_path)) == 1)
@@ -180,7 +195,7 @@ def test_ranks_do_not_outlive_a_killed_agent(tmp_path: Path) -> None:
     os.kill(parent_of(ranks[0]), signal.SIGKILL)
     out, _ = driver.communicate(timeout=30)
     assert json.loads(out)[0] == 86
-    assert not any(is_alive(pid) for pid in ranks)
+    wait_for(lambda: not any(is_alive(pid) for pid in ranks))  # they have said why, and are ending
 
 
 def test_ranks_that_save_because_their_agent_was_killed_may_be_started_again(tmp_path: Path) -> None:
@@ -193,7 +208,7 @@ def test_ranks_that_save_because_their_agent_was_killed_may_be_started_again(tmp
     assert (code, cause["code"], cause["cause"], cause["step"]) == (86, 86, "Launcher", 3)  # not 85: nobody has asked
     assert cause["message"] == "torchrun was killed by SIGKILL"
     assert {value.code for value in read_exits(tmp_path).values()} == {85}
-    assert not any(is_alive(pid) for pid in ranks)
+    wait_for(lambda: not any(is_alive(pid) for pid in ranks))  # they have said why, and are ending
 
 
 def parent_of(pid: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 from launch.exits import RankExit
 from launch.slurm.allocation import Allocation
 from launch.slurm.commands import SlurmError
+from launch.slurm.nodes import Node
 from launch.slurm.step import StepRequest, StepResult
 from orchestrator.config.building import read_job
 from orchestrator.jobs import allocation as module
-from orchestrator.jobs.allocation import by_hand, run_allocation
+from orchestrator.jobs import suspects
+from orchestrator.jobs.allocation import run_allocation
+from orchestrator.jobs.by_hand import by_hand
 from orchestrator.jobs.record import Ended, note_start, read_ended, write_cancelled
 from orchestrator.runs import write_whole
 
@@ -31,6 +35,8 @@ class Stage:
         self.run_dir = run_dir
         self.heard: list[signal.Signals] = []
         self.script: list[tuple[RankExit | None, int, signal.Signals | None]] = []
+        self.hosts = ["n1", "n2"]
+        self.down: list[str] = []
         self.requests: list[StepRequest] = []
         self.requeued: list[str] = []
         self.said: list[str] = []
@@ -44,7 +50,10 @@ class Stage:
             write_whole(self.run_dir / "checkpoints" / "latest", f"step-{saved:06d}\n")
         if heard is not None:
             self.heard.append(heard)
-        return StepResult(cause)
+        return StepResult(cause, request.host_of(cause.rank) if cause else "")
+
+    def nodes(self, node_list: str) -> list[Node]:
+        return [Node(name, 1, 1, is_up=name not in self.down) for name in node_list.split(",")]
 
     def run(self, words: list[str]) -> tuple[int, Ended]:
         code = run_allocation(None, words, self.said.append)
@@ -67,7 +76,8 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(module, "Signals", lambda: stage)
     monkeypatch.setattr(module, "slurm_variables", lambda: VARIABLES)
     monkeypatch.setattr(module, "run_step", stage.step)
-    monkeypatch.setattr(module, "host_names", lambda text: ["n1", "n2"])
+    monkeypatch.setattr(module, "host_names", lambda text: stage.hosts)
+    monkeypatch.setattr(suspects, "seen_nodes", stage.nodes)
     monkeypatch.setattr(module, "node_address", lambda node: f"addr-{node}")
     monkeypatch.setattr(module, "was_preempted", lambda job: False)
     monkeypatch.setattr(module, "requeue", stage.requeued.append)
@@ -98,6 +108,77 @@ def test_a_crash_loop_is_given_up(stage: Stage, words: list[str]) -> None:
     assert "rank 1 was killed; 3 times without a new checkpoint after step 5: given up" in ended.message
 
 
+ELASTIC = ["cluster.slurm.nodes='1-2'"]
+
+
+def hosts(stage: Stage) -> list[tuple[str, ...]]:
+    return [request.hosts for request in stage.requests]
+
+
+def test_a_node_that_starts_are_lost_to_again_is_left_out(stage: Stage, words: list[str]) -> None:
+    stage.script = [(KILLED, 5, None), (KILLED, 10, None), (None, 100, None)]
+    assert stage.run([*words, *ELASTIC])[0] == 0
+    assert hosts(stage) == [("n1", "n2"), ("n1", "n2"), ("n1",)]
+    assert "n2 left out: starts were lost to it 2 times" in stage.said
+    assert read_job(stage.run_dir).cluster.nodes == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "ranks"),
+    [
+        ([], (1, 1, 1)),  # every node is needed
+        ([*ELASTIC, "recovery.node_faults=0"], (1, 1, 1)),
+        ([*ELASTIC, "recovery.node_faults=3"], (1, 1, 0, 0)),  # two of five for each
+    ],
+)
+def test_no_node_is_left_out_where_it_need_not_be(
+    stage: Stage, words: list[str], more: list[str], ranks: tuple[int, ...]
+) -> None:
+    lost = [dataclasses.replace(KILLED, rank=rank) for rank in ranks]
+    stage.script = [(cause, 5 * (number + 1), None) for number, cause in enumerate(lost)] + [(None, 100, None)]
+    assert stage.run([*words, *more])[0] == 0
+    assert set(hosts(stage)) == {("n1", "n2")}
+
+
+def test_what_is_no_fault_of_a_node_is_not_held_against_it(stage: Stage, words: list[str]) -> None:
+    lost = RankExit(1, 86, "PeerLost", "rank 1 lost rank 0", "", None, 0.0)
+    stage.script = [(lost, 5, None), (lost, 10, None), (lost, 15, None), (None, 100, None)]
+    assert stage.run([*words, *ELASTIC])[0] == 0
+    assert set(hosts(stage)) == {("n1", "n2")}
+
+
+def test_all_bad_nodes_together_are_better_than_none(stage: Stage, words: list[str]) -> None:
+    first = dataclasses.replace(KILLED, rank=0)
+    stage.script = [(cause, 5 * (n + 1), None) for n, cause in enumerate([KILLED, KILLED, first, first])]
+    stage.script += [(None, 100, None)]
+    assert stage.run([*words, *ELASTIC])[0] == 0
+    assert hosts(stage) == [("n1", "n2")] * 2 + [("n1",)] * 3
+
+
+def test_a_node_that_slurm_has_lost_counts_where_the_start_came_to_no_end(stage: Stage, words: list[str]) -> None:
+    for number in range(2):
+        note_start(stage.run_dir, "7", number, ["n1", "n3"])
+        stage.hosts, stage.down = ["n1", "n2"], ["n3"]
+        stage.script = [(SAVED, number + 1, signal.SIGUSR1)]
+        stage.run([*words, *ELASTIC])
+        assert "n3 was lost, and the start before this one with it" in stage.said
+        stage.said.clear()
+    stage.hosts, stage.down = ["n1", "n3"], []
+    stage.script = [(None, 100, None)]
+    stage.run([*words, *ELASTIC])
+    assert hosts(stage)[-1] == ("n1",)
+
+
+def test_a_node_that_is_not_there_after_an_end_of_its_own_is_not_blamed(stage: Stage, words: list[str]) -> None:
+    stage.hosts = ["n1", "n3"]
+    stage.script = [(SAVED, 3, signal.SIGUSR1)]
+    stage.run([*words, *ELASTIC])
+    stage.hosts, stage.down = ["n1", "n2"], ["n3"]
+    stage.script = [(None, 100, None)]
+    stage.run([*words, *ELASTIC])
+    assert not any("was lost" in line for line in stage.said)
+
+
 def test_an_end_that_would_come_again_is_not_tried_again(stage: Stage, words: list[str]) -> None:
     stage.script = [(NO_MEMORY, 0, None)]
     assert stage.run(words)[0] == 71
@@ -107,6 +188,7 @@ def test_an_end_that_would_come_again_is_not_tried_again(stage: Stage, words: li
     ("heard", "preempted", "more", "requeued"),
     [
         (signal.SIGUSR1, False, [], True),
+        (signal.SIGUSR2, False, [], True),
         (signal.SIGTERM, False, [], False),  # may be scancel
         (signal.SIGTERM, True, [], True),
         (None, True, [], True),  # Slurm has told the ranks alone

@@ -13,8 +13,10 @@ import torch
 
 from orchestrator.bench import __main__ as bench
 from orchestrator.bench import case as bench_case
+from orchestrator.bench import sharing
 from orchestrator.bench.case import Case, Measured
 from orchestrator.bench.peer import real, unshifted
+from orchestrator.bench.sharing import Swept
 from orchestrator.errors import ResourceError
 from parallel.engine import IGNORED_LABEL, MicroBatch
 
@@ -81,3 +83,19 @@ def test_the_page_gets_the_table(
     text = page.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert "| bf16 | assistant | 100 | 100 | 1.00 | 1000 | 1000 | 1.00 | 0e+00 |" in text
+
+
+def test_ways_to_run_a_sweep_are_compared_by_medians_and_their_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([8.0, 6.0, 2.0, 9.0, 5.0, 3.0, 10.0, 7.0, 1.0])
+    monkeypatch.setattr(sharing, "swept", lambda words, steps, threads: Swept(next(times), 4.0, 2_000_000, ((2.0,),)))
+    sides = sharing.measure(3, steps=5, threads=2)
+    assert [side.wall_s for side in sides] == [9.0, 6.0, 2.0] and {side.loss_gap for side in sides} == {0.0}
+    text = sharing.table(sides, 3, 5, 2)
+    assert "| in turns on one base (`sweep.share_base=true`) | 2.0 | 0.22 | 4.0 | 1.00 | 2 | 0e+00 |" in text
+
+
+def test_a_sweep_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "WORDS", ("model.path=/nowhere", "seed=0,1"))
+    with pytest.raises(ResourceError, match=r"the sweep ended with 64: ") as caught:
+        sharing.swept((), 1, 1)
+    assert caught.value.hint.startswith("isotrain sweep model.path=/nowhere seed=0,1 steps=1")

@@ -207,6 +207,15 @@ def test_a_folder_whose_log_slurm_would_lose_is_refused(words: list[str]) -> Non
     assert raised.value.hint == "run_dir=ANOTHER"
 
 
+@pytest.mark.parametrize(
+    ("prologue", "folder"), [("[apptainer,i.sif]", "/runs/a,b"), ("[pyxis,i.sqsh,'/data:x']", "/runs/a")]
+)
+def test_a_folder_that_a_container_cannot_have_is_refused(words: list[str], prologue: str, folder: str) -> None:
+    with pytest.raises(ConfigError, match="cannot bind a folder with a comma or a colon") as raised:
+        prepare([*words[:-1], f"cluster.slurm.prologue={prologue}", f"run_dir='{folder}'"])
+    assert raised.value.hint == "run_dir=ANOTHER"
+
+
 def test_status_without_accounting_goes_by_what_the_run_says(slurm: FakeSlurm, words: list[str]) -> None:
     submit(words)
     (status,) = statuses(run_of(words))

@@ -16,10 +16,13 @@ from orchestrator.config.job import JobConfig, TunerConfig
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ConfigError
 from orchestrator.planning.counts import TunerExtras, moment_numbers, stage_counts
-from orchestrator.planning.estimate import estimate_memory
+from orchestrator.planning.estimate import estimate_memory, estimate_time, setup_of
+from orchestrator.planning.projected import projection
 from orchestrator.planning.show import render
+from orchestrator.planning.timing import choosing_s
 from orchestrator.planning.tuning import adapted_linears
 from parallel.galore_spec import GaloreSpec
+from parallel.names import leaf_names
 from parallel.topology import Topology
 from tests.orchestrator.test_plan_estimates import LAPTOP, MOE, QWEN3, SMOLLM2, work_of
 
@@ -133,17 +136,26 @@ def test_a_plan_says_what_peft_has_no_place_for() -> None:
     assert words in plan_job(compose_job([*experts, "tuner.dora=true", "tuner.dropout=0.1"])).plan.reasons
 
 
-@pytest.mark.parametrize(
-    ("target", "setting"),
-    [("lm_head", {"dora": True}), ("embed_tokens", {"dora": True}), ("embed_tokens", {"init": "pissa"})],
-)
-def test_special_adapters_on_the_ends_are_refused(target: str, setting: dict[str, Any]) -> None:
+def test_what_peft_does_not_define_for_an_embedding_is_refused() -> None:
     untied = replace(SMOLLM2, tied_embeddings=False)
-    with pytest.raises(ConfigError, match=rf"is not built for .*{target}, which tuner\.targets names") as caught:
-        adapted_linears(JobConfig(tuner=TunerConfig(targets=["q_proj", target], **setting)), untied)
-    assert caught.value.hint.startswith("tuner.targets=[q_proj,")
-    pissa = TunerConfig(targets=["q_proj", "lm_head"], init="pissa")
-    assert "lm_head" in adapted_linears(JobConfig(tuner=pissa), untied)
+    asked = TunerConfig(targets=["q_proj", "embed_tokens"], init="pissa")
+    message = r"init=pissa is not defined for model\.embed_tokens.*PEFT starts an embedding's adapter at zero"
+    with pytest.raises(ConfigError, match=message) as caught:
+        adapted_linears(JobConfig(tuner=asked), untied)
+    assert caught.value.hint == f"tuner.targets=[{','.join(leaf_names(untied))}]"
+    with pytest.raises(ConfigError, match=message) as caught:
+        adapted_linears(JobConfig(tuner=replace(asked, targets=["lm_head", "embed_tokens"])), untied)
+    left = caught.value.hint.removeprefix("tuner.targets=[").removesuffix("]").split(",")
+    assert "lm_head" in adapted_linears(JobConfig(tuner=replace(asked, targets=left)), untied)
+
+
+def test_dora_counts_a_magnitude_for_each_row_of_the_head_and_each_column_of_the_embedding() -> None:
+    """Of a rank of TP=2: 576 columns; 49152 / 2 rows."""
+    untied, ends = replace(SMOLLM2, tied_embeddings=False), frozenset({"lm_head", "model.embed_tokens"})
+    assert adapted_linears(JobConfig(tuner=TunerConfig(targets=["lm_head", "embed_tokens"], dora=True)), untied) == ends
+    plain = replace(work_of(untied, Topology(tp=2)), adapted=ends)
+    counts = [stage_counts(work, 0).trainable for work in (replace(plain, extras=TunerExtras(magnitudes=True)), plain)]
+    assert counts[0] - counts[1] == 576 + 24576
 
 
 def test_experts_in_4_bits_are_counted() -> None:
@@ -170,7 +182,7 @@ def test_the_output_layer_learns_by_an_adapter_or_whole() -> None:
     assert caught.value.hint == "tuner.modules_to_save=[]"
     assert adapted_linears(JobConfig(tuner=TunerConfig(targets=["embed_tokens"])), SMOLLM2) == {"model.embed_tokens"}
     plus = JobConfig(tuner=TunerConfig(targets=["embed_tokens"], loraplus_lr_ratio=16.0))
-    with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not built for model\.embed_tokens"):
+    with pytest.raises(ConfigError, match=r"tuner\.loraplus_lr_ratio=16 is not defined for model\.embed_tokens"):
         adapted_linears(plus, SMOLLM2)
     for targets in (["lm_head"], ".*(q_proj|lm_head)"):
         with pytest.raises(ConfigError, match="lm_head is the embedding in this model") as caught:
@@ -216,6 +228,47 @@ def test_projected_moments_are_counted() -> None:
     assert moment_numbers(full, 0) - moment_numbers(frozen, 0) == 64 * 8 + 2 * 8 * (96 // 2)
     experts = work_of(MOE, Topology(dp=4, ep=2, etp=2), tuner="full", extras=extras)
     assert moment_numbers(experts, 0) < 2 * stage_counts(experts, 0).trainable
+
+
+def test_what_galore_computes_is_counted() -> None:
+    """By hand: every linear of 6 layers has a shorter side of 64; of experts each rank has half, and 4 share them."""
+    extras = TunerExtras(galore=GaloreSpec(rank=8, update_steps=50))
+    work = work_of(QWEN3, Topology(tp=2, dp=2), tuner="full", extras=extras)
+    outs = (128, 64, 64, 128, 96, 96, 96)  # q, k, v, o, gate, up, down: their longer sides
+    found = projection(work, 0)
+    assert found is not None and found.every == 50
+    assert found.step == 6 * 4 * 8 * 64 * sum(outs) / 2
+    assert found.gram == 6 * 2 * 64 * 64 * sum(outs) / 4  # tp x dp take turns
+    assert found.eigen == 6 * len(outs) * 64**3 / 4
+    assert found.held == 3 * 4 * 128 * 64 + 8 * 64 * (5 * 64 + 128)
+    assert projection(replace(work, extras=TunerExtras()), 0) is None
+    frozen = replace(extras, chosen=frozenset({"model.layers.5.mlp.down_proj.weight"}))
+    less = projection(replace(work, extras=frozen), 0)
+    assert less is not None and found.eigen - less.eigen == 64**3 / 4
+    experts = projection(work_of(MOE, Topology(dp=4, ep=2), tuner="full", extras=extras), 0)
+    alone = projection(work_of(MOE, Topology(ep=2, dp=2), tuner="full", extras=extras), 0)
+    assert experts is not None and alone is not None and alone.eigen == 2 * experts.eigen
+
+
+def test_a_plan_knows_what_galore_takes() -> None:
+    """Its steps are longer by its products and by a share of what comes every so many steps."""
+    extras = TunerExtras(galore=GaloreSpec(rank=8, update_steps=50))
+    work = work_of(QWEN3, Topology(), tuner="full")
+    rarely = replace(extras, galore=GaloreSpec(rank=8, update_steps=100))
+    plain, often, seldom = (
+        estimate_time(replace(work, extras=each), LAPTOP) for each in (TunerExtras(), extras, rarely)
+    )
+    choosing = choosing_s(setup_of(replace(work, extras=extras), LAPTOP))
+    assert choosing > 0 and choosing_s(setup_of(work, LAPTOP)) == 0
+    assert often.optimizer_s - seldom.optimizer_s == pytest.approx(choosing / 100)
+    assert seldom.optimizer_s - choosing / 100 > plain.optimizer_s
+    (memory,) = estimate_memory(replace(work, row_tokens=1, extras=extras), LAPTOP)
+    held = projection(replace(work, extras=extras), 0)
+    assert held is not None and memory.activations + memory.logits + memory.buffers == held.held
+    words = [*SMOLLM2_JOB, "tuner=full", "optimizer=galore", "optimizer.galore.update_steps=20"]
+    (said,) = (reason for reason in plan_job(compose_job(words)).plan.reasons if "galore" in reason)
+    assert said.startswith("optimizer=galore chooses its subspaces every 20 steps, which makes that step about ")
+    assert "guess" not in said
 
 
 def test_a_plan_says_which_adapter() -> None:

@@ -41,8 +41,37 @@ def test_a_subspace_is_orthonormal_and_has_no_open_sign() -> None:
     basis = subspace(gradient, 5)
     assert torch.allclose(basis.t() @ basis, torch.eye(5), atol=1e-5)
     assert torch.allclose(subspace(-gradient, 5), basis, atol=1e-4)
+    assert basis.is_contiguous()  # ranks give it to each other as it lies in memory
     best = torch.linalg.svdvals(gradient)[:5].square().sum()  # no other five directions hold more of it
     assert (basis.t() @ gradient).square().sum() == pytest.approx(float(best), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16), (3000, 9), (5, 1)])
+def test_a_subspace_is_that_of_a_decomposition_in_fp64(shape: tuple[int, int]) -> None:
+    """Of either side, whichever is the shorter one; in fp32 this would be 1e-6 off and more."""
+    gradient = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+    rank = min(4, *shape)
+    left = torch.linalg.svd(gradient.double(), full_matrices=False)[0][:, :rank]
+    basis = subspace(gradient, rank).double()
+    assert torch.linalg.vector_norm(basis - left * (left * basis).sum(0).sign()) < 2e-7
+
+
+def test_rounding_turns_directions_by_no_more_than_its_own_size_over_the_gap() -> None:
+    """Two singular values 1e-3 apart. A decomposition in fp32 turns them by 1e-4 whatever the gradient's rounding."""
+    generator = torch.Generator().manual_seed(4)
+    sides = [torch.linalg.qr(torch.randn(size, 6, generator=generator).double())[0] for size in (32, 64)]
+    values = torch.tensor([1.0, 0.8, 0.799, 0.6, 0.5, 0.4], dtype=torch.float64)
+    exact = (sides[0] * values) @ sides[1].t()
+    gradient = exact.float()
+    noise = torch.randn(gradient.shape, generator=generator)
+    perturbed = gradient + noise * (1e-7 * gradient.norm() / noise.norm())
+    first, second = subspace(gradient, 4), subspace(perturbed, 4)
+    turned = torch.linalg.vector_norm(first - second)
+    assert turned < 1e-7 * gradient.norm() / 1e-3  # Davis and Kahan's bound, of noise in all directions
+    moments = (first.t() @ gradient).square(), (second.t() @ perturbed).square()
+    assert torch.linalg.vector_norm(moments[0] - moments[1]) < 1e-5 * torch.linalg.vector_norm(moments[0])
+    left = torch.linalg.svd(gradient)[0][:, :4]
+    assert torch.linalg.vector_norm(left * (left * first).sum(0).sign() - first) < 1e-3  # the same directions
 
 
 def test_directions_of_rounding_are_left_out() -> None:

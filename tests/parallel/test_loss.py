@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from parallel import loss as losses
 from parallel.engine import IGNORED_LABEL
-from parallel.loss import VocabShard, summed_loss
+from parallel.loss import HeadAdapter, VocabShard, head_logits, summed_loss
 from tests.helpers.pool import Pool
 
 VOCAB, HIDDEN, ROWS = 53, 12, 21
@@ -51,6 +51,55 @@ def test_equals_cross_entropy(
     for found, expected in zip((total, hidden.grad, weight.grad), oracle(hidden, weight, labels), strict=True):
         assert found is not None
         assert_near(found, expected, tolerance)
+
+
+def adapter_of(kind: str) -> HeadAdapter:
+    """An adapter of rank 3 on the output layer of :func:`problem`, with what PEFT has in its place."""
+    generator = torch.Generator().manual_seed(6)
+    low, up, dropped = (torch.randn(*size, generator=generator) for size in ((7, 3, 3), (VOCAB, 3), (7, 3, HIDDEN)))
+    factor = torch.rand(VOCAB, generator=generator) + 0.5
+    made = HeadAdapter(low, up, factor if "dora" in kind else None, dropped if "dropout" in kind else None)
+    for each in (made.low, made.up, made.factor, made.dropped):
+        if each is not None:
+            each.requires_grad_()
+    return made
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("block_rows", [1, 8, 1000])
+@pytest.mark.parametrize("kind", ["lora", "dora", "dora-dropout"])
+def test_an_adapter_of_the_output_layer(
+    monkeypatch: pytest.MonkeyPatch, kind: str, block_rows: int, cap: float
+) -> None:
+    """Against autograd in fp64 on the formula of PEFT's DoraLinearLayer: every gradient, whatever the block."""
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", block_rows * VOCAB)
+    hidden, weight, labels = problem()
+    adapter = adapter_of(kind)
+    total, _ = summed_loss(hidden, weight, labels, VocabShard(0, VOCAB), cap, adapter)
+    (total * 0.5).backward()
+    given = [each for each in (adapter.low, adapter.up, adapter.factor, adapter.dropped) if each is not None]
+    x, w, low, up, *rest = (each.detach().double().requires_grad_() for each in (hidden, weight, *given))
+    factor = rest[0] if rest else torch.ones(VOCAB, dtype=torch.float64)
+    base = (rest[1] if len(rest) > 1 else x) @ w.t()
+    logits = (x @ w.t() + (factor - 1) * base + factor * (low @ up.t())).flatten(0, 1)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    expected = cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    assert_near(total, expected.detach(), 1e-6)
+    gradients = torch.autograd.grad(expected * 0.5, [x, w, low, up, *rest])
+    for found, gradient in zip((hidden, weight, *given), gradients, strict=True):
+        assert found.grad is not None
+        assert_near(found.grad, gradient, 1e-6)
+
+
+def test_logits_of_an_adapter_leave_padding_alone() -> None:
+    hidden, weight, _ = problem()
+    adapter = adapter_of("dora")
+    assert adapter.factor is not None
+    padded = torch.cat([weight.detach(), torch.full((3, HIDDEN), 9.0)])
+    found = head_logits(hidden.detach(), padded, adapter)
+    expected = (hidden @ weight.t() + adapter.low @ adapter.up.t()) * adapter.factor
+    assert torch.allclose(found[..., :VOCAB], expected, atol=1e-5)
+    assert torch.equal(found[..., VOCAB:], hidden.detach() @ padded[VOCAB:].t())
 
 
 def test_capped_logits() -> None:

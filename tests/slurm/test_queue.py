@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Folder, close, wait_for
 from tests.slurm.conftest import SlurmShell
 from tests.slurm.rig import Cluster
-from tests.slurm.test_training import log, logged, rank_process, words
+from tests.slurm.test_training import STEPS, adapter, log, logged, rank_process, words
 from tests.slurm.test_training import undisturbed as undisturbed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.faults]
@@ -36,6 +37,23 @@ def test_a_requeued_run_grows_when_its_nodes_are_back(
     assert (slurm.field(job, "NumNodes"), slurm.field(job, "Restarts")) == ("4", "1")
     assert "2 of 3 nodes are used" in log(run) and "on 4 ranks" in log(run)
     assert close(run.losses, undisturbed.losses)
+
+
+def test_a_node_that_loses_its_rank_twice_is_left_out(
+    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+) -> None:
+    run = Folder(slurm.folder / "suspect")
+    job = slurm.submit(*words(tiny_run_model, run, cluster__nodes=3, cluster__slurm__nodes="'2-3'"))
+    for _ in range(2):  # two of three nodes are used; rank 1 is on the second
+        before = logged(run)
+        wait_for(lambda before=before: logged(run) > before + 8)
+        node, pid = rank_process(cluster, run)
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+    slurm.isotrain("wait", str(run.path))
+    assert f"{node} left out: starts were lost to it 2 times" in log(run)
+    assert slurm.field(job, "Restarts") == "0"
+    assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
 
 
 def test_a_chain_of_jobs_ends_as_its_dependencies_say(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
