@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.bench.planner_rows import Unreadable, setup_of_row
-from orchestrator.bench.planner_score import ODD, Score, predict, time_errors
+from orchestrator.bench.planner_score import ODD, Score, predict, read_off, reading, time_errors
 from orchestrator.planning.constants import FITTED, Constants
 from orchestrator.planning.memory import stage_memory
 from orchestrator.planning.setup import Setup
@@ -33,7 +33,7 @@ Loss = Callable[[Constants], float]
 
 @dataclass(frozen=True)
 class Known:
-    """A measured row as a setup. ``measured``: seconds, or 1e9 bytes of the ``kind`` of reading."""
+    """A measured row as a setup. ``measured``: seconds, or 1e9 bytes of what the ``kind`` of reading counts."""
 
     setup: Setup
     measured: float
@@ -105,7 +105,7 @@ def memory_loss(known: dict[str, list[Known]], constants: Constants) -> float:
 
     def shown(one: Known) -> float:
         fullest = max(stage_memory(one.setup, constants), key=lambda stage: stage.total)
-        return (fullest.total if "nvidia-smi" in one.kind else fullest.reserved) / 1e9
+        return read_off(fullest, one.kind) / 1e9
 
     return statistics.mean(
         statistics.mean(_error(shown(one), one.measured) for one in group) for group in known.values()
@@ -137,8 +137,8 @@ def known_memories(rows: Sequence[dict[str, Any]]) -> dict[str, list[Known]]:
     groups: defaultdict[str, list[Known]] = defaultdict(list)
     for row in rows:
         setup, measured = _setup(row, "memory"), row.get("measured") or {}
-        kind = str(measured.get("mem_kind") or "")
-        if setup is not None and measured.get("mem_gb") and "allocated" not in kind:
+        kind = reading(row)
+        if setup is not None and measured.get("mem_gb") and kind != "allocated":
             groups[str(row.get("group"))].append(Known(setup, float(measured["mem_gb"]), kind))
     return {group: _some(known) for group, known in groups.items()}
 

@@ -211,7 +211,7 @@ def software_of(row: dict[str, Any]) -> Software:
         overlaps_tensor=modern,
         gradient_bytes=2 if old or "fsdp" in name or "deepspeed" in name or "internevo" in name else 4,
         summed_bytes=2 if old and half else 4,
-        low_gradients="nanotron" in name or ("deepspeed" in name and not half),
+        low_gradients="nanotron" in name or "internevo" in name or ("deepspeed" in name and not half),
         sends_once="nemo" in name or "bridge" in name,
         operators=30 if modern else 110 if "nanotron" in name else 60,
         fused=modern or old or "megatron" in name or "megascale" in name,

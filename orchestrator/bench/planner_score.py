@@ -17,6 +17,7 @@ from orchestrator.bench.planner_rows import Unreadable, setup_of_row
 from orchestrator.errors import DataError
 from orchestrator.planning.constants import FITTED, Constants
 from orchestrator.planning.memory import StageMemory, stage_memory
+from orchestrator.planning.search import ALIKE
 from orchestrator.planning.setup import Setup
 from orchestrator.planning.timing import step_time
 
@@ -48,6 +49,7 @@ class Prediction:
     key: str = ""
     sweep: str = ""
     is_dense: bool = False
+    stages: int = 1
 
     @property
     def time_error(self) -> float | None:
@@ -122,7 +124,7 @@ def _predicted(row: dict[str, Any], setup: Setup, constants: Constants) -> Predi
         group=str(row.get("group") or ""),
         step_s=time.total_s,
         measured_s=_positive(target.get("step_s")) if scorable.get("time") else None,
-        memory_gb=_of_kind(shown, kind) / 1e9,
+        memory_gb=read_off(shown, reading(row)) / 1e9,
         measured_gb=_positive(measured.get("mem_gb")) if scorable.get("memory") else None,
         memory_kind=kind,
         fits=fullest.total <= capacity,
@@ -131,6 +133,7 @@ def _predicted(row: dict[str, Any], setup: Setup, constants: Constants) -> Predi
         owners={name: value / 1e9 for name, value in asdict(shown).items() if value},
         key=str(row.get("config_key") or row.get("id")),
         sweep=" ".join(map(str, keys)) if row.get("group") in SWEEPS else "",
+        stages=setup.pp,
         is_dense=not setup.shape.experts and setup.device.kind.startswith(DENSE),
     )
 
@@ -144,11 +147,25 @@ def capacity_of(row: dict[str, Any], setup: Setup) -> float:
     return (_positive(row.get("hbm_gb")) or setup.device.memory_bytes / 1e9) * GIBIBYTE
 
 
-def _of_kind(memory: StageMemory, kind: str) -> int:
-    """The bytes that a reading of some kind counts."""
-    if "allocated" in kind:
-        return memory.allocated
-    return memory.total if "nvidia-smi" in kind else memory.reserved
+def reading(row: dict[str, Any]) -> str:
+    """What a row's reading counts: all of a device, what torch has reserved of it, or has allocated.
+
+    Where only "GB" is printed, what the program itself could print: the fork of Megatron-LM with zero-bubble schedules
+    takes ``torch.cuda.max_memory_allocated`` for a stage's memory; InternEvo prints none, so it was read from outside.
+
+    Example:
+        >>> reading({"framework": "InternEvo", "measured": {"mem_kind": "GPU memory, integer GB"}})
+        'all'
+    """
+    kind, name = str((row.get("measured") or {}).get("mem_kind") or ""), str(row.get("framework") or "").lower()
+    if "allocated" in kind or "zero-bubble" in name:
+        return "allocated"
+    return "all" if "nvidia-smi" in kind or "internevo" in name else "reserved"
+
+
+def read_off(memory: StageMemory, counted: str) -> int:
+    """The bytes that a reading counts."""
+    return memory.total if counted == "all" else int(getattr(memory, counted))
 
 
 def _positive(value: Any) -> float | None:
@@ -204,6 +221,8 @@ def regrets(predictions: Iterable[Prediction]) -> dict[str, Score]:
     for (group, _), every in sweeps.items():
         if len({one.key for one in every}) < 2:
             continue
-        liked = min(every, key=lambda one: (not one.fits, one.step_s))
+        fitting = [one for one in every if one.fits] or every
+        near = ALIKE["cuda"] * min(one.step_s for one in fitting)
+        liked = min((one for one in fitting if one.step_s <= near), key=lambda one: (one.stages, one.step_s))
         found[group].append((liked.measured_s or 0.0) / min(one.measured_s or 0.0 for one in every) - 1)
     return {group: Score(statistics.mean(values), len(values)) for group, values in sorted(found.items())}

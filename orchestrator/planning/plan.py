@@ -16,7 +16,7 @@ from orchestrator.planning.experts import check_experts
 from orchestrator.planning.goals import is_built
 from orchestrator.planning.memory import GIB, StageMemory
 from orchestrator.planning.nearest import nearest_legal
-from orchestrator.planning.search import Found, micro_sizes, search
+from orchestrator.planning.search import ALIKE, Found, micro_sizes, search
 from orchestrator.planning.timing import StagePass, StepTime, choosing_s
 from orchestrator.planning.tuning import adapted_linears, beyond_peft, chosen_weights
 from parallel.capabilities import Proposal, batch_refusals
@@ -220,7 +220,8 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     topologies = 1 + sum(one.step_s > 0 for one in found.rejected)
     if topologies > 1:
         reasons.append(
-            f"fastest of {topologies} topologies that run and fit: an estimated {best.time.total_s:.3g} s per step "
+            f"{_fastest(question, found)} of {topologies} topologies that run and fit: an estimated "
+            f"{best.time.total_s:.3g} s per step "
             f"({best.time.compute_s:.3g} s computing, {best.time.bubble_s:.3g} s pipeline bubble)"
         )
     if "dp" not in asked and cluster.nodes > 1:
@@ -256,6 +257,13 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     if job.precision is None:
         reasons.append(f"precision {question.precision}: the default on {cluster.device}")
     return reasons
+
+
+def _fastest(question: Question, found: Found) -> str:
+    """How the taken topology stands to the others."""
+    if all(one.time.total_s >= found.candidates[0].time.total_s for one in found.candidates):
+        return "fastest"
+    return f"of those within {ALIKE[question.cluster.device] - 1:.0%} of the fastest the one with the fewest stages,"
 
 
 def _layer_counts(counts: Sequence[int]) -> str:

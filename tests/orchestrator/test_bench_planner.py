@@ -23,14 +23,16 @@ from orchestrator.bench.planner_score import (
     out_of_memory,
     over_groups,
     predict,
+    read_off,
     read_rows,
+    reading,
     regrets,
     time_errors,
 )
 from orchestrator.cli import main
 from orchestrator.errors import DataError
 from orchestrator.planning.constants import Constants
-from orchestrator.planning.memory import stage_memory
+from orchestrator.planning.memory import StageMemory, stage_memory
 from orchestrator.planning.timing import step_time
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -220,8 +222,28 @@ def test_experts_talk_more_over_the_network_than_inside_a_domain() -> None:
     assert step_time(once).expert_s < times[16]
 
 
+def test_what_a_reading_counts_is_the_programs() -> None:
+    """A fork that prints what torch allocates, a program that prints nothing, and one that says what it prints."""
+    rows = {row["group"]: row for row in read_rows(ROWS)[0] if (row.get("measured") or {}).get("mem_gb")}
+    found = {group: reading(rows[group]) for group in ("zerobubble", "internevo", "bigscience-a100", "hf-ultrascale")}
+    assert list(found.values()) == ["allocated", "all", "all", "reserved"]
+    memory = StageMemory(5, 0, 0, 0, 0, 0, overhead=1, slack=2)
+    assert [read_off(memory, counted) for counted in ("allocated", "reserved", "all")] == [5, 7, 8]
+
+
+def test_of_layouts_that_are_alike_the_one_with_fewest_stages_is_liked() -> None:
+    def one(key: str, step_s: float, stages: int, fits: bool = True) -> Prediction:
+        return Prediction(key, "g", step_s=step_s, measured_s=float(key), fits=fits, key=key, sweep="s", stages=stages)
+
+    assert regrets([one("3", 1.0, 2), one("2", 1.03, 1)])["g"].value == 0.0
+    assert regrets([one("3", 1.0, 2), one("2", 1.05, 1)])["g"].value == 0.5
+    assert regrets([one("3", 1.0, 2), one("2", 1.03, 1, fits=False)])["g"].value == 0.5
+
+
 def test_descent_finds_constants_that_fit_better() -> None:
-    rows = [row for row in read_rows(ROWS)[0] if row["group"] in ("narayanan21", "korthikanti22", "zerobubble")]
+    rows = [
+        row for row in read_rows(ROWS)[0] if row["group"] in ("narayanan21", "korthikanti22", "zerobubble", "ms-swift")
+    ]
     known = planner_fit.known_times(rows)
     wrong = replace(Constants(), matmul=0.5)
     better = planner_fit.descend(

@@ -27,7 +27,7 @@ from orchestrator.planning.candidates import Question
 from orchestrator.planning.compare import compared, comparison, read_plan
 from orchestrator.planning.devices import catalogue
 from orchestrator.planning.plan import Plan, decide, make_plan
-from orchestrator.planning.search import Found, search
+from orchestrator.planning.search import ALIKE, Found, search
 from orchestrator.planning.shape import shape_of
 from orchestrator.planning.show import advice_lines
 from orchestrator.planning.timing import StepTime
@@ -64,7 +64,7 @@ def test_frozen_weights_need_two_thirds_of_the_products() -> None:
 
 def test_the_next_best_and_fewer_ranks_work_when_typed(planned: tuple[Plan, Advice]) -> None:
     plan, advice = planned
-    assert advice.next_best and advice.next_best.step_time.total_s >= plan.step_time.total_s
+    assert advice.next_best and ALIKE["cuda"] * advice.next_best.step_time.total_s >= plan.step_time.total_s
     assert advice.layouts == plan.considered > 1 + len(plan.rejected)
     sizes = {
         key.split(".")[1]: int(value) for key, value in (word.split("=") for word in advice.next_best.typed.split())
@@ -102,6 +102,13 @@ def test_what_a_plan_has_weighed_is_not_searched_again(monkeypatch: pytest.Monke
     monkeypatch.setattr("orchestrator.planning.advice.search", counted)
     assert advise(FULL, LLAMA3_8B, H100X64, plan, weighed) == alone
     assert searched and all(cluster != H100X64 for cluster in searched)  # smaller clusters, for the fewest ranks
+
+
+def test_of_topologies_that_are_alike_the_one_with_fewest_stages_is_taken(planned: tuple[Plan, Advice]) -> None:
+    plan, advice = planned
+    assert advice.next_best and advice.next_best.step_time.total_s < plan.step_time.total_s
+    assert plan.topology.pp == 1 and "pp=2" in advice.next_best.topology
+    assert any("of those within 4% of the fastest the one with the fewest stages" in one for one in plan.reasons)
 
 
 def test_the_limit_is_where_most_of_the_step_goes() -> None:
