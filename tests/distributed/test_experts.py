@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.certify.bench import EPS
 from parallel.topology import Topology
 from tests.distributed.test_parity import LOSS_RTOL, TENSOR_RTOL
 from tests.helpers import runs
@@ -148,8 +149,13 @@ def test_fault_5_adapters_on_experts_under_etp_are_right(
 def test_an_expert_without_tokens_has_a_gradient_of_zero(
     pool: Pool, one_process: Callable[[Run], Outcome], what: str, name: str
 ) -> None:
-    """Two tokens reach four of sixteen experts at most: the others' gradients are zero, not missing, in step 1."""
-    run = RUNS[what].on(global_sequences=1, micro_sequences=1, tokens=2, steps=2, changes=(("num_experts", 16),))
+    """Two tokens reach four of sixteen experts at most: the others' gradients are zero, not missing, in step 1.
+
+    Of an expert with one token some gradients are hardly more than rounding, which Adam divides by itself: so its eps
+    is that of certificates.
+    """
+    short = RUNS[what].on(global_sequences=1, micro_sequences=1, tokens=2, steps=2, eps=EPS)
+    run = short.on(changes=(("num_experts", 16),))
     expected = one_process(run)
     silent = [
         key
