@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from orchestrator.commands import plan_job
 from orchestrator.config.loading import compose_job
 from orchestrator.runs import write_run
@@ -32,6 +34,7 @@ def test_a_point_is_the_run_that_it_would_be_alone(
     assert "2 impossible, 2 finished already" in again.err and "plot: " in again.err
 
 
+@pytest.mark.faults
 def test_points_on_one_base_go_on_after_a_killed_rank_and_are_the_runs_that_they_are_alone(
     shell: Shell, pool: Pool, tiny_run_model: TinyRun, tmp_path: Path
 ) -> None:
