@@ -78,8 +78,9 @@ format: setup  ## let ruff format and mend
 	@$(BIN)/ruff format .
 
 CERTIFIED := llama3_8b qwen3_8b qwen3_30b_a3b
+ROWS := dora full lora pissa qlora lora+dropout galore
 certify: setup  ## every tuner on every topology of 4 processes against one (an hour); fills docs/certified.md
-	@for model in $(CERTIFIED); do $(BIN)/isotrain certify model=$$model --ship --write docs/certified.md \
+	@for model in $(CERTIFIED); do $(BIN)/isotrain certify model=$$model $(ROWS:%=--tuner %) --ship --write docs/certified.md \
 	  --out runs/certificates/$$model.json $(ARGS) || exit $$?; done
 
 bench-train: setup model  ## tokens/s and memory against transformers + peft; fills the tables in README.md and docs/

@@ -75,6 +75,11 @@ class Asked:
 
 
 def this_rank() -> RankEnvironment:
+    """Who this process is.
+
+    Raises:
+        ConfigError: nobody has started it as a rank.
+    """
     me = rank_environment()
     if me is None:
         raise ConfigError("a worker needs RANK and WORLD_SIZE in its environment", "isotrain train ...")

@@ -130,8 +130,7 @@ def _train_rank(me: RankEnvironment, asked: Asked) -> int:
     plan = asked.plan
     world = join_world(me, asked.run_dir, plan.topology)
     own = OwnTime()
-    alike = [list(stage) for stage in plan.topology.groups("tp-cp-dp")]
-    stragglers = Stragglers(me.rank, plan.ranks_used, alike, own)
+    stragglers = Stragglers(me.rank, plan.ranks_used, plan.topology.groups("tp-cp-dp"), own)
     run, start = open_run(world, asked, base_of(world, asked.job), stragglers)
     try:
         with own:

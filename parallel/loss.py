@@ -130,15 +130,19 @@ class _Head:
 
     def __init__(self, inputs: _Inputs, needed: Sequence[bool]) -> None:
         self.inputs = inputs
-        empty = (torch.empty_like, torch.zeros_like, torch.empty_like, torch.zeros_like, torch.zeros_like)
-        wide = (None, torch.float32, None, torch.float32, torch.float32, None)
         self.gradients = _Inputs(
             *(
-                make(each, dtype=dtype) if each is not None and is_needed else None
-                for each, is_needed, make, dtype in zip(inputs, needed, (*empty, torch.empty_like), wide, strict=True)
+                self._room(name, each) if each is not None and is_needed else None
+                for name, each, is_needed in zip(_Inputs._fields, inputs, needed, strict=True)
             )
         )
         self._plain: torch.Tensor | None = None  # logits before they are stretched
+
+    @staticmethod
+    def _room(name: str, given: torch.Tensor) -> torch.Tensor:
+        """For a gradient: of what has tokens it is written a block at a time, of all else added up in fp32."""
+        has_tokens = name in ("rows", "low", "dropped")
+        return torch.empty_like(given) if has_tokens else torch.zeros_like(given, dtype=torch.float32)
 
     @property
     def copies(self) -> int:

@@ -41,11 +41,11 @@ def errors(reference: Path, found: Path, steps: int) -> list[Error]:
     Adam's first moment after one step is the gradient times ``1 - beta1``, so it stands for the gradient. Moments that
     GaLore keeps are compared in one basis (:mod:`orchestrator.certify.projecting`).
     """
-    projected = _projected(reference, found, steps)
+    one, other = (_readers(run, steps) for run in (reference, found))
+    projected = _projected(reference, one, other)
     worst = [max(_losses(reference, found), key=lambda error: error.share)]
     for what, kind, step in (("gradient", "exp_avg", 1), ("moment", "exp_avg_sq", steps), ("weight", "weight", steps)):
-        folders = [run / "checkpoints" / step_name(step) for run in (reference, found)]
-        each = list(_tensors(what, kind, CheckpointReader(folders[0]), CheckpointReader(folders[1])))
+        each = list(_tensors(what, kind, one[step - 1], other[step - 1]))
         apart = {error.where for error in projected} if kind.startswith("exp_avg") else set()
         each = [error for error in each if error.where not in apart]
         each += [error for error in projected if error.what == what]
@@ -57,29 +57,28 @@ def errors(reference: Path, found: Path, steps: int) -> list[Error]:
     return worst
 
 
-def _projected(reference: Path, found: Path, steps: int) -> list[Error]:
+def _readers(run: Path, steps: int) -> list[CheckpointReader]:
+    """Of the checkpoint after each step."""
+    return [CheckpointReader(run / "checkpoints" / step_name(step)) for step in range(1, steps + 1)]
+
+
+def _projected(reference: Path, ones: Sequence[CheckpointReader], others: Sequence[CheckpointReader]) -> list[Error]:
     """All errors of the matrices that GaLore projects in both runs, and whose shapes are equal."""
-    readers = [
-        [CheckpointReader(run / "checkpoints" / step_name(step)) for step in range(1, steps + 1)]
-        for run in (reference, found)
-    ]
-    ones, others = readers
     names = sorted(set(ones[0].names("projector")) & set(others[0].names("projector")))
     if not names:
         return []
     first, second = read_job(reference).optimizer.betas
-    betas = (first, second)
     errors = []
     for name in names:
         if any(ones[0].shape(name, kind) != others[0].shape(name, kind) for kind in ("projector", "exp_avg")):
             continue
         one, other = ([_kept(reader, name) for reader in run] for run in (ones, others))
-        moved = carried(one, other, betas)
+        moved = carried(one, other, (first, second))
         errors.append(Error("gradient", name, _gap(moved[0].first, other[0].first), TENSOR_RTOL))
         errors.append(Error("moment", name, _gap(moved[-1].second, other[-1].second), TENSOR_RTOL))
         subspace = max(apart(ours.projector, theirs.projector) for ours, theirs in zip(one, other, strict=True))
         errors.append(Error("subspace", name, subspace, TENSOR_RTOL))
-        errors.append(Error("turn", name, _turn(one, other, betas[0]), TENSOR_RTOL))
+        errors.append(Error("turn", name, _turn(one, other, first), TENSOR_RTOL))
     return errors
 
 

@@ -237,9 +237,8 @@ def _merged(
         wide = torch.promote_types(data.dtype, torch.float32)
         if (pair := pairs.get(common_name(entry.key))) is not None:
             data = data.to(wide) + _update(adapter, pair, rows.offset[0], rows.size[0]).to(wide)
-            if (
-                pair.magnitude is not None and not pair.transposed
-            ):  # arXiv:2402.09353, equation 5; a block holds whole rows
+            # arXiv:2402.09353, equation 5; a block holds whole rows
+            if pair.magnitude is not None and not pair.transposed:
                 length = adapter.read(pair.magnitude, "weight", Box(rows.offset[:1], rows.size[:1])).to(wide)
                 data *= (length / torch.linalg.vector_norm(data, dim=1))[:, None]
         for name, place in weight_places(entry.key, entry.shape):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,12 +83,12 @@ def run_allocation(run_dir: Path | None, overrides: Sequence[str], say: Say) -> 
         return int(ExitCode.DONE)
     check_files(job, decision.kind)
     asked = dataclasses.replace(job, run_dir=str(run_dir))
-    plan_on(asked, allocation.nodes)  # what cannot work is said before there is a folder
+    planned = plan_on(asked, allocation.nodes)  # what cannot work is said before there is a folder
     make_folder(run_dir)
     with locked(run_dir):
         if overrides:
             write_submission(run_dir, Submission(f"isotrain:by-hand-{allocation.job_id}", allocation.job_id))
-        verdict = _train_on_what_is_good(run_dir, asked, allocation, decision.step, signals, say)
+        verdict = _train_on_what_is_good(run_dir, asked, planned, allocation, decision.step, signals, say)
         say(verdict.message)
         _write_ended(run_dir, allocation, verdict)
         report_end(run_dir)
@@ -116,9 +117,9 @@ def run_of_task(folder: Path, allocation: Allocation) -> Path:
 
 
 def _train_on_what_is_good(
-    run_dir: Path, asked: JobConfig, allocation: Allocation, step: int, signals: Signals, say: Say
+    run_dir: Path, asked: JobConfig, whole: Planned, allocation: Allocation, step: int, signals: Signals, say: Say
 ) -> Verdict:
-    """Train on the nodes there are, without those that starts are lost to again and again."""
+    """Train on the nodes there are (``whole``: planned for all), without those that starts are lost to repeatedly."""
     hosts = host_names(allocation.node_list)
     for node in note_lost_nodes(run_dir, lost_start(run_dir), hosts):
         say(f"{node} was lost, and the start before this one with it")
@@ -126,7 +127,7 @@ def _train_on_what_is_good(
     verdict: Verdict | None = None
     while verdict is None:
         bad = suspects(run_dir, asked.recovery.node_faults)
-        planned, nodes = _plan(asked, hosts, bad)
+        planned, nodes = _plan(asked, whole, hosts, bad)
         if left := [node for node in hosts if node not in nodes]:
             say(f"{', '.join(left)} left out: starts were lost to it {asked.recovery.node_faults} times")
         if planned.job.cluster.nodes < len(nodes):
@@ -139,15 +140,13 @@ def _train_on_what_is_good(
     return verdict
 
 
-def _plan(asked: JobConfig, hosts: list[str], bad: set[str]) -> tuple[Planned, list[str]]:
+def _plan(asked: JobConfig, whole: Planned, hosts: list[str], bad: set[str]) -> tuple[Planned, list[str]]:
     """The plan without bad nodes, and the nodes it may use; with them where there is no other."""
     nodes = without(hosts, bad, node_range(asked.cluster)[0])
-    try:
-        return plan_on(asked, len(nodes)), nodes
-    except (ConfigError, SpecError):
-        if nodes == hosts:
-            raise
-        return plan_on(asked, len(hosts)), hosts
+    if nodes != hosts:
+        with suppress(ConfigError, SpecError):
+            return plan_on(asked, len(nodes)), nodes
+    return whole, hosts
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,7 @@ def train_in_turns(world: World, run_dirs: Sequence[Path]) -> ExitCode:
         return ExitCode.DONE
     asked = [read_asked(run_dir) for run_dir in left]
     plan, own, shared = asked[0].plan, OwnTime(), SharedBase()
-    alike = [list(stage) for stage in plan.topology.groups("tp-cp-dp")]
-    stragglers = _StragglersInTurns(world.me.rank, plan.ranks_used, alike, own)
+    stragglers = _StragglersInTurns(world.me.rank, plan.ranks_used, plan.topology.groups("tp-cp-dp"), own)
     base = base_of(world, asked[0].job)
     points = [_Point(world, one, base, stragglers, shared) for one in asked]
     for point in points:
