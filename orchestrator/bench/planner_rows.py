@@ -219,6 +219,7 @@ def software_of(row: dict[str, Any]) -> Software:
         scatters_sends="deepspeed" not in name,
         loops_experts="transformers" in name,
         layer_messages=12 if "deepspeed" in name else 1,
+        broadcasts_shards="internevo" in name,
     )
 
 

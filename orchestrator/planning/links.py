@@ -92,9 +92,12 @@ class Links:
         if size == 1:
             return 0.0
         moved = 2 * (size - 1) / size * size_bytes / self.ring_rate(size, stride)
+        return moved + 2 * min(self.hops_s(size, stride), self.tree_s(size, stride))
+
+    def tree_s(self, size: int, stride: int) -> float:
+        """A message's way through a tree of domains, and round the members inside of one."""
         inside = self.members_inside(size, stride)
-        tree = 2 * math.log2(-(-size // inside)) * self.latency_s + (inside - 1) * self.latency_s * self.near
-        return moved + 2 * min(self.hops_s(size, stride), tree)
+        return 2 * math.log2(-(-size // inside)) * self.latency_s + (inside - 1) * self.latency_s * self.near
 
     def exchange_s(self, copies_bytes: float, copies: int, size: int, stride: int = 1) -> float:
         """An all-to-all of tokens, each in ``copies``, to ``size`` ranks; what leaves the domain crosses the network.

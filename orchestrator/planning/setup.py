@@ -32,6 +32,7 @@ class Software:
         scatters_sends: tensor-parallel ranks send a part each to the next stage, and gather it there.
         loops_experts: experts are computed one after the other, in products of their own.
         layer_messages: collectives per layer where weights are sharded.
+        broadcasts_shards: after the update every rank's part of the parameters is broadcast for itself, and waited for.
         wide_adapters: adapters are fp32 whatever the model is, and so are their own master weights.
     """
 
@@ -45,6 +46,7 @@ class Software:
     fused_loss: bool = False
     sends_once: bool = False
     layer_messages: int = 1
+    broadcasts_shards: bool = False
     operators: int = 60
     fused: bool = True
     native_attention: bool = True

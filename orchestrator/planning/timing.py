@@ -327,11 +327,15 @@ def _data_s(setup: Setup, constants: Constants, computing_s: float) -> float:
         scatter = links.reduce_s(dense * size, setup.replicas, setup.tp)
     if setup.zero == 2:
         scatter *= setup.micro_batches
+    waited = 0.0
+    if setup.zero and setup.software.broadcasts_shards:
+        shards = setup.shard_ranks or setup.replicas
+        waited, gather = gather + shards * links.tree_s(shards, setup.tp), 0.0
     talk = scatter + gather
     if not setup.software.overlaps:
-        return talk
+        return talk + waited
     behind = computing_s / setup.micro_batches * constants.hidden * (setup.micro_batches if setup.zero == 2 else 1)
-    return max(talk - behind, talk * (1 - constants.hidden))
+    return max(talk - behind, talk * (1 - constants.hidden)) + waited
 
 
 def _optimizer_s(setup: Setup, constants: Constants) -> float:
