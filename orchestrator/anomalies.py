@@ -59,7 +59,7 @@ class Anomalies:
         median = statistics.median(self._losses)
         if loss <= self._config.spike_factor * median:
             return None
-        words = f"loss {loss:g} is {loss / median:.1f} times the median of the {len(self._losses)} steps before"
+        words = f"loss {loss:g} is {loss / median:.4g} times the median of the {len(self._losses)} steps before"
         return Anomaly(words, self._config.spike)
 
     def accepts(self, loss: float, grad_norm: float) -> bool:

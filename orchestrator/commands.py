@@ -18,7 +18,7 @@ from launch.launcher import render
 from launch.local import launch
 from launch.request import LaunchRequest, Rendered
 from launch.states import clear_states
-from orchestrator.config.building import read_job
+from orchestrator.config.building import as_override, differences, read_job
 from orchestrator.config.job import ClusterConfig, JobConfig, ModelConfig
 from orchestrator.config.loading import compose_job, override_job
 from orchestrator.detection.cluster import found_cluster, on_cluster
@@ -27,7 +27,7 @@ from orchestrator.locking import locked
 from orchestrator.models import model_spec, resolve_model
 from orchestrator.planning.experts import dependence_on_cut
 from orchestrator.planning.goals import check_trainable
-from orchestrator.recovery import patience, progress, run_ranks
+from orchestrator.recovery import REWOUND, patience, progress, run_ranks
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, write_run
 from parallel.specs import ModelSpec, SpecError
 
@@ -161,8 +161,11 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), say: Say = lambda text:
         ConfigError: there is no run or no checkpoint, or the changes cannot work.
     """
     run_dir = run_dir.expanduser().absolute()
-    _, job = _before_and_now(run_dir, overrides)
-    return _run(job, run_dir, decide_resume(run_dir, job), say)
+    before, job = _before_and_now(run_dir, overrides)
+    decision = decide_resume(run_dir, job)
+    for key, old, new in differences(before, job):
+        say(f"changed: {key} from {as_override(old)} to {as_override(new)}")
+    return _run(job, run_dir, decision, say)
 
 
 def explain(run_dir: Path, overrides: Sequence[str] = ()) -> Explanation:
@@ -214,7 +217,10 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
         )
         report_end(run_dir)
     finished = ended(run_dir, job.steps, result.code, result.cause)
-    return dataclasses.replace(finished, code=ExitCode.GAVE_UP, message=given_up) if given_up else finished
+    if not (given_up and result.cause):
+        return finished
+    hint = result.cause.hint if result.cause.cause == REWOUND else f"isotrain logs {run_dir}"  # not: the same again
+    return Finished(run_dir, ExitCode.GAVE_UP, finished.step, given_up, dataclasses.replace(result.cause, hint=hint))
 
 
 def ended(run_dir: Path, steps: int, code: int, cause: RankExit | None) -> Finished:

@@ -48,10 +48,14 @@ def skip_or_leave(run: Run, anomalies: Anomalies, saver: Saver, result: StepResu
         if run.metrics is not None:
             note_rewind(run.run_dir, step, done.samples)
         dist.barrier(group=run.cpu_group)  # nobody leaves before it is written
-        raise Rewound(f"{words}; back to step {step}, and on with sample {done.samples + 1}")
+        raise Rewound(
+            f"{words}; back to step {step}, and on with sample {done.samples + 1}",
+            f"{_with_smaller_rate(run)}   (goes on from the newest checkpoint)",
+        )
     if anomaly.policy == "stop" or anomalies.skipped_too_many():
         limit = run.job.anomalies.limit
-        many = "" if anomaly.policy == "stop" else f", after {limit} steps skipped in a row (anomalies.limit={limit})"
+        after = f"after {limit} steps skipped in a row" if limit else "and no step may be skipped"
+        many = "" if anomaly.policy == "stop" else f", {after} (anomalies.limit={limit})"
         may_be_damaged = not (anomalies.has_learned or math.isfinite(result.loss))
         raise _give_up(run, f"{words}{many}; nothing of this step was saved", may_be_damaged)
     run.say(f"{words}; skipped: nothing is learned from it")
@@ -59,7 +63,7 @@ def skip_or_leave(run: Run, anomalies: Anomalies, saver: Saver, result: StepResu
 
 def _give_up(run: Run, words: str, may_be_damaged: bool) -> GaveUp:
     """A smaller rate helps where steps before were well; not where what was loaded is the cause."""
-    again = f"isotrain resume {run.run_dir} optimizer.lr={run.job.optimizer.lr / 10:g}"
+    again = _with_smaller_rate(run)
     newest = latest_step(run.run_dir)
     if not may_be_damaged or not newest:
         more = "goes on from the newest checkpoint; without one: isotrain train with that and another run_dir"
@@ -70,3 +74,7 @@ def _give_up(run: Run, words: str, may_be_damaged: bool) -> GaveUp:
         f"rm -r {folder} && {again}   (goes on from the checkpoint before; without one: isotrain train with that and "
         "another run_dir)",
     )
+
+
+def _with_smaller_rate(run: Run) -> str:
+    return f"isotrain resume {run.run_dir} optimizer.lr={run.job.optimizer.lr / 10:g}"

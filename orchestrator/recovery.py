@@ -15,9 +15,9 @@ from orchestrator.micro_batches import smaller
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import latest_step
 
+REWOUND, OUT_OF_MEMORY = "Rewound", "OutOfMemory"
 # Ends of a rank that another try may not meet again: it was killed, crashed, lost a peer, hangs, or leaves data out.
-WORTH_ANOTHER_TRY = frozenset({"Killed", "Crash", "PeerLost", "Silent", "Stalled", "Launcher", "Rewound"})
-OUT_OF_MEMORY = "OutOfMemory"
+WORTH_ANOTHER_TRY = frozenset({"Killed", "Crash", "PeerLost", "Silent", "Stalled", "Launcher", REWOUND})
 
 
 class Ending(Protocol):

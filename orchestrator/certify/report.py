@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -49,6 +50,7 @@ def certified(request: Request, out: Path, page: Path | None, as_json: bool, for
     mark_of_page = MARK.format(name=config["model_type"])
     if page is not None and page.read_text(encoding="utf-8").count(mark_of_page) != 2:
         raise ConfigError(f"{page} has no two marks {mark_of_page}", f"write {mark_of_page} twice into {page}")
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about itself
     began = time.monotonic()
     with _Ticker(sys.stderr) as ticker:
         cells = certify(request, ticker)

@@ -139,12 +139,12 @@ def _cancel(arguments: argparse.Namespace) -> int:
 def _add_logs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run folder")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the job is over")
-    parser.add_argument("--rank", metavar="N|all", help="what one rank wrote, or all of them with their numbers")
+    parser.add_argument("--rank", metavar="N|all", help="what one rank wrote, or all (as where no Slurm is)")
 
 
 def _logs(arguments: argparse.Namespace) -> int:
     from orchestrator.jobs.follow import log_lines, statuses
-    from orchestrator.jobs.record import read_tasks
+    from orchestrator.jobs.record import read_tasks, slurm_folder
 
     run: Path = arguments.run.expanduser().absolute()
     if not (run / "job.yaml").is_file() and not read_tasks(run):
@@ -153,7 +153,8 @@ def _logs(arguments: argparse.Namespace) -> int:
     def is_over() -> bool:
         return all(status.is_over for status in statuses(run))
 
-    lines = log_lines(run, arguments.rank, is_over if arguments.follow else None)
+    rank = arguments.rank or (None if slurm_folder(run).is_dir() else "all")
+    lines = log_lines(run, rank, is_over if arguments.follow else None)
     if arguments.json:
         print(json.dumps({"code": 0, "lines": list(lines)}))
         return 0
@@ -185,7 +186,7 @@ COMMANDS = {
         _submit,
     ),
     "status": Command("Say how runs on Slurm are.", "isotrain status all", _add_runs, _status),
-    "logs": Command("Show what a run on Slurm has written.", "isotrain logs -f runs/first", _add_logs, _logs),
+    "logs": Command("Show what a run has written.", "isotrain logs -f runs/first", _add_logs, _logs),
     "wait": Command("Wait until runs on Slurm are over.", "isotrain wait runs/first", _add_runs, _wait),
     "cancel": Command(
         "End runs on Slurm after their step and a save.", "isotrain cancel runs/first", _add_cancel, _cancel

@@ -85,7 +85,7 @@ def plan_facts(plan: Plan, job: JobConfig, model: ModelSpec) -> dict[str, str]:
         **goal,
         "cluster": f"{job.cluster.name}: {job.cluster.nodes} x {job.cluster.gpus_per_node} {plan.device} ranks",
         "topology": f"{plan.topology}{_switches(plan)} = {plan.ranks_used} ranks{idle}",
-        "batch": batch_arithmetic(plan),
+        "batch": batch_arithmetic(plan) + (", which a run tries out" if len(plan.micro_choices) > 1 else ""),
         "rows": f"at most {plan.sequence_tokens} tokens{' a sequence' if goal else ''}{padded}",
         "runs on": f"{plan.engine}, {plan.precision}, recompute {plan.recompute}",
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.command import WIDTH_ELSEWHERE, Command, add_overrides
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from orchestrator.sweeps.book import Book, Metric
@@ -122,8 +122,18 @@ def report(folder: Path, book: Book, as_json: bool, code: int) -> int:
     if picture:
         _say(f"plot: {picture}")
     if code:
-        _say(f"hint: isotrain sweep {shlex.quote(str(folder))}   (does what is missing)")
+        _say(f"hint: {_what_next(folder, book)}")
     return code
+
+
+def _what_next(folder: Path, book: Book) -> str:
+    """The command after a sweep that is not whole: a point that gave up does so again where nothing is changed."""
+    missing = [row for row in book.rows if row.state in ("failed", "interrupted", "waiting")]
+    gave_up = [row for row in missing if row.code == ExitCode.GAVE_UP]
+    if gave_up and len(gave_up) == len(missing):
+        run = shlex.quote(str(folder / gave_up[0].point.folder))
+        return f"isotrain resume {run} KEY=VALUE   (with the same job it would give up again)"
+    return f"isotrain sweep {shlex.quote(str(folder))}   (does what is missing)"
 
 
 def _show(folder: Path, book: Book, as_json: bool, code: int, more: dict[str, Any] | None = None) -> None:

@@ -131,7 +131,7 @@ class _Point:
             return self._leave(explain(error))
         if not self._tries.again(step):
             times = f"{restarts + 1} times without a new checkpoint after step {step}"
-            return self._leave(Explanation(int(ExitCode.GAVE_UP), "Rewound", f"{error}; {times}: given up"))
+            return self._leave(Explanation(int(ExitCode.GAVE_UP), "Rewound", f"{error}; {times}: given up", error.hint))
         self._run.say(str(error))
         self._close()
         self.open()

@@ -189,9 +189,10 @@ def test_the_life_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert code == 64 and "seed: 0 -> 4" in str(value["error"])
     assert str(value["hint"]).startswith(f"isotrain resume {run_dir} seed=4")
 
-    code, value, _ = run_json(capsys, "resume", str(run_dir), "seed=4", "steps=9")
+    code, value, err = run_json(capsys, "resume", str(run_dir), "seed=4", "steps=9")
     assert (code, value["step"]) == (0, 9)
     assert (read_job(run_dir).seed, read_job(run_dir).steps) == (4, 9)
+    assert "changed: seed from 0 to 4" in err
 
     code, value, err = run_json(capsys, "resume", str(run_dir), "steps=11")
     assert (code, value["message"]) == (85, "interrupted; 9 of 11 steps are saved")
@@ -205,6 +206,10 @@ def test_the_life_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (code, value["cause"], value["step"]) == (93, "Killed", 9)
     assert "rank 0 was killed by SIGKILL and left no word; starting again from step 9" in err
     assert value["message"].endswith("; 2 times without a new checkpoint after step 9: given up")
+    assert value["hint"] == f"isotrain logs {run_dir}"
+    (run_dir / "logs" / "rank-0.log").write_text("a line of rank 0\n")
+    code, value, _ = run_json(capsys, "logs", str(run_dir))
+    assert (code, value["lines"]) == (0, ["[0] a line of rank 0"])
     code, value, err = run_json(capsys, "resume", str(run_dir), "steps=15", "recovery.restarts=0")
     assert code == 86 and "starting again" not in err
 

@@ -49,6 +49,9 @@ with (run_dir.parent / "order").open("a") as order:
 if seed == 7:
     print(json.dumps({"code": 65, "error": "row 3 is no JSON\\nreally", "hint": ""}))
     sys.exit(65)
+if seed == 6:
+    print(json.dumps({"code": 93, "error": "step 2: loss nan", "hint": ""}))
+    sys.exit(93)
 if seed == 9:
     os.kill(os.getpid(), signal.SIGKILL)
 if seed == 8 and not (run_dir / "again").exists():
@@ -293,6 +296,13 @@ def test_a_killed_point_does_not_end_the_others(sweep: Sweeping, tmp_path: Path)
     code, value, _ = sweep("seed=9,0,1,2", "--jobs", "3", f"run_dir={tmp_path}/s", "steps=1")
     assert code == 1 and states(value) == ["failed", "done", "done", "done"]
     assert (value["points"][0]["code"], value["points"][0]["reason"]) == (137, "killed by SIGKILL")
+
+
+def test_of_points_that_gave_up_no_second_try_is_advised(sweep: Sweeping, tmp_path: Path) -> None:
+    code, _, err = sweep("seed=0,6", f"run_dir={tmp_path}/s", "steps=1")
+    assert code == 1 and f"hint: isotrain resume {tmp_path}/s/001-seed=6 KEY=VALUE" in err
+    code, _, err = sweep("seed=6,9", f"run_dir={tmp_path}/t", "steps=1")
+    assert code == 1 and f"hint: isotrain sweep {tmp_path}/t   (does what is missing)" in err
 
 
 def test_ctrl_c_lets_points_save_and_the_same_command_goes_on(sweep: Sweeping, tmp_path: Path) -> None:
