@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import ExitCode
 from orchestrator.pages.run_folder import read_run
 from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.conftest import shell as shell
@@ -23,6 +25,7 @@ Record = Callable[[str, object], None]
 KEYS: dict[str, object] = {"cluster": "laptop", "topology__tp": 2, "topology__pp": 2, "topology__dp": 1}
 KEYS |= {"optimizer__schedule": "constant", "optimizer__lr": 0.0003, "checkpoint__every_steps": 10}
 KEYS |= {"recovery__silent_s": 6, "recovery__restarts": 10}
+LESS = 64 << 20  # bytes below what a rank maps, so that its next large piece is refused
 # What a test puts before the real sitecustomize: a rank whose file appears is held for ever by C code with the GIL.
 HOLDER = """
 import ctypes, os, threading, time
@@ -112,6 +115,21 @@ def test_crashes_and_a_held_interpreter_are_told_apart_and_recovered_from(
     disturbed.wait_beyond(max(step, disturbed.step))
     assert "rank 2 gives no sign of life for " in disturbed.said
     assert [one.cause for one in read_run(disturbed.run.path).launches] == ["Crash", "Crash", "Silent"]
+    check_same(disturbed, shell, tiny_run_model, tmp_path)
+
+
+def test_a_rank_at_the_limit_of_its_memory_says_so_and_the_same_command_goes_on(
+    disturb: Callable[..., Disturbed], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    disturbed = disturb()
+    pid = disturbed.pids()[1]
+    limit = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize() - LESS
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))  # of what it maps: nothing more from now on
+    disturbed.wait_until(lambda: disturbed.launcher.poll() is not None)
+    assert disturbed.launcher.returncode == ExitCode.RESOURCES
+    assert "out of memory: " in disturbed.said and "can't allocate memory" in disturbed.said
+    assert "hint: batch.micro_sequences=1" in disturbed.said
+    disturbed.wait_beyond(disturbed.step)  # types the command again
     check_same(disturbed, shell, tiny_run_model, tmp_path)
 
 
