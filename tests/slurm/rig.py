@@ -131,6 +131,14 @@ class Cluster:
 
         self._until(answers, "slurmctld")
 
+    def reconfigure(self, line: str, other: str) -> None:
+        """Put another line in the place of one of slurm.conf, and let every daemon read it again."""
+        lines = self._conf.read_text().splitlines()
+        lines[lines.index(line)] = other
+        self._conf.write_text("\n".join(lines) + "\n")
+        self.ask("scontrol", "reconfigure")
+        self._until(lambda: "UP" in self.ask("scontrol", "ping"), "slurmctld")
+
     def pids(self, node: str) -> set[int]:
         """The processes of a node, by their numbers on this machine."""
         wanted = Path(f"/proc/{self._first_process(self._holders[node])}/ns/pid").readlink()
