@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(shell (pwd; cat constraints.txt pyproject.toml
 DEMO_DIR ?= runs/demo
 ARGS ?=
 
-.PHONY: help setup model demo test test-slurm test-pages test-faults soak grid lint format certify bench-train bench-checkpoint bench-kills bench-share clean
+.PHONY: help setup model demo test test-slurm test-pages test-faults soak grid lint format certify bench-train bench-checkpoint bench-kills bench-planner-gpu bench-share clean
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s '@'
 
@@ -91,6 +91,11 @@ bench-checkpoint: setup  ## save, load and reshard beside two other libraries; f
 
 bench-kills: setup  ## kill a save at every phase and see what is left; fills docs/checkpoints.md (a minute)
 	@$(BIN)/python -m orchestrator.bench kills --write docs/checkpoints.md
+
+bench-planner-gpu: setup model  ## time and memory of one GPU beside the plan's, LoRA to full tuning; fills docs/planner.md
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no GPU here"; \
+	  echo "hint: $(BIN)/isotrain bench planner --single   (the same runs on this CPU)"; exit 71; } >&2
+	@$(BIN)/isotrain bench planner --single --write docs/planner.md
 
 bench-share: setup model  ## the same sweep one after another, two at a time, and on one base; fills README.md (10 minutes)
 	@$(BIN)/python -m orchestrator.bench share --steps 10 --write README.md

@@ -77,6 +77,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fit", action="store_true", help="find the constants anew and write them into constants.py")
     parser.add_argument("--leave-out", action="store_true", help="and fit again without each group (a minute)")
     parser.add_argument("--here", action="store_true", help="instead: runs on this machine, measured now (5 minutes)")
+    parser.add_argument(
+        "--single", action="store_true", help="instead: runs on one device of this machine, its memory too"
+    )
     parser.add_argument("--choice", action="store_true", help="and search the best layout of each row (a minute)")
     parser.add_argument("--write", type=Path, action="append", default=[], metavar="PAGE", help="fill its marks there")
 
@@ -87,6 +90,10 @@ def run_bench(arguments: argparse.Namespace) -> int:
         from orchestrator.bench.planner_here import bench_here
 
         return bench_here(arguments.json, arguments.write)
+    if arguments.single:
+        from orchestrator.bench.planner_single import bench_single
+
+        return bench_single(arguments.json, arguments.write)
     from orchestrator.bench.planner import bench
 
     return bench(arguments.rows, arguments.json, arguments.fit, arguments.write, arguments.leave_out, arguments.choice)

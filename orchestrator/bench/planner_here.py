@@ -15,6 +15,7 @@ from orchestrator.commands import plan_job, train
 from orchestrator.config.loading import compose_job
 from orchestrator.errors import ResourceError
 from orchestrator.marks import between_marks
+from orchestrator.planning.plan import Plan
 
 MARK = "<!-- planner here: written by `isotrain bench planner --here --write docs/planner.md` -->"
 # the plan takes every row for full; these are, but for one in six: the shipped chats are cut at 64 tokens
@@ -68,14 +69,27 @@ def measure(sizes: dict[str, int], run_dir: Path) -> Here:
     Raises:
         ResourceError: the run did not end well.
     """
-    words = words_of(sizes)
+    plan = planned_and_trained(words_of(sizes), run_dir)
+    return Here(str(plan.topology), plan.ranks_used, median_step_s(run_dir), plan.step_time.total_s)
+
+
+def planned_and_trained(words: Sequence[str], run_dir: Path) -> Plan:
+    """The plan of a job that has been trained in ``run_dir``.
+
+    Raises:
+        ResourceError: the run did not end well.
+    """
     plan = plan_job(compose_job(words)).plan
     finished = train([*words, f"run_dir={run_dir}", "metrics.progress=false"])
     if finished.code:
         raise ResourceError(f"{plan.topology}: {finished.message}", f"isotrain train {' '.join(words)}")
+    return plan
+
+
+def median_step_s(run_dir: Path) -> float:
+    """The median of a run's steps without the first."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line)["step_s"] for line in lines][1:]
-    return Here(str(plan.topology), plan.ranks_used, statistics.median(steps), plan.step_time.total_s)
+    return statistics.median([json.loads(line)["step_s"] for line in lines][1:])
 
 
 def bench_here(as_json: bool, pages: Sequence[Path], one: Callable[[dict[str, int], Path], Here] = measure) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.bench import planner_single
 from orchestrator.bench.planner_here import MARK, TOPOLOGIES, Here, bench_here, measure, words_of
+from orchestrator.bench.planner_single import Single
 from orchestrator.calibrate import command as module
 from orchestrator.calibrate.command import calibrate, check_here, mean, slowest
 from orchestrator.calibrate.launching import measure_launch
@@ -269,3 +272,21 @@ def test_a_run_that_fails_is_no_measurement(tmp_path: Path, monkeypatch: pytest.
 def test_every_topology_of_the_bench_can_be_planned(sizes: dict[str, int]) -> None:
     plan = plan_job(compose_job(words_of(sizes))).plan
     assert plan.ranks_used == plan.cluster.gpus_per_node and plan.ranks_idle == 0  # type: ignore[union-attr]
+
+
+def test_the_bench_of_one_device_fills_its_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{planner_single.MARK}\nold\n{planner_single.MARK}\nafter\n")
+    asked: list[list[str]] = []
+
+    def one(name: str, words: Sequence[str], run_dir: Path) -> Single:
+        asked.append(list(words))
+        plan = plan_job(compose_job(words)).plan
+        assert plan.ranks_used == 1 and plan.memory[0].total > 0
+        return Single(name, 2.0, 2.5, 100, 90)
+
+    assert planner_single.bench_single(False, [page], one) == 0
+    assert f"| mean of {len(asked)}; worst |  |  | 25%; 25% |  |  | 10%; 10% |" in page.read_text()
+    assert len(asked) >= 6 and {word for words in asked for word in words if word.startswith("tuner=")} == {
+        f"tuner={name}" for name in ("lora", "dora", "qlora", "full")
+    }
