@@ -67,9 +67,10 @@ def shipped() -> dict[str, dict[str, list[list[str]]]]:
 
 
 def with_family(family: str, green: Mapping[str, set[Pair]]) -> str:
-    """The text of ``certified.json`` with a family's pairs, by tuner, put in."""
+    """The text of ``certified.json`` with a family's pairs, by tuner, put in; other tuners keep theirs."""
     rows = {tuner: sorted([one, other] for one, other in covered) for tuner, covered in green.items()}
-    return json.dumps(shipped() | {family: rows}, indent=0, sort_keys=True) + "\n"
+    before = shipped()
+    return json.dumps(before | {family: before.get(family, {}) | rows}, indent=0, sort_keys=True) + "\n"
 
 
 def warning(job: JobConfig, plan: Plan, family: str) -> str:

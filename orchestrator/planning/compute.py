@@ -31,8 +31,13 @@ END_OPERATORS = 76
 ALIGNED = 8
 """Matrix units take rows of a multiple of 16 bytes; products with others run on the plain ones (cuBLAS guide, tensor
 core usage)."""
+DORA_OPERATORS = 18
+"""Operators of one DoRA linear more than of LoRA's, per pass: lengths of rows, factors, and the output stretched."""
 LOOPED_OPERATORS = 12
 """Operators of one expert that is computed by itself: tokens picked, three products, an activation, tokens added."""
+UNPACKED_BYTES = (0.5, 16.5)
+"""Bytes moved per element of an NF4 weight that is made whole, beside its values: by a kernel (4 bits are read), and by
+torch's operators (bytes to indices, two fp32 looked up for each, and these read and written by the scale)."""
 SCORE_BYTES = (13.0, 19.0)
 """Bytes per score forward and backward where scores are written (Korthikanti et al. 2022, section 4): the product
 writes them, softmax and dropout read and write them and a mask, the next product reads them; and the same back."""
@@ -68,9 +73,9 @@ class LayerWork:
     host_s: float
 
 
-def operators(software: Software, adapted: int) -> int:
+def operators(software: Software, adapted: int, dora: bool = False) -> int:
     """That the host launches in a layer's forward pass, without experts; ``adapted``: linears with an adapter."""
-    return software.operators + 4 * adapted
+    return software.operators + (4 + DORA_OPERATORS * dora) * adapted
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class Computing:
 
     def _host_s(self, kind: str) -> float:
         """What the host needs to launch one pass over a layer."""
-        count = operators(self.setup.software, len(self.setup.adapted(kind)))
+        count = operators(self.setup.software, len(self.setup.adapted(kind)), self.setup.dora)
         if kind == "moe":
             looped = self.setup.shape.experts // self.setup.ep * LOOPED_OPERATORS
             count += looped if self.setup.software.loops_experts else EXPERT_OPERATORS
@@ -157,11 +162,20 @@ class Computing:
         cast = CAST_BYTES * tokens * width if is_low else 0.0
         return Work(busy, memory=cast / self.memory_rate)
 
+    def _unpacked(self, weights: float) -> Work:
+        """So many elements of a quantised base made whole, which every product does for itself."""
+        if not self.setup.quantised:
+            return Work()
+        device = self.setup.device
+        each = UNPACKED_BYTES[device.is_measured] + self.setup.value_bytes
+        return Work(memory=weights * each / self.memory_rate)
+
     def _linears(self, kind: str) -> tuple[Work, Work]:
         forward, setup = Work(), self.setup
         for linear in setup.shape.linears(kind):
             tokens = setup.rank_tokens / (setup.tp if linear.cut == "whole" and setup.sp else 1)
             forward += self._product(tokens, linear, setup.tp, self.wide_rate if linear.cut == "whole" else self.rate)
+            forward += self._unpacked(linear.parameters / (1 if linear.cut == "whole" else setup.tp))
         backward = forward * (1 if setup.frozen else 2)
         if not setup.frozen:
             sums = setup.shape.dense_parameters(kind, setup.tp) * ACCUMULATED[0 if setup.software.fused else 1]
@@ -192,6 +206,7 @@ class Computing:
             one = self._product(tokens, linear, setup.etp, self.rate * self.constants.expert)
             weights = setup.value_bytes * linear.parameters / setup.etp * (here - 1)
             forward += one + Work(memory=weights / self.memory_rate)
+            forward += self._unpacked(linear.parameters / setup.etp * here)
         sorted_bytes = 6 * tokens * shape.hidden * setup.value_bytes
         activated = 2 * (3 if shape.gated else 2) * tokens * shape.expert_ffn / setup.etp
         moved = Work(memory=(sorted_bytes + activated) / self.memory_rate)

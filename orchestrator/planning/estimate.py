@@ -80,6 +80,7 @@ def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
         precision=proposal.precision,
         frozen=proposal.tuner != "full",
         adapter_rank=work.adapter_rank if work.adapted else 0,
+        dora=work.extras.magnitudes,
         quantised=proposal.quantise is not None,
         cp_comm=proposal.cp_comm,
         software=OURS,

@@ -140,6 +140,7 @@ class Setup:
     frozen: bool = False
     adapter_rank: int = 0
     adapts_all: bool = True
+    dora: bool = False
     quantised: bool = False
     offload: bool = False
     cp_comm: str = "ring"

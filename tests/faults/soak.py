@@ -99,6 +99,7 @@ def run_soak(soak: Soak, folder: Path) -> Soaked:
     steps = int(run.latest.removeprefix("step-"))
     _say(f"{len(recovered)} faults, {steps} steps in {wall_s:.0f} s; now the same steps undisturbed")
     started = time.monotonic()
+    keys |= {"checkpoint__every_steps": 0}  # one save, at its end: what is saved in between changes no number
     undisturbed = Disturbed(shell, tiny.words(**keys, run_dir=alone.path, steps=steps), alone, soak.tp * soak.pp)
     undisturbed.start()
     try:

@@ -188,3 +188,5 @@ def test_what_is_shipped_is_what_was_green_together_and_nowhere_red(
     assert "with pp, pp with tp, tp (" in warned("topology.tp=2", "topology.pp=2")
     report.ship("llama", [cell("green")])
     assert set(certified_plans.shipped()) == {"qwen3", "llama"}
+    report.ship("qwen3", [Cell("full", Layout("-", (), 2), "green", features=("tp",))])
+    assert set(certified_plans.shipped()["qwen3"]) == {"lora", "full"}  # a certificate of some tuners keeps the others

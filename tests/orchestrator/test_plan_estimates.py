@@ -14,9 +14,11 @@ from rich.console import Console
 
 from orchestrator.config.job import ClusterConfig, JobConfig, ModelConfig, TopologyConfig, TunerConfig
 from orchestrator.errors import ConfigError
+from orchestrator.planning.compute import operators
 from orchestrator.planning.counts import Workload, stage_counts
+from orchestrator.planning.devices import device
+from orchestrator.planning.estimate import OURS, estimate_time
 from orchestrator.planning.estimate import estimate_memory as memory_on
-from orchestrator.planning.estimate import estimate_time
 from orchestrator.planning.memory import StageMemory
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.show import batch_arithmetic, group_rejected, plan_summary, render
@@ -227,6 +229,25 @@ def test_the_bubble_is_a_share_of_pp_minus_one_over_the_micro_batches() -> None:
     time = estimate_time(work_of(headless, Topology(pp=3), global_sequences=6), LAPTOP)
     assert time.bubble_s == pytest.approx(time.compute_s * 2 / 6, rel=0.02)
     assert estimate_time(work_of(QWEN3, Topology()), LAPTOP).bubble_s == 0
+
+
+def test_a_quantised_base_is_made_whole_for_every_product() -> None:
+    def seconds(quantise: str | None, recompute: str = "none", tp: int = 1) -> float:
+        work = work_of(QWEN3, Topology(tp=tp), recompute=recompute)
+        work = replace(work, proposal=replace(work.proposal, quantise=quantise))
+        time = estimate_time(work, LAPTOP)
+        return time.memory_s + time.recompute_s
+
+    heads = QWEN3.heads * QWEN3.head_dim + QWEN3.kv_heads * QWEN3.head_dim
+    elements = QWEN3.layers * (2 * QWEN3.hidden * heads + 3 * QWEN3.hidden * QWEN3.ffn)
+    once = 8 * elements * (16.5 + 4) / device("cpu").memory_rate  # 8 micro-batches, by operators of torch in fp32
+    assert seconds("nf4") - seconds(None) == pytest.approx(2 * once)  # forward and backward
+    assert seconds("nf4", tp=2) - seconds(None, tp=2) == pytest.approx(once)
+    assert seconds("nf4", "full") - seconds(None, "full") == pytest.approx(3 * once)
+
+
+def test_dora_launches_more_operators_than_lora() -> None:
+    assert operators(OURS, 7, dora=True) > operators(OURS, 7) > operators(OURS, 0)
 
 
 def test_tensor_parallelism_across_nodes_costs_more() -> None:
