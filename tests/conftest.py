@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ISOTRAIN_LEDGER"] = ""  # what this machine's user has run or measured is no part of any test
 os.environ["ISOTRAIN_PROFILES"] = "/dev/null/profiles"
+# Ignored in what a script starts with &, and then in all that is started here: no Ctrl-C would arrive.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
