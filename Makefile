@@ -36,13 +36,14 @@ demo: setup  ## plan, train, resume elsewhere, export, compare; checks its own r
 
 TEST := $(BIN)/python -m pytest -m "not grid and not slurm and not browser and not faults" --durations=40 --cov
 REPORT := --cov-report=term:skip-covered --cov-report=html
-# Tests of one process: as many at once as there are cores. The others start processes of their own, one after the other.
+# Tests of one process: as many at once as there are cores. The others start processes of their own: two files at once, as
+# one waits for its processes half of the time.
 ALONE := tests/architecture tests/orchestrator tests/pages tests/parallel orchestrator parallel launch
 test: setup  ## all tests but the finer grid, Slurm's, the browser's and the faults, with coverage; ARGS="-k name" for some
 	@rm -f .coverage .coverage.*
 ifeq ($(ARGS),)
 	@code=0; $(TEST) -n auto --maxprocesses 8 --dist loadfile --cov-report= $(ALONE) || code=1; \
-	  $(TEST) --cov-append $(REPORT) $(ALONE:%=--ignore=%) || code=1; exit $$code
+	  $(TEST) -n auto --maxprocesses 2 --dist loadfile --cov-append $(REPORT) $(ALONE:%=--ignore=%) || code=1; exit $$code
 else
 	@$(TEST) $(REPORT) $(ARGS)
 endif

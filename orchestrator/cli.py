@@ -235,16 +235,18 @@ def _add_certify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="topologies with this in their name, such as tp2")
     parser.add_argument("--out", type=Path, default=Path("certificate.json"), metavar="FILE", help="certificate.json")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the grid between a page's marks")
+    parser.add_argument("--resume", action="store_true", help="keep the green cells that --out has from a run before")
     parser.add_argument("--ship", action="store_true", help="make it the certificate that plans are held against")
 
 
 def _certify(arguments: argparse.Namespace) -> int:
     from orchestrator.certify.command import Request
-    from orchestrator.certify.report import certified
+    from orchestrator.certify.report import Outputs, certified
     from orchestrator.config.loading import compose_job
 
     request = Request(compose_job(arguments.overrides), arguments.up_to, tuple(arguments.tuner), arguments.only)
-    return certified(request, arguments.out, arguments.write, arguments.json, arguments.ship)
+    outputs = Outputs(arguments.out, arguments.write, arguments.json, arguments.ship, arguments.resume)
+    return certified(request, outputs)
 
 
 INSIDE = {"allocation": ALLOCATION, "together": TOGETHER, **PROBING}  # not for people: what scripts and sweeps run

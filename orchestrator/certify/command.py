@@ -6,11 +6,12 @@ import difflib
 import os
 import queue
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from launch.pool import Pool
@@ -75,7 +76,12 @@ def tuner_rows(asked: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
 
 
 def certify(
-    request: Request, tick: Tick = lambda done, of, name: None, pool: Pool | None = None, train: Train = train_cell
+    request: Request,
+    tick: Tick = lambda done, of, name: None,
+    pool: Pool | None = None,
+    train: Train = train_cell,
+    known: Mapping[tuple[str, str], Cell] = MappingProxyType({}),
+    keep: Callable[[Cell], None] = lambda cell: None,
 ) -> list[Cell]:
     """Train and compare every cell; cells of a row are compared with the row's own run in one process.
 
@@ -83,6 +89,8 @@ def certify(
         tick: told before each cell how many are trained, how many there are, and the next one's name.
         pool: processes to use and to leave alive; None: own ones, as many teams as there are cores.
         train: what each rank runs; a test plants its fault here.
+        known: cells that need no training any more, by the names of tuner and topology.
+        keep: told of each cell as soon as it is judged, from a thread.
     Raises:
         ConfigError, SpecError: the job names no model that we know, nothing is left of the columns, or what is asked of
             experts depends on how a batch is cut.
@@ -98,8 +106,8 @@ def certify(
     with tempfile.TemporaryDirectory(prefix="isotrain-certify-") as name:
         bench = Bench.prepared(Path(name), request.job, config, rows)
         teams = _own_teams(request.ranks, Path(name)) if pool is None else _given(pool)
-        with teams as pools, _Crew(bench, pools, train) as crew:
-            return _cells(crew, list(rows), columns, tick)
+        with teams as pools, _Crew(bench, pools, train, keep) as crew:
+            return _cells(crew, list(rows), columns, known, tick)
 
 
 def _columns(request: Request, moe: bool) -> list[Layout]:
@@ -121,9 +129,13 @@ def _columns(request: Request, moe: bool) -> list[Layout]:
     return found
 
 
-def _cells(crew: _Crew, tuners: list[str], columns: list[Layout], tick: Tick) -> list[Cell]:
-    """The rows' runs in one process first, then every row from left to right."""
-    total = len(tuners) * (len(columns) + 1)
+def _cells(
+    crew: _Crew, tuners: list[str], columns: list[Layout], known: Mapping[tuple[str, str], Cell], tick: Tick
+) -> list[Cell]:
+    """The rows' runs in one process first, then what is not known of every row, from left to right."""
+    places = [(tuner, layout) for tuner in tuners for layout in columns]
+    wanted = [(tuner, layout) for tuner, layout in places if (tuner, layout.name) not in known]
+    total = len(tuners) + len(wanted)
 
     def begun(places: Iterable[tuple[str, Layout]], before: int) -> list[Future[Cell]]:
         found = []
@@ -133,13 +145,15 @@ def _cells(crew: _Crew, tuners: list[str], columns: list[Layout], tick: Tick) ->
         return found
 
     ones = [each.result() for each in begun(((tuner, REFERENCE) for tuner in tuners), 0)]
-    green = [one.tuner for one in ones if one.verdict == "green"]
-    found = begun(((tuner, layout) for tuner in green for layout in columns), len(tuners))
-    cells = {(cell.tuner, cell.layout): cell for cell in (*ones, *(each.result() for each in found))}
+    green = {one.tuner for one in ones if one.verdict == "green"}
+    found = begun(((tuner, layout) for tuner, layout in wanted if tuner in green), len(tuners))
+    now = (*ones, *(each.result() for each in found))
+    cells = {place: cell for place, cell in known.items() if place[0] in green}
+    cells |= {(cell.tuner, cell.layout.name): cell for cell in now}
     reasons = {one.tuner: one.reason or "one process is red itself" for one in ones}
     tick(total, total, "")
     return [
-        cells.get((tuner, layout)) or Cell(tuner, layout, "refused", reason=reasons[tuner])
+        cells.get((tuner, layout.name)) or Cell(tuner, layout, "refused", reason=reasons[tuner])
         for tuner in tuners
         for layout in (REFERENCE, *columns)
     ]
@@ -151,9 +165,9 @@ class _Crew:
     What begins waits for a free team, so that a cell is planned while the ones before it train.
     """
 
-    def __init__(self, bench: Bench, pools: Sequence[Pool], train: Train) -> None:
+    def __init__(self, bench: Bench, pools: Sequence[Pool], train: Train, keep: Callable[[Cell], None]) -> None:
         self.size = len(pools)
-        self._bench, self._train = bench, train
+        self._bench, self._train, self._keep = bench, train, keep
         self._free: queue.SimpleQueue[Pool] = queue.SimpleQueue()
         for pool in pools:
             self._free.put(pool)
@@ -179,7 +193,9 @@ class _Crew:
 
     def _judged(self, trained: Future[Trained | Cell]) -> Cell:
         found = trained.result()
-        return found if isinstance(found, Cell) else self._bench.judged(found)
+        cell = found if isinstance(found, Cell) else self._bench.judged(found)
+        self._keep(cell)
+        return cell
 
     def __enter__(self) -> _Crew:
         return self

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestrator.certify.command import SEED, STEPS, Cell, Request
-from orchestrator.certify.comparing import LOGITS_ATOL, LOSS_RTOL, TENSOR_RTOL
-from orchestrator.certify.grid import BATCH
+from orchestrator.certify.command import Cell, Request
+from orchestrator.certify.keeping import Growing, about, counts
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.marks import between_marks
-from orchestrator.metrics import jsonable
 from orchestrator.planning.certified import SHIPPED, Pair, pairs, with_family
 from orchestrator.runs import write_whole
 from parallel.families import read_model
@@ -26,47 +22,64 @@ from parallel.families import read_model
 if TYPE_CHECKING:
     from rich.console import Group
 
-VERSIONS = ("isotrain", "torch", "megatron-core", "transformers", "peft", "numpy")
 COLUMN_WIDTH, PAGE_WIDTH = 12, 120
-
-
 MARK = "<!-- certified {name} -->"
 
 
-def certified(request: Request, out: Path, page: Path | None, as_json: bool, for_package: bool = False) -> int:
+@dataclass(frozen=True)
+class Outputs:
+    """Where a certificate goes. ``page``: one with two marks ``<!-- certified FAMILY -->``, between which the grid is
+    put; ``for_package``: it is the one that the package shall carry; ``resume``: cells that ``file`` has are kept."""
+
+    file: Path
+    page: Path | None = None
+    as_json: bool = False
+    for_package: bool = False
+    resume: bool = False
+
+
+def certified(request: Request, outputs: Outputs) -> int:
     """Certify, show the grid, write the certificate; 1 when a cell is red.
 
-    Args:
-        page: a page with two marks ``<!-- certified FAMILY -->``, between which the grid is put.
-        for_package: this is the certificate that the package shall carry.
     Raises:
-        ConfigError: as :func:`orchestrator.certify.command.certify`, or the page has no such marks.
+        ConfigError: as :func:`orchestrator.certify.command.certify`, the page has no such marks, or there is nothing
+            that could be gone on with.
     """
-    from rich.console import Console
-
     from orchestrator.certify.command import certify, small_config
 
     config = small_config(request.job, request.ranks)
-    mark_of_page = MARK.format(name=config["model_type"])
+    page, mark_of_page = outputs.page, MARK.format(name=config["model_type"])
     if page is not None and page.read_text(encoding="utf-8").count(mark_of_page) != 2:
         raise ConfigError(f"{page} has no two marks {mark_of_page}", f"write {mark_of_page} twice into {page}")
+    growing = Growing.begun(outputs.file, about(request, config), outputs.resume)
+    if outputs.resume:
+        print(f"certify: {len(growing.known)} green cells are kept", file=sys.stderr)
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about itself
-    began = time.monotonic()
-    with _Ticker(sys.stderr) as ticker:
-        cells = certify(request, ticker)
-    value = certificate(cells, config, request.ranks, time.monotonic() - began)
-    write_certificate(out, value)
+    try:
+        with _Ticker(sys.stderr) as ticker:
+            cells = certify(request, ticker, known=growing.known, keep=growing.add)
+    except (Exception, KeyboardInterrupt):
+        if part := growing.keep():
+            print(f"certify: what is done is in {part}; the same command with --resume goes on", file=sys.stderr)
+        raise
+    value = growing.finish(cells)
     if page is not None:
         write_whole(page, between_marks(page.read_text(encoding="utf-8"), mark_of_page, markdown(cells)))
-    if for_package:
+    if outputs.for_package:
         ship(read_model(config).family, cells)
-    if as_json:
-        print(json.dumps(_finite({"code": int(bool(counts(cells)["red"])), "certificate": str(out), **value})))
+    _show(cells, value, outputs)
+    return int(ExitCode.RED if counts(cells)["red"] else ExitCode.DONE)
+
+
+def _show(cells: Sequence[Cell], value: dict[str, Any], outputs: Outputs) -> None:
+    from rich.console import Console
+
+    if outputs.as_json:
+        print(json.dumps({"code": int(bool(counts(cells)["red"])), "certificate": str(outputs.file), **value}))
     else:
         console = Console(highlight=False, width=None if sys.stdout.isatty() else PAGE_WIDTH)
         console.print(render(cells, console.width))
-    print(f"certificate: {out}", file=sys.stderr)
-    return int(ExitCode.RED if counts(cells)["red"] else ExitCode.DONE)
+    print(f"certificate: {outputs.file}", file=sys.stderr)
 
 
 class _Ticker:
@@ -96,35 +109,6 @@ class _Ticker:
         elif done * 10 // of > self._said:
             self._said = done * 10 // of
             print(f"certify: {done} of {of} cells{f', next {name}' if name else ''}", file=self._stream, flush=True)
-
-
-def certificate(cells: Sequence[Cell], config: dict[str, Any], ranks: int, seconds: float) -> dict[str, Any]:
-    """All that is in certificate.json."""
-    return {
-        "format_version": 1,
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in VERSIONS},
-        "tolerances": {"loss": LOSS_RTOL, "tensor": TENSOR_RTOL, "logits": LOGITS_ATOL},
-        "seed": SEED,
-        "steps": STEPS,
-        "global_sequences": BATCH,
-        "up_to": ranks,
-        "model": config,
-        "counts": counts(cells),
-        "cells": [asdict(cell) for cell in cells],
-    }
-
-
-def write_certificate(file: Path, value: dict[str, Any]) -> None:
-    """Write certificate.json, whole or not at all; a number that is none becomes null."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def counts(cells: Sequence[Cell]) -> dict[str, int]:
-    """How many cells are green, red and refused."""
-    return {verdict: sum(cell.verdict == verdict for cell in cells) for verdict in ("green", "red", "refused")}
 
 
 def ship(family: str, cells: Sequence[Cell]) -> None:
@@ -208,9 +192,3 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         notes.append(f"refused: {places[0]}{more}: {reason}")
     return notes
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else jsonable(value)

@@ -93,3 +93,11 @@ def test_a_rank_that_fails_is_red_and_says_why(pool: Pool) -> None:
     found = cells(pool, "lora", "dp2+distributed", train=mutations.rank_that_fails)
     assert found["dp2+distributed"].verdict == "red"
     assert "the second rank has had enough" in found["dp2+distributed"].reason
+
+
+def test_what_is_known_is_not_trained_again_and_each_other_cell_is_told_of(pool: Pool) -> None:
+    told: list[Cell] = []
+    known = {("lora", "dp2"): Cell("lora", Layout("dp2", (), 2), "green", reason="from before")}
+    found = cells(pool, "lora", "dp2", known=known, keep=told.append)
+    assert found["dp2"] is known["lora", "dp2"] and {cell.verdict for cell in found.values()} == {"green"}
+    assert {cell.layout.name for cell in told} == found.keys() - {"dp2"}

@@ -14,7 +14,8 @@ from orchestrator.certify import report
 from orchestrator.certify.command import Cell, Request, certify, tuner_rows
 from orchestrator.certify.comparing import Error, errors
 from orchestrator.certify.grid import REFERENCE, Layout, layouts
-from orchestrator.certify.report import MARK, certificate, certified, counts, markdown, render, write_certificate
+from orchestrator.certify.keeping import Growing, about, counts
+from orchestrator.certify.report import MARK, Outputs, certified, markdown, render
 from orchestrator.certify.shrinking import shrunken
 from orchestrator.checkpoint.publish import Contents
 from orchestrator.checkpoint.save import save
@@ -32,6 +33,7 @@ GREEN = Cell("lora", Layout("dp2", (), 2), "green", (Error("loss", "step 1", 2e-
 RED = Cell("lora", Layout("tp2", (), 2), "red", (Error("weight", "q_proj", 2e-3, 1e-4),))
 FAILED = Cell("full", Layout("tp2", (), 2), "red", reason="rank 1:\nBoom: no")
 REFUSED = Cell("full", Layout("dp2", (), 2), "refused", reason="3 heads | tp=2")
+FACTS = about(Request(compose_job(["model=smollm2_135m"])), {"model_type": "llama"})
 
 
 @given(
@@ -149,17 +151,45 @@ def test_a_grid_is_shown_whole_and_a_certificate_is_json(tmp_path: Path) -> None
     page = markdown(cells)
     assert "| tp2 | **red** weight 2e-03 | **red** failed |" in page and "| dp2 | 2e-07 | - |" in page
     broken = Cell("lora", Layout("pp2", (), 2), "red", (Error("loss", "step 1", float("nan"), 1e-5),))
-    write_certificate(tmp_path / "certificate.json", certificate([*cells, broken], {"model_type": "llama"}, 2, 1.0))
+    growing = Growing.begun(tmp_path / "certificate.json", FACTS, resume=False)
+    growing.finish([*cells, broken])
     value = json.loads((tmp_path / "certificate.json").read_text())
     assert value["counts"] == counts([*cells, broken]) and value["cells"][-1]["errors"][0]["value"] is None
     assert value["tolerances"] == {"loss": 1e-5, "tensor": 1e-4, "logits": 1e-4}
+
+
+def test_what_a_stopped_grid_has_done_counts_for_the_next(tmp_path: Path) -> None:
+    file = tmp_path / "certificate.json"
+    stopped = Growing.begun(file, FACTS, resume=True)
+    assert stopped.known == {} and stopped.keep() is None
+    for cell in (GREEN, RED, REFUSED):
+        stopped.add(cell)
+    assert stopped.keep() == tmp_path / "certificate.json.part" and not file.exists()
+    again = Growing.begun(file, FACTS, resume=True)
+    assert again.known == {("lora", "dp2"): GREEN}
+    whole = again.finish([GREEN, RED])
+    assert [path.name for path in tmp_path.iterdir()] == ["certificate.json"]
+    assert Growing.begun(file, FACTS, resume=True).known == again.known and whole["seconds"] >= 0
+    assert Growing.begun(file, FACTS, resume=False).known == {}
+
+
+def test_cells_of_other_code_or_of_another_job_do_not_count(tmp_path: Path) -> None:
+    file = tmp_path / "certificate.json"
+    Growing.begun(file, FACTS, resume=False).finish([GREEN])
+    other = about(Request(compose_job(["model=smollm2_135m", "tuner.targets=[q_proj]"])), {"model_type": "llama"})
+    for facts, word in ((FACTS | {"source": "0"}, "another source"), (other, "another job"), (FACTS, "no certificate")):
+        if word == "no certificate":
+            file.write_text("[1]")
+        with pytest.raises(ConfigError, match=word) as raised:
+            Growing.begun(file, facts, resume=True)
+        assert raised.value.hint.endswith("certificate-2.json")
 
 
 def test_a_page_without_marks_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing")
     with pytest.raises(ConfigError, match="has no two marks"):
-        certified(Request(compose_job(["model=smollm2_135m"])), tmp_path / "c.json", page, as_json=False)
+        certified(Request(compose_job(["model=smollm2_135m"])), Outputs(tmp_path / "c.json", page))
     assert MARK.format(name="llama") == "<!-- certified llama -->"
 
 
