@@ -29,7 +29,10 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Examine, show the table, and end with 0 only if a run would start."""
-    findings = examine(arguments.overrides)
+    from rich.console import Console
+
+    with Console(stderr=True).status("looking (two processes that meet take a few seconds)"):  # on a terminal only
+        findings = examine(arguments.overrides)
     faults = [one for one in findings if one.state == "fault"]
     code = ExitCode.RED if faults else ExitCode.DONE
     if arguments.json:

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
 from orchestrator.commands import plan_job
 from orchestrator.config.loading import compose_job
@@ -32,6 +33,20 @@ def test_a_point_is_the_run_that_it_would_be_alone(
     assert best.path.name == done.json["best"]["folder"]
     again = shell.isotrain("sweep", str(folder))
     assert "2 impossible, 2 finished already" in again.err and "plot: " in again.err
+
+
+def test_optunas_sampler_chooses_points_that_are_trained(shell: Shell, tiny_run_model: TinyRun, tmp_path: Path) -> None:
+    """One point after the other; the best is the one that Optuna itself has on record as the best."""
+    words = tiny_run_model.words(steps=2, run_dir=tmp_path / "search", optimizer__lr="tag(log,interval(1e-4,1e-1))")
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
+    done = shell.isotrain("train", "--multirun", *search, "hydra.sweeper.sampler.seed=1", *words, "--json")
+    points = done.json["points"]
+    assert [point["state"] for point in points] == 2 * ["done"]
+    rates = [float(point["folder"].partition("optimizer.lr=")[2]) for point in points]
+    assert len(set(rates)) == 2 and all(1e-4 <= rate <= 1e-1 for rate in rates)
+    found = yaml.safe_load((tmp_path / "search" / "hydra" / "optimization_results.yaml").read_text())
+    assert found["best_value"] == done.json["best"]["value"] == min(point["value"] for point in points)
+    assert str(found["best_params"]["++optimizer.lr"]) in done.json["best"]["folder"]
 
 
 @pytest.mark.faults

@@ -419,7 +419,7 @@ def test_multirun_is_a_sweep_and_takes_the_settings_of_hydras_launchers(
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        (["hydra/sweeper=optuna"], "Could not find 'hydra/sweeper/optuna'", "pip install hydra-optuna-sweeper"),
+        (["hydra/sweeper=ax"], "Could not find 'hydra/sweeper/ax'", "pip install hydra-ax-sweeper"),
         (["hydra/sweeper=nope"], "Could not find 'hydra/sweeper/nope'", "hydra/sweeper=basic"),
         (["hydra.sweeper.n_trials=3"], "Could not override 'hydra.sweeper.n_trials'", "see docs/sweeps.md"),
         (["hydra/sweeper=basic", "--dry-run"], "Hydra's sweepers choose points as they go", "leave it out"),

@@ -1,4 +1,4 @@
-"""``python -m tests.slurm.transcript --write docs/launch.md``: what a user sees when a node is lost, from a real Slurm.
+"""``python -m tests.slurm.transcript --write docs/launch.md --brief README.md``: a node is lost, on a real Slurm.
 
 A run of SmolLM2 on four nodes is submitted, one of them loses power, and the run goes on with the other three; its last
 loss is that of the same run in one process, left alone.
@@ -35,37 +35,39 @@ def typed(shell: SlurmShell, command: str) -> str:
     return "\n".join(line.rstrip() for line in [f"$ {command}", *shown.splitlines()])
 
 
-def record(cluster: Cluster, shell: SlurmShell) -> str:
-    """The transcript."""
-    log = shell.folder / "runs" / "first" / "metrics.jsonl"
+def record(cluster: Cluster, shell: SlurmShell) -> tuple[str, str]:
+    """The transcript, and one with the last lines of the log only."""
+    log = shell.folder / "runs" / "tide" / "metrics.jsonl"
     parts = [typed(shell, SUBMIT)]
     wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) >= 3)
     parts.append(typed(shell, "isotrain status runs/tide"))
     cluster.power_cut("node4")
     parts.append("(node4 loses power)")
     parts.append(typed(shell, "isotrain wait runs/tide"))
-    parts.append(typed(shell, "isotrain logs runs/tide"))
-    parts.append(typed(shell, ALONE))
-    return "\n\n".join(parts)
+    whole, brief = (typed(shell, f"isotrain logs runs/tide{end}") for end in ("", " | tail -n 2"))
+    alone = typed(shell, ALONE)
+    return "\n\n".join([*parts, whole, alone]), "\n\n".join([*parts, brief, alone])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path, help="put it between the marks of this page")
-    page = parser.parse_args().write
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put it between the marks of this page")
+    parser.add_argument("--brief", type=Path, metavar="PAGE", help="put it there with the end of the log only")
+    pages = parser.parse_args()
     make_model()
     cluster = Cluster(4)
     try:
         cluster.up()
         with tempfile.TemporaryDirectory() as folder:
             shell = replace(login(cluster, Path(folder)), cache=isotrain_cache())  # the model is there
-            text = record(cluster, shell)
+            whole, brief = record(cluster, shell)
     finally:
         cluster.down()
-    if page is None:
-        print(text)
-    else:
-        page.write_text(between_marks(page.read_text(), MARK, f"```text\n{text}\n```"))
+    for page, text in ((pages.write, whole), (pages.brief, brief)):
+        if page is not None:
+            page.write_text(between_marks(page.read_text(), MARK, f"```text\n{text}\n```"))
+    if pages.write is None:
+        print(whole)
 
 
 if __name__ == "__main__":
