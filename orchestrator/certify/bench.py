@@ -170,7 +170,7 @@ def _job(job: JobConfig, folder: Path, model: ModelSpec, words: tuple[str, ...])
         *(f"model.path={folder}", "model.weights=load", "model.config=null", "tuner.path=null"),
         *(f"batch.global_sequences={BATCH}", "batch.micro_sequences=1", f"batch.sequence_tokens={LONGEST_ROW}"),
         *("optimizer=adamw", "optimizer.lr=1e-3", f"optimizer.eps={EPS}", "optimizer.schedule=constant"),
-        *("metrics=jsonl", "metrics.progress=false", "checkpoint.every_steps=1", "checkpoint.keep_last=0"),
+        *("metrics=jsonl", "metrics.progress=false", "checkpoint.every_steps=0", "checkpoint.keep_last=0"),
         *("tuner.r=4", "tuner.alpha=8", "optimizer.distributed=false", "topology.cp_comm=ring"),
     ]
     if choice != "tuner=full":

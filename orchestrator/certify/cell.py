@@ -27,7 +27,7 @@ def write_rows(folder: Path, vocabulary: int, seed: int) -> None:
 
 
 def train_cell(run_dir: str, rows: str, probe: list[list[int]]) -> Any:
-    """Train the run of ``run_dir`` as this rank; leaves metrics.jsonl and a checkpoint of every step there.
+    """Train the run of ``run_dir`` as this rank; leaves metrics.jsonl and a checkpoint there.
 
     Args:
         run_dir: holds job.yaml and plan.json.

@@ -68,6 +68,7 @@ def tuner_rows(asked: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
         "optimizer.name=galore",
         "optimizer.galore.rank=4",
         "optimizer.galore.update_steps=2",
+        "checkpoint.every_steps=1",  # see orchestrator.certify.comparing
     )
     for name in asked:
         if name not in rows:

@@ -36,18 +36,19 @@ class Error:
 
 
 def errors(reference: Path, found: Path, steps: int) -> list[Error]:
-    """The worst errors of a run folder against another: every loss, step 1's gradients, the last step's weights.
+    """The worst errors of a run folder against another: every loss, the gradients, the last step's weights.
 
-    Adam's first moment after one step is the gradient times ``1 - beta1``, so it stands for the gradient. Moments that
-    GaLore keeps are compared in one basis (:mod:`orchestrator.certify.projecting`).
+    Adam's first moment stands for the gradients: it is their mean over the steps, each ``beta1`` times as heavy as the
+    next. (Those of step 1 alone say little of an adapter, whose A has none while B is zero.) Moments that GaLore keeps
+    are compared in one basis (:mod:`orchestrator.certify.projecting`), which takes the checkpoints of all steps.
     """
     one, other = (_readers(run, steps) for run in (reference, found))
     projected = _projected(reference, one, other)
     worst = [max(_losses(reference, found), key=lambda error: error.share)]
-    for what, kind, step in (("gradient", "exp_avg", 1), ("moment", "exp_avg_sq", steps), ("weight", "weight", steps)):
-        each = list(_tensors(what, kind, one[step - 1], other[step - 1]))
-        apart = {error.where for error in projected} if kind.startswith("exp_avg") else set()
-        each = [error for error in each if error.where not in apart]
+    apart = {error.where for error in projected}
+    for what, kind in (("gradient", "exp_avg"), ("moment", "exp_avg_sq"), ("weight", "weight")):
+        each = list(_tensors(what, kind, one[-1], other[-1]))
+        each = [error for error in each if kind == "weight" or error.where not in apart]
         each += [error for error in projected if error.what == what]
         if each:
             worst.append(max(each, key=lambda error: error.share))
@@ -58,8 +59,9 @@ def errors(reference: Path, found: Path, steps: int) -> list[Error]:
 
 
 def _readers(run: Path, steps: int) -> list[CheckpointReader]:
-    """Of the checkpoint after each step."""
-    return [CheckpointReader(run / "checkpoints" / step_name(step)) for step in range(1, steps + 1)]
+    """Of the checkpoints that there are, of which the last is the last step's."""
+    folders = [run / "checkpoints" / step_name(step) for step in range(1, steps + 1)]
+    return [CheckpointReader(folder) for folder in folders if folder.is_dir() or folder == folders[-1]]
 
 
 def _projected(reference: Path, ones: Sequence[CheckpointReader], others: Sequence[CheckpointReader]) -> list[Error]:
