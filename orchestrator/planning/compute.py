@@ -138,7 +138,8 @@ class Computing:
         tokens, rows = setup.rank_tokens, shape.vocab / setup.tp
         products = 1 if forward_only else 2 if setup.frozen else 3
         operations = 2.0 * tokens * rows * shape.hidden
-        moved = setup.value_bytes * (tokens * shape.hidden + rows * shape.hidden + tokens * rows)
+        read = 0.0 if setup.device.reads_weights else rows * shape.hidden
+        moved = setup.value_bytes * (tokens * shape.hidden + read + tokens * rows)
         # logits: written and read in the model's type, and in fp32 read, exponentiated, and their gradient written
         logits = tokens * rows * ((4 if setup.software.fused_loss else 12) + 2 * setup.value_bytes)
         logits /= 2 if forward_only else 1
@@ -158,7 +159,9 @@ class Computing:
         size = 1 if is_low else self.setup.value_bytes
         moved = size * (tokens * width + out * width) + self.setup.value_bytes * tokens * out
         rate *= self.setup.device.product_share(self.setup.precision, tokens)
-        busy = math.hypot(2 * tokens * out * width / rate, moved / self.memory_rate)
+        busy = 2 * tokens * out * width / rate
+        if not self.setup.device.reads_weights:
+            busy = math.hypot(busy, moved / self.memory_rate)
         cast = CAST_BYTES * tokens * width if is_low else 0.0
         return Work(busy, memory=cast / self.memory_rate)
 

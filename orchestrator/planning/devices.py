@@ -72,6 +72,11 @@ class Device:
         """Whether the figures are what runs achieve (a CPU's) and not what the hardware could."""
         return self.message_s > 0
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether rates of products have the reading of their weights in them (``isotrain calibrate`` on a CPU)."""
+        return self.measured is not None and bool(self.measured.shares)
+
     def product_share(self, precision: str, tokens: float) -> float:
         """What products of so many tokens reach of the rate of large ones: 1 where it was not measured.
 
