@@ -30,6 +30,8 @@ from parallel.specs import read_hf_config
 __all__ = ["SEED", "STEPS", "Cell", "Request", "certify", "small_config", "tuner_rows"]
 
 Tick = Callable[[int, int, str], None]
+Places = Mapping[tuple[str, str], Cell]
+"""Cells by the names of their tuner and topology."""
 MOST_TEAMS = 4  # whose cells one judge can follow
 
 
@@ -81,7 +83,7 @@ def certify(
     tick: Tick = lambda done, of, name: None,
     pool: Pool | None = None,
     train: Train = train_cell,
-    known: Mapping[tuple[str, str], Cell] = MappingProxyType({}),
+    known: Places = MappingProxyType({}),
     keep: Callable[[Cell], None] = lambda cell: None,
 ) -> list[Cell]:
     """Train and compare every cell; cells of a row are compared with the row's own run in one process.
@@ -130,9 +132,7 @@ def _columns(request: Request, moe: bool) -> list[Layout]:
     return found
 
 
-def _cells(
-    crew: _Crew, tuners: list[str], columns: list[Layout], known: Mapping[tuple[str, str], Cell], tick: Tick
-) -> list[Cell]:
+def _cells(crew: _Crew, tuners: list[str], columns: list[Layout], known: Places, tick: Tick) -> list[Cell]:
     """The rows' runs in one process first, then what is not known of every row, from left to right."""
     places = [(tuner, layout) for tuner in tuners for layout in columns]
     wanted = [(tuner, layout) for tuner, layout in places if (tuner, layout.name) not in known]

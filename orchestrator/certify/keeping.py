@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import launch
 import orchestrator
 import parallel
-from orchestrator.certify.command import SEED, STEPS, Cell, Request
+from orchestrator.certify.command import SEED, STEPS, Cell, Places, Request
 from orchestrator.certify.comparing import LOGITS_ATOL, LOSS_RTOL, TENSOR_RTOL, Error
 from orchestrator.certify.grid import BATCH, Layout
 from orchestrator.config.building import job_to_yaml
@@ -24,9 +24,6 @@ from orchestrator.runs import write_whole
 
 VERSIONS = ("isotrain", "torch", "megatron-core", "transformers", "peft", "numpy")
 EVERY_S = 20.0  # between two writes of what is done so far
-
-Places = Mapping[tuple[str, str], Cell]
-"""Cells by the names of their tuner and topology."""
 
 
 def about(request: Request, config: dict[str, Any]) -> dict[str, Any]:
@@ -104,8 +101,10 @@ class Growing:
         return _part(self._file)
 
     def finish(self, cells: Sequence[Cell]) -> dict[str, Any]:
-        """Write the whole; what was written."""
-        value = self._write(self._file, cells)
+        """Write the whole, with known cells that were not asked for this time; what was written."""
+        asked = {(cell.tuner, cell.layout.name) for cell in cells}
+        others = [cell for place, cell in self.known.items() if place not in asked]
+        value = self._write(self._file, [*cells, *others])
         _part(self._file).unlink(missing_ok=True)
         return value
 

@@ -15,6 +15,9 @@ from launch.environment import profiles_folder
 from orchestrator.errors import ConfigError
 from orchestrator.planning.devices import Device, Measured, device
 
+FORMAT_VERSION = 2
+"""1: products were measured with one weight, which stayed in a cache. 2: with another weight each time."""
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -44,7 +47,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Profile:
-    """A machine. ``kind``: of its devices in the catalogue. ``links``: by number of ranks. ``measured``: when, UTC."""
+    """A machine. ``kind``: of its devices in the catalogue. ``links``: by number of ranks. ``measured``: when, UTC.
+
+    ``format_version``: what its figures mean; one of another is refused, as its figures would be taken for these.
+    """
 
     host: str
     kind: str
@@ -53,6 +59,7 @@ class Profile:
     links: tuple[Link, ...]
     measured: str
     torch: str
+    format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         """The text of a profile's file."""
@@ -114,6 +121,9 @@ def read_profile(file: str) -> Profile:
     """
     try:
         value: dict[str, Any] = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        found = value.get("format_version", 1) if isinstance(value, dict) else None
+        if found != FORMAT_VERSION:
+            raise ValueError(f"its format is {found}, not {FORMAT_VERSION}")
         paces = tuple(Pace(**{**pace, "shares": _shares(pace["shares"])}) for pace in value["paces"])
         return Profile(**{**value, "paces": paces, "links": tuple(Link(**link) for link in value["links"])})
     except OSError as error:

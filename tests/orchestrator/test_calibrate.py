@@ -27,6 +27,7 @@ from orchestrator.planning.constants import FITTED, constants_for
 from orchestrator.planning.devices import device
 from orchestrator.planning.estimate import cluster_device
 from orchestrator.planning.profile import (
+    FORMAT_VERSION,
     Link,
     Message,
     Pace,
@@ -136,6 +137,10 @@ def test_a_named_profile_is_used_anywhere_and_must_fit(kept: Path, tmp_path: Pat
         with pytest.raises(ConfigError, match=message) as caught:
             read_profile(str(file))
         assert caught.value.hint == f"isotrain calibrate --out {file}"
+    file.write_text(PROFILE.to_json().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 1'))
+    read_profile.cache_clear()
+    with pytest.raises(ConfigError, match=f"its format is 1, not {FORMAT_VERSION}"):
+        read_profile(str(file))
     with pytest.raises(ConfigError, match="No such file"):
         read_profile(str(tmp_path / "nowhere.json"))
     with pytest.raises(ConfigError, match="was measured on cpu, but the plan is for H100-80GB") as caught:
