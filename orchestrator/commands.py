@@ -194,7 +194,7 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
     if decision.kind == "finished":
         return Finished(run_dir, 0, decision.step, decision.message)
     check_files(job, decision.kind)
-    planned = plan_job(job)
+    planned = plan_job(_on_one_node(job))
     check_device(planned.job.cluster)
     rendered = rendered_launch(planned, run_dir)
     make_folder(run_dir)
@@ -221,6 +221,12 @@ def _run(job: JobConfig, run_dir: Path, decision: Decision, say: Say) -> Finishe
         return finished
     hint = result.cause.hint if result.cause.cause == REWOUND else f"isotrain logs {run_dir}"  # not: the same again
     return Finished(run_dir, ExitCode.GAVE_UP, finished.step, given_up, dataclasses.replace(result.cause, hint=hint))
+
+
+def _on_one_node(job: JobConfig) -> JobConfig:
+    """A job that may have one node, on one: what starts ranks without Slurm has no more."""
+    nodes = 1 if job.cluster.fewest_nodes == 1 else job.cluster.nodes
+    return dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=nodes))
 
 
 def ended(run_dir: Path, steps: int, code: int, cause: RankExit | None) -> Finished:

@@ -15,9 +15,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+from hypothesis import settings
 
 from tests.helpers import runs
 from tests.helpers.pool import Pool
+
+settings.register_profile("isotrain", deadline=None)  # nothing here is a test of this machine's speed
+settings.load_profile("isotrain")
 
 
 @pytest.fixture(scope="session")

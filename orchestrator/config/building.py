@@ -39,9 +39,21 @@ def build_job(mapping: Mapping[str, Any]) -> JobConfig:
         >>> build_job({"steps": 5, "topology": {"tp": 3}}).topology.tp
         3
     """
-    job = _build(JobConfig, mapping, "")
+    job = _build(JobConfig, _with_node_range(mapping), "")
     check_values(job)
     return typing.cast(JobConfig, job)
+
+
+def _with_node_range(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``cluster.nodes=2-8`` as the two numbers that it stands for."""
+    cluster = mapping.get("cluster") if isinstance(mapping, Mapping) else None
+    nodes = cluster.get("nodes") if isinstance(cluster, Mapping) else None
+    if not (isinstance(cluster, Mapping) and isinstance(nodes, str)):
+        return mapping
+    found = re.fullmatch(r"(\d+)-(\d+)", nodes, re.ASCII)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"cluster.nodes={nodes} should be a whole number or FEWEST-MOST", "cluster.nodes=2-8")
+    return {**mapping, "cluster": {**cluster, "nodes": int(found[2]), "fewest_nodes": int(found[1])}}
 
 
 def _build(kind: type, mapping: object, where: str) -> Any:
@@ -191,6 +203,8 @@ def mapping_from_yaml(text: str) -> dict[str, Any]:
     if isinstance(slurm, dict):
         for name in {"restarts", "silent_s", "stalled_s"} & slurm.keys():  # where isotrain 0.1 had them
             mapping.setdefault("recovery", {})[name] = slurm.pop(name)
+        if (nodes := slurm.pop("nodes", None)) is not None:
+            mapping["cluster"]["nodes"] = nodes
     return mapping
 
 

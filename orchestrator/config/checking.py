@@ -43,12 +43,6 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and value >= 1
 
 
-def _is_range(text: str) -> bool:
-    """``FEWEST-MOST``, whole numbers from 1."""
-    fewest, _, most = text.partition("-")
-    return fewest.isdigit() and most.isdigit() and 1 <= int(fewest) <= int(most)
-
-
 def _is_prologue(words: list[str]) -> bool:
     """A kind and the one thing that it takes; modules are one or more, and an image may have folders after it."""
     return words[0] in PROLOGUES and (len(words) == 2 or (words[0] not in ("venv", "conda") and len(words) > 2))
@@ -59,7 +53,8 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     **{
         key: ("at least 1", lambda value: value >= 1, "1")
         for key in (
-            *("steps", "cluster.nodes", "cluster.gpus_per_node", "batch.global_sequences"),
+            *("steps", "cluster.nodes", "cluster.fewest_nodes", "cluster.gpus_per_node"),
+            "batch.global_sequences",
             *(f"topology.{axis}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
             *("tuner.r", "optimizer.galore.rank", "optimizer.galore.update_steps"),
         )
@@ -79,7 +74,6 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "anomalies.spike_factor": ("above 1", lambda value: value > 1, "3"),
     "recovery.silent_s": ("above 0", lambda value: value > 0, "120"),
     "recovery.stalled_s": ("above 0", lambda value: value > 0, "1800"),
-    "cluster.slurm.nodes": ("a range such as 2-8", lambda value: _is_range(value), "2-8"),
     "cluster.slurm.time": (
         "a time of Slurm's: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, in quotes",
         lambda value: re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", value) is not None,
@@ -122,6 +116,11 @@ def check_values(job: JobConfig) -> None:
         value = _value(job, key)
         if value is not None and not is_right(value) and not _is_found_out(job, key, value):
             raise ConfigError(f"{key}={value} should be {asked}", f"{key}={example}")
+    fewest, most = job.cluster.fewest_nodes, job.cluster.nodes
+    if fewest is not None and 0 < most < fewest:
+        raise ConfigError(
+            f"cluster.nodes={most} is below cluster.fewest_nodes={fewest}", f"cluster.nodes={most}-{most}"
+        )
     if job.optimizer.min_lr > job.optimizer.lr:
         raise ConfigError(
             f"optimizer.min_lr={job.optimizer.min_lr} is above optimizer.lr={job.optimizer.lr}", "optimizer.min_lr=0"

@@ -51,7 +51,7 @@ ELSEWHERE = {
     "topology.dp": ("data_parallel_size", "dp_size"),
     "topology.sp": ("sequence_parallel",),
     "cluster.gpus_per_node": ("nproc_per_node", "num_gpus", "n_gpus", "num_processes"),
-    "cluster.nodes": ("nnodes", "num_nodes", "num_machines"),
+    "cluster.nodes": ("nodes", "nnodes", "num_nodes", "num_machines"),
 }
 # Ours count or mean something else, so that the value cannot be carried over.
 OTHER_VALUES = {

@@ -25,14 +25,12 @@ class ModelConfig:
 class SlurmConfig:
     """What ``isotrain submit`` asks of Slurm beside nodes and GPUs; null: the option is left out. docs/launch.md.
 
-    ``nodes``: a range such as 2-8 instead of ``cluster.nodes``; the run is planned anew for the nodes of each start.
     ``prologue``: what makes ``isotrain`` known on a node: [] (the submitter's PATH), [module, NAME, ...],
     [venv, FOLDER], [conda, NAME], or the ranks' container: [apptainer, IMAGE], [pyxis, IMAGE]. ``secrets``: a file of
     NAME=VALUE lines for the ranks' environment, mode 0600. ``requeue``: go on in a new allocation after preemption,
     the time limit or a lost node. ``signal_s``: how long before the time limit a run stops and saves.
     """
 
-    nodes: str | None = None
     account: str | None = None
     partition: str | None = None
     qos: str | None = None
@@ -61,6 +59,9 @@ AUTO = "auto"
 class ClusterConfig:
     """``gpus_per_node`` counts ranks per node, also on a CPU. ``memory_gib`` is per rank.
 
+    ``nodes``: a number, or a range such as ``2-8``, of which the most is kept here and the fewest in ``fewest_nodes``
+    (None: no fewer); such a run is planned anew for the nodes of each start.
+
     Of the cluster named ``auto``, 0 and the device ``auto`` are found out (``orchestrator.detection.cluster``).
 
     ``gpu``: the kind in the catalogue of devices (``orchestrator/planning/devices.yaml``); None: an H100 on cuda.
@@ -72,6 +73,7 @@ class ClusterConfig:
     gpus_per_node: int = 4
     device: str = "cpu"
     memory_gib: float = 4.0
+    fewest_nodes: int | None = None
     gpu: str | None = None
     profile: str | None = None
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

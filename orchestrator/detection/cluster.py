@@ -84,8 +84,10 @@ def on_cluster(job: JobConfig, found: ClusterSpec) -> JobConfig:
 
 
 def as_asked(job: JobConfig, asked: JobConfig) -> JobConfig:
-    """What a run folder keeps of a job that was planned: ``cluster=auto`` stays open, so that it is found anew."""
-    return replace(job, cluster=asked.cluster) if asked.cluster.name == AUTO else job
+    """What a run folder keeps of a job that was planned: what is open (``cluster=auto``, a range of nodes) stays so."""
+    if asked.cluster.name == AUTO:
+        return replace(job, cluster=asked.cluster)
+    return replace(job, cluster=replace(job.cluster, nodes=asked.cluster.nodes))
 
 
 def _on_cores(asked: ClusterConfig, there: Machines) -> ClusterSpec:

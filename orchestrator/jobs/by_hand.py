@@ -24,7 +24,9 @@ def by_hand(overrides: Sequence[str], allocation: Allocation) -> JobConfig:
         return dataclasses.replace(job, run_dir=_folder(job, allocation))
     cluster = job.cluster if named else cluster_of(allocation, job.cluster)
     on_node = (allocation.gpus_per_node if cluster.device == "cuda" else 0) or (cluster.gpus_per_node if named else 1)
-    cluster = dataclasses.replace(cluster, nodes=allocation.nodes, gpus_per_node=allocation.ranks_per_node or on_node)
+    nodes, ranks = allocation.nodes, allocation.ranks_per_node or on_node
+    fewest = min(nodes, cluster.fewest_nodes) if cluster.fewest_nodes else None
+    cluster = dataclasses.replace(cluster, nodes=nodes, fewest_nodes=fewest, gpus_per_node=ranks)
     return dataclasses.replace(job, cluster=cluster, run_dir=_folder(job, allocation))
 
 

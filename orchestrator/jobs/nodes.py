@@ -14,11 +14,10 @@ def node_range(cluster: ClusterConfig) -> tuple[int, int]:
     """Fewest and most nodes that a run may have; 0 where they are still to be found out.
 
     Example:
-        >>> node_range(ClusterConfig(nodes=4))
-        (4, 4)
+        >>> node_range(ClusterConfig(nodes=4)), node_range(ClusterConfig(nodes=8, fewest_nodes=2))
+        ((4, 4), (2, 8))
     """
-    fewest, _, most = (cluster.slurm.nodes or f"{cluster.nodes}-{cluster.nodes}").partition("-")
-    return int(fewest), int(most)
+    return cluster.fewest_nodes or cluster.nodes, cluster.nodes
 
 
 def plan_on(job: JobConfig, nodes: int) -> Planned:

@@ -117,12 +117,12 @@ def static_script(name: str = "train.sbatch") -> str:
 
 def header(cluster: ClusterConfig, run_dir: Path) -> Header:
     """The ``#SBATCH`` lines of a run. The log lies in the run folder, which is where sbatch is called."""
-    slurm = cluster.slurm
+    slurm, (fewest, most) = cluster.slurm, node_range(cluster)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_dir.name).strip("-.") or "run"
     gpus = slurm.gres or (f"gpu:{cluster.gpus_per_node}" if cluster.device == "cuda" else None)
     options: dict[str, str | None] = {
         "job-name": f"isotrain-{name}"[:60],
-        "nodes": slurm.nodes or str(cluster.nodes),
+        "nodes": f"{fewest}-{most}" if fewest < most else str(most),
         "gres": gpus,
         "exclusive": "" if slurm.exclusive else None,
         "mem": "0" if slurm.exclusive else None,

@@ -47,7 +47,8 @@ def plan_page(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice, warn
 
 def plan_sections(plan: Plan, job: JobConfig, advice: Advice | None) -> Iterator[Markup]:
     """The charts."""
-    grid = rank_grid(plan.topology, job.cluster.nodes, job.cluster.gpus_per_node)
+    there = plan.cluster or job.cluster  # the job's may be a range, or to be found out
+    grid = rank_grid(plan.topology, there.nodes, there.gpus_per_node)
     yield section("Ranks on nodes", "Each box is a rank: its number and its place along every axis that is cut. "
                   "Colours are pipeline stages; the pointer shows a rank's groups.", grid)  # fmt: skip
     timeline = plan_timeline(plan)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config.job import JobConfig
+from orchestrator.config.job import ClusterConfig, JobConfig
 from orchestrator.planning.advice import Advice
 from orchestrator.planning.goals import GOALS, is_built
 from orchestrator.planning.memory import GIB
@@ -70,6 +70,10 @@ def plan_summary(plan: Plan, job: JobConfig, model: ModelSpec, advice: Advice | 
     }
 
 
+def _nodes(cluster: ClusterConfig) -> str:
+    return f"{cluster.fewest_nodes} to {cluster.nodes}" if cluster.fewest_nodes else str(cluster.nodes)
+
+
 def plan_facts(plan: Plan, job: JobConfig, model: ModelSpec) -> dict[str, str]:
     """What runs, by name."""
     idle = f", {plan.ranks_idle} idle" if plan.ranks_idle else ""
@@ -83,7 +87,7 @@ def plan_facts(plan: Plan, job: JobConfig, model: ModelSpec) -> dict[str, str]:
     return {
         "model": f"{job.model.path or model.family} ({model.layers} layers, hidden {model.hidden}{moe}), {tuner}",
         **goal,
-        "cluster": f"{job.cluster.name}: {job.cluster.nodes} x {job.cluster.gpus_per_node} {plan.device} ranks",
+        "cluster": f"{job.cluster.name}: {_nodes(job.cluster)} x {job.cluster.gpus_per_node} {plan.device} ranks",
         "topology": f"{plan.topology}{_switches(plan)} = {plan.ranks_used} ranks{idle}",
         "batch": batch_arithmetic(plan) + (", which a run tries out" if len(plan.micro_choices) > 1 else ""),
         "rows": f"at most {plan.sequence_tokens} tokens{' a sequence' if goal else ''}{padded}",

@@ -146,7 +146,7 @@ def refuse_too_few(prepared: Prepared, judgement: Judgement) -> None:
     hint = f"--probe-nodes {probed + fewest - good}"
     usable = _usable(prepared, good)
     if usable:
-        hint += f"   or   cluster.slurm.nodes={usable}-{most}"
+        hint += f"   or   cluster.nodes={usable}-{most}"
     raise TooFewNodes(
         f"{good} of {probed} probed nodes are good, and the job needs {fewest}: nothing is submitted", hint, judgement
     )
@@ -155,8 +155,7 @@ def refuse_too_few(prepared: Prepared, judgement: Judgement) -> None:
 def _usable(prepared: Prepared, good: int) -> int:
     """On how many of the good nodes the job would run; 0 where on none."""
     job = prepared.job
-    slurm = dataclasses.replace(job.cluster.slurm, nodes=f"1-{max(1, good)}")
-    open_job = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, slurm=slurm))
+    open_job = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, fewest_nodes=1))
     with suppress(ConfigError, SpecError):
         return plan_on(open_job, good).job.cluster.nodes if good else 0
     return 0

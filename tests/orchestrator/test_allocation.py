@@ -20,6 +20,7 @@ from orchestrator.jobs import suspects
 from orchestrator.jobs.allocation import run_allocation
 from orchestrator.jobs.by_hand import by_hand
 from orchestrator.jobs.record import Ended, note_start, read_ended, write_cancelled
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import write_whole
 
 KILLED = RankExit(1, 86, "Killed", "rank 1 was killed", "", None, 0.0)
@@ -108,7 +109,7 @@ def test_a_crash_loop_is_given_up(stage: Stage, words: list[str]) -> None:
     assert "rank 1 was killed; 3 times without a new checkpoint after step 5: given up" in ended.message
 
 
-ELASTIC = ["cluster.slurm.nodes='1-2'"]
+ELASTIC = ["cluster.nodes=1-2"]
 
 
 def hosts(stage: Stage) -> list[tuple[str, ...]]:
@@ -120,7 +121,10 @@ def test_a_node_that_starts_are_lost_to_again_is_left_out(stage: Stage, words: l
     assert stage.run([*words, *ELASTIC])[0] == 0
     assert hosts(stage) == [("n1", "n2"), ("n1", "n2"), ("n1",)]
     assert "n2 left out: starts were lost to it 2 times" in stage.said
-    assert read_job(stage.run_dir).cluster.nodes == 1
+    there = Plan.from_json((stage.run_dir / "plan.json").read_text()).cluster
+    assert there is not None and there.nodes == 1
+    cluster = read_job(stage.run_dir).cluster
+    assert (cluster.fewest_nodes, cluster.nodes) == (1, 2)  # as it was asked
 
 
 @pytest.mark.parametrize(

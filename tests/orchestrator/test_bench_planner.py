@@ -131,7 +131,7 @@ SMALL: dict[str, Any] = {
     st.none(), st.integers(-3, 99), st.floats(), st.text(max_size=4), st.booleans(), st.lists(st.just(1), max_size=2),
     st.dictionaries(st.sampled_from(["layers", "hidden", "experts", "oom", "step_s"]), st.none() | st.integers(-2, 9)),
 )))  # fmt: skip
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_odd_rows_are_listed_with_a_reason_and_never_a_traceback(changes: dict[str, Any]) -> None:
     one = predict(SMALL | changes)
     assert one.reason or one.step_s > 0

@@ -50,7 +50,7 @@ def cuts(draw: st.DrawFn) -> Pieces:
     return held
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cuts())
 def test_every_true_cut_is_proven(held: Pieces) -> None:
     proven = prove(held)
@@ -60,7 +60,7 @@ def test_every_true_cut_is_proven(held: Pieces) -> None:
             assert item.ranks == tuple(rank for rank, pieces in enumerate(held) if (tensor, item.box) in pieces)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cuts(), st.data())
 def test_a_missing_box_is_found(held: Pieces, data: st.DataObject) -> None:
     tensor, lost = data.draw(st.sampled_from([piece for pieces in held for piece in pieces]))
@@ -71,7 +71,7 @@ def test_a_missing_box_is_found(held: Pieces, data: st.DataObject) -> None:
             prove(rest)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cuts(), st.data())
 def test_unequal_boxes_that_overlap_are_found(held: Pieces, data: st.DataObject) -> None:
     tensor, one = data.draw(st.sampled_from([piece for pieces in held for piece in pieces]))
@@ -82,7 +82,7 @@ def test_unequal_boxes_that_overlap_are_found(held: Pieces, data: st.DataObject)
         prove(held)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cuts(), st.sampled_from([64, 200, 4096]), st.sampled_from([1, 100, 10**6]))
 def test_rounds_fill_every_file_once_in_order_within_the_buffer(
     held: Pieces, buffer_bytes: int, file_bytes: int

@@ -79,7 +79,7 @@ def test_unknown_names_and_kinds_are_key_errors_and_boxes_outside_value_errors(t
             reader.read("a", "weight", box)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=8, alphabet=st.characters(exclude_categories=["Cs"])).filter(

@@ -57,7 +57,7 @@ def labels_by_sample(ranks: list[list[MicroBatch]]) -> dict[int, list[int]]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(layouts())
 def test_a_step_has_the_same_samples_and_labels_on_every_layout(
     case: tuple[list[int], BatchShape, BatchShape, int],
@@ -70,7 +70,7 @@ def test_a_step_has_the_same_samples_and_labels_on_every_layout(
     assert sorted(one) == list(range(step * size, (step + 1) * size))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(layouts())
 def test_rows_are_whole_shifted_padded_and_of_the_shape_asked_for(
     case: tuple[list[int], BatchShape, BatchShape, int],
@@ -97,7 +97,7 @@ def test_rows_are_whole_shifted_padded_and_of_the_shape_asked_for(
             assert shape.common_length or width == padded_tokens(longest, shape.length_multiple)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(layouts())
 def test_rows_of_similar_length_share_and_ranks_are_balanced(
     case: tuple[list[int], BatchShape, BatchShape, int],
@@ -116,13 +116,13 @@ def test_rows_of_similar_length_share_and_ranks_are_balanced(
 
 
 @given(rows=st.integers(1, 30), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_epoch_takes_every_row_once(rows: int, seed: int, epoch: int) -> None:
     assert sorted(SampleOrder(rows, seed).rows_at(epoch * rows, rows).tolist()) == list(range(rows))
 
 
 @given(rows=st.integers(1, 30), start=st.integers(0, 100), count=st.integers(0, 70), cut=st.integers(0, 70))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_order_does_not_depend_on_where_reading_starts(rows: int, start: int, count: int, cut: int) -> None:
     whole = SampleOrder(rows, 5).rows_at(start, count).tolist()
     order, cut = SampleOrder(rows, 5), min(cut, count)

@@ -75,7 +75,7 @@ def test_the_job_of_a_run_folder_is_a_job_file(tmp_path: Path, words: list[str])
 TEXTS = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(st.lists(TEXTS, min_size=20, max_size=40).map(lambda texts: ["Yā", "it's", "null", "a\\", "$HOME", *texts]))
 def test_any_text_comes_through(texts: list[str]) -> None:
     (word,) = words_of({"cluster": {"slurm": {"extra": texts}}})

@@ -102,7 +102,7 @@ def test_what_is_asked_is_kept_and_the_rest_is_derived(
     rows=st.sampled_from([1, 6, 8, 12, 64]),
     micro=st.sampled_from([None, 1, 2, 4]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
     tp: int | None,
     pp: int | None,

@@ -242,7 +242,7 @@ def ask_anything(cluster: ClusterSpec, model: ModelSpec, job: JobConfig) -> None
 
 
 @given(CLUSTERS, MODELS, JOBS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_ask_has_a_plan_or_an_error_with_a_hint(cluster: ClusterSpec, model: ModelSpec, job: JobConfig) -> None:
     ask_anything(cluster, model, job)
 
@@ -250,7 +250,7 @@ def test_any_ask_has_a_plan_or_an_error_with_a_hint(cluster: ClusterSpec, model:
 @pytest.mark.grid
 @pytest.mark.timeout(1800)
 @given(CLUSTERS, MODELS, JOBS)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 def test_two_thousand_asks_have_a_plan_or_an_error_with_a_hint(
     cluster: ClusterSpec, model: ModelSpec, job: JobConfig
 ) -> None:

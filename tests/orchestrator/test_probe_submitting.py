@@ -103,7 +103,7 @@ def test_scripts_are_as_they_were_reviewed(name: str) -> None:
 
 
 def test_a_probe_asks_for_the_jobs_own_range_of_nodes() -> None:
-    typed = [*MODEL, "cluster=slurm_cpu", "cluster.slurm.nodes='2-4'"]
+    typed = [*MODEL, "cluster=slurm_cpu", "cluster.nodes=2-4"]
     assert "#SBATCH --nodes=2-4" in options_of(probe_script(prepare(typed), Options()))
 
 
@@ -178,12 +178,12 @@ def test_too_few_good_nodes_submit_nothing(
     out, _ = run(capsys, "submit", *words, "--probe", "--json", code=71)
     value = json.loads(out)
     assert value["error"] == "1 of 2 probed nodes are good, and the job needs 2: nothing is submitted"
-    assert value["hint"] == "--probe-nodes 3   or   cluster.slurm.nodes=1-2"
+    assert value["hint"] == "--probe-nodes 3   or   cluster.nodes=1-2"
     assert value["probe"]["bad"] == ["n2"] and value["code"] == 71
     assert [Path(job["script"]).name for job in slurm.jobs] == ["probe.sbatch"]
     assert not (run_of(words) / "job.yaml").exists()
     slurm.probe_finds(found(report("n1"), report("n2", free_gib=0.1)))
-    hinted = [*words[:-1], "cluster.slurm.nodes=1-2", words[-1]]  # the hint works, in the same folder
+    hinted = [*words[:-1], "cluster.nodes=1-2", words[-1]]  # the hint works, in the same folder
     assert json.loads(run(capsys, "submit", *hinted, "--probe", "--json")[0])["job_id"] == "3"
 
 
@@ -191,7 +191,7 @@ def test_a_range_goes_on_with_those_that_are_good(
     slurm: FakeSlurm, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm.probe_finds(found(report("n1"), silent={"n2": "no answer in 120 s"}))
-    typed = ["cluster.slurm.nodes=1-2", *words]
+    typed = [*words, "cluster.nodes=1-2"]
     assert json.loads(run(capsys, "submit", *typed, "--probe", "--json")[0])["probe"]["good"] == ["n1"]
 
 
@@ -199,7 +199,7 @@ def test_a_probe_that_ends_early_is_judged_by_what_nodes_wrote(
     slurm: FakeSlurm, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm.probe_finds({"probe/n2.json": asdict(report("n2", links=()))}, state="NODE_FAIL", code=1)
-    out, _ = run(capsys, "submit", "cluster.slurm.nodes=1-2", *words, "--probe", "--json")
+    out, _ = run(capsys, "submit", *words, "cluster.nodes=1-2", "--probe", "--json")
     nodes = json.loads(out)["probe"]["nodes"]
     assert [(one["node"], one["why"]) for one in nodes] == [
         ("n1", ["no answer before the probe ended (NODE_FAIL)"]), ("n2", []),

@@ -132,7 +132,7 @@ def test_marks_and_prefixes_give_the_hand_made_mask(tokenizers: dict[bool, tuple
 texts = st.text(st.sampled_from("helo in\n\té🙂漢 <|"), min_size=1, max_size=12).filter(lambda text: text.strip())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(turns=st.lists(texts, min_size=2, max_size=6), trim=st.booleans())
 def test_marks_prefixes_and_transformers_agree(
     tokenizers: dict[bool, tuple[Any, Path]], turns: list[str], trim: bool

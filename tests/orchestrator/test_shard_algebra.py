@@ -126,7 +126,7 @@ def shards(spec: ModelSpec, cut: Cut) -> Iterator[Shard]:
 
 
 @given(cases())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_cut_stored_and_cut_elsewhere_is_the_identity(case: tuple[ModelSpec, Cut, Cut]) -> None:
     spec, before, after = case
     with tempfile.TemporaryDirectory() as place:

@@ -70,7 +70,7 @@ def test_a_rendered_script_is_the_static_one_but_for_options_and_the_run_folder(
 
 CASES: dict[str, list[str]] = {
     "plain": ["cluster=slurm_cpu"],
-    "range": ["cluster=slurm_cpu", "cluster.slurm.nodes='2-4'"],
+    "range": ["cluster=slurm_cpu", "cluster.nodes=2-4"],
     "gpus": ["cluster=slurm_4x8", "batch.global_sequences=32"],
     "everything": [
         "cluster=slurm_4x8",

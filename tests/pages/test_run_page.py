@@ -196,7 +196,7 @@ def lines_of(names: Sequence[str]) -> st.SearchStrategy[list[dict[str, Any]]]:
     return st.lists(st.dictionaries(usual, VALUES, max_size=len(names)), max_size=4)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=lines_of(["step", "time", "loss", "step_s", "tokens_per_s", "peak_memory_bytes"]),
     starts=lines_of(["time", "host", "git", "packages"]),

@@ -244,7 +244,7 @@ def test_one_expert_per_token_with_normalised_weights_is_refused() -> None:
     rows=st.integers(1, 64),
     micro=st.integers(1, 8),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_typing_every_hint_in_turn_ends_in_a_legal_layout(
     heads: int, tp: int, pp: int, dp: int, rows: int, micro: int
 ) -> None:

@@ -56,7 +56,7 @@ def logical(piece_shape: tuple[int, ...], name: str) -> np.ndarray:
 
 
 @given(cuts())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_cut_and_merge_is_the_identity(case: tuple[ModelSpec, int]) -> None:
     assert_cut_and_merged(*case, layer=0)
 
@@ -95,7 +95,7 @@ def assert_cut_and_merged(spec: ModelSpec, tp: int, layer: int) -> None:
 
 
 @given(cuts(), st.integers(1, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_adapter_halves_cover_their_wholes(case: tuple[ModelSpec, int], r: int) -> None:
     spec, tp = case
     for linear in names.linears(spec, 0):
@@ -117,7 +117,7 @@ def test_adapter_halves_cover_their_wholes(case: tuple[ModelSpec, int], r: int) 
 
 
 @given(cuts())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_vocabulary_rows_are_covered_once_and_padding_is_in_no_piece(case: tuple[ModelSpec, int]) -> None:
     spec, tp = case
     covered = np.zeros((spec.vocab, spec.hidden), int)

@@ -39,7 +39,7 @@ def flat_indices(shape: tuple[int, ...], box: Box) -> list[int]:
 
 
 @given(ranges())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_flat_boxes_read_in_order_are_the_range(case: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, stop = case
     read: list[int] = []
@@ -50,7 +50,7 @@ def test_flat_boxes_read_in_order_are_the_range(case: tuple[tuple[int, ...], int
 
 
 @given(ranges())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_flat_boxes_are_few_and_inside(case: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, stop = case
     found = [box for box, _ in flat_boxes(shape, start, stop)]

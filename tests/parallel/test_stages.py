@@ -22,7 +22,7 @@ pipelines = st.tuples(st.integers(1, 12), st.sampled_from([None, 1, 2, 3])).flat
 
 
 @given(pipelines)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_layer_once_in_order_and_no_empty_chunk(sizes: tuple[int, int, int | None, float, float]) -> None:
     layers, pp, vpp, embedding, head = sizes
     stages = split_layers(layers, pp, vpp, embedding, head)
@@ -34,7 +34,7 @@ def test_every_layer_once_in_order_and_no_empty_chunk(sizes: tuple[int, int, int
 
 
 @given(st.integers(2, 9), st.integers(2, 4), st.sampled_from([0.0, 0.4, 1.0]), st.sampled_from([0.0, 0.7, 2.5, 9.0]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_an_uneven_split_has_the_least_possible_largest_load(
     layers: int, pp: int, embedding: float, head: float
 ) -> None:
@@ -56,7 +56,7 @@ def test_an_uneven_split_has_the_least_possible_largest_load(
 
 
 @given(pipelines)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_stages_own_their_virtual_chunks(sizes: tuple[int, int, int | None, float, float]) -> None:
     layers, pp, vpp, embedding, head = sizes
     stages = split_layers(layers, pp, vpp, embedding, head)

@@ -65,7 +65,7 @@ def test_groups_and_coordinates_are_those_of_megatron_core() -> None:
 
 
 @given(topologies(), st.sampled_from(DENSE_SETS + EXPERT_SETS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_partition_the_world(topology: Topology, axes: str) -> None:
     groups = topology.groups(axes)
     assert sorted(rank for group in groups for rank in group) == list(range(topology.world_size))
@@ -74,7 +74,7 @@ def test_groups_partition_the_world(topology: Topology, axes: str) -> None:
 
 
 @given(topologies(), st.integers(0, 2**32), st.sampled_from(DENSE_SETS + EXPERT_SETS))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_coordinates_round_trip_and_find_the_group(topology: Topology, seed: int, axes: str) -> None:
     rank = seed % topology.world_size
     here = topology.coordinates(rank)
@@ -84,7 +84,7 @@ def test_coordinates_round_trip_and_find_the_group(topology: Topology, seed: int
 
 
 @given(topologies())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_both_grids_fill_a_stage(topology: Topology) -> None:
     assert topology.stage_ranks * topology.pp == topology.world_size
     assert topology.edp * topology.ep * topology.etp == topology.stage_ranks

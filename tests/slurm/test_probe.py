@@ -96,7 +96,7 @@ def test_a_node_that_loses_power_is_told_of_and_too_few_are_refused(
     assert started.returncode == 71, err
     said = json.loads(out)
     assert said["error"] == "2 of 4 probed nodes are good, and the job needs 3: nothing is submitted"
-    assert said["hint"] == "--probe-nodes 5   or   cluster.slurm.nodes=2-3"
+    assert said["hint"] == "--probe-nodes 5   or   cluster.nodes=2-3"
     assert said["probe"]["good"] == ["node1", "node2"]
     assert by_node(said["probe"])["node4"]["why"]
     after = slurm.run(["squeue", "--noheader", "--states=all", "--format=%i"]).out.split()

@@ -21,7 +21,7 @@ from tests.slurm.rig import Cluster
 
 MARK = "<!-- transcript: written by `python -m tests.slurm.transcript` -->"
 JOB = "model=smollm2_135m data=lighthouse steps=8 batch.global_sequences=12 batch.sequence_tokens=64"
-SUBMIT = f"isotrain submit {JOB} \\\n    cluster=slurm_cpu cluster.slurm.nodes=2-4 checkpoint.every_steps=2"
+SUBMIT = f"isotrain submit {JOB} \\\n    cluster=slurm_cpu cluster.nodes=2-4 checkpoint.every_steps=2"
 SUBMIT += " run_dir=runs/tide"
 ALONE = f"isotrain train {JOB} \\\n    cluster=one run_dir=runs/undisturbed 2>&1 | tail -n 2"
 
