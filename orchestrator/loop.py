@@ -83,12 +83,15 @@ def steps(run: Run, start: Cursor, stop: StopRequest) -> Generator[None, None, E
 
 def batch_shape(plan: Plan, micro_sequences: int) -> BatchShape:
     """How a plan cuts the global batch; a pipeline wants all micro-batches of a step in one length."""
+    dp, micro_batches = plan.topology.dp, plan.global_sequences // micro_sequences
+    each = -(-micro_batches // dp)
     return BatchShape(
-        dp=plan.topology.dp,
-        micro_batches=plan.micro_batches * plan.micro_sequences // micro_sequences,
+        dp=dp,
+        micro_batches=each,
         micro_sequences=micro_sequences,
         length_multiple=plan.length_multiple,
         common_length=plan.topology.pp > 1,
+        empty=dp * each - micro_batches,
     )
 
 

@@ -60,8 +60,13 @@ class Proposal:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes of one data-parallel rank in one optimizer step, when the sizes divide."""
-        return self.global_sequences // (self.topology.dp * self.micro_sequences)
+        """Forward passes of each data-parallel rank in one optimizer step; on some the last may be :attr:`empty`."""
+        return -(-self.global_sequences // (self.topology.dp * self.micro_sequences))
+
+    @property
+    def empty(self) -> int:
+        """Forward passes without rows, of all data-parallel ranks together, where dp does not divide the batch."""
+        return self.topology.dp * self.micro_batches - self.global_sequences // self.micro_sequences
 
 
 @dataclass(frozen=True)
@@ -291,22 +296,25 @@ def _projected(_: ModelSpec, proposal: Proposal, __: Capabilities) -> Iterator[R
 
 
 def batch_refusals(proposal: Proposal) -> list[Refusal]:
-    """Why the global batch cannot be split as proposed. Rows are padded to a multiple, so their length is no reason.
+    """Why the global batch cannot be split as proposed.
+
+    That dp does not divide it is no reason (some ranks then run a micro-batch without rows), nor is the rows' length,
+    as they are padded to a multiple.
 
     Example:
-        >>> batch_refusals(Proposal(Topology(dp=3), global_sequences=8))[0].hint
-        'topology.dp=4'
+        >>> batch_refusals(Proposal(Topology(dp=3), global_sequences=2))[0].hint
+        'topology.dp=2'
     """
     rows, micro, topology = proposal.global_sequences, proposal.micro_sequences, proposal.topology
     if rows % micro:
         message = f"batch.global_sequences={rows} is no multiple of batch.micro_sequences={micro}"
         return [Refusal(message, f"batch.micro_sequences={nearest(micro, divisors(rows))}")]
-    if rows % (topology.dp * micro):
+    if topology.dp > rows // micro:
         message = (
-            f"batch.global_sequences={rows} is no multiple of topology.dp={topology.dp} x "
-            f"batch.micro_sequences={micro} = {topology.dp * micro}"
+            f"batch.global_sequences={rows} in micro-batches of {micro} gives topology.dp={topology.dp} ranks only "
+            f"{rows // micro}"
         )
-        return [Refusal(message, f"topology.dp={nearest(topology.dp, divisors(rows // micro))}")]
+        return [Refusal(message, f"topology.dp={rows // micro}")]
     if (proposal.vpp or 1) > 1 and proposal.micro_batches % topology.pp:
         # the interleaved schedule of megatron-core runs micro-batches in rounds of pp
         message = (

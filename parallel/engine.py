@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED_LABEL = -100
+NO_SAMPLE = -1
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class MicroBatch:
         labels: int64 of the same shape, already shifted: ``labels[b, t]`` is the token that position ``t`` must
             predict; ``IGNORED_LABEL`` where nothing is learned.
         sample_ids: position of each row in the run's global sample order (unique in a run); seeds dropout.
+            ``NO_SAMPLE`` of a row that is padding alone: it has no label, and so no weight in the step.
     """
 
     tokens: torch.Tensor

@@ -9,7 +9,9 @@ import numpy as np
 
 from orchestrator.data.store import TokenisedData
 from orchestrator.errors import ConfigError
-from parallel.engine import IGNORED_LABEL, MicroBatch
+from parallel.engine import IGNORED_LABEL, NO_SAMPLE, MicroBatch
+
+SHORTEST_ROW = 2  # tokens: one and the next
 
 
 class SampleOrder:
@@ -60,6 +62,7 @@ class BatchShape:
         micro_sequences: rows per micro-batch.
         length_multiple: tokens per row are padded to a multiple of it.
         common_length: all micro-batches of a dp rank's step have one length (a pipeline needs it).
+        empty: micro-batches that have no rows, where dp does not divide the batch: the last of some ranks.
     """
 
     dp: int = 1
@@ -67,11 +70,12 @@ class BatchShape:
     micro_sequences: int = 1
     length_multiple: int = 1
     common_length: bool = False
+    empty: int = 0
 
     @property
     def global_sequences(self) -> int:
         """Rows per optimizer step over all dp ranks."""
-        return self.dp * self.micro_batches * self.micro_sequences
+        return (self.dp * self.micro_batches - self.empty) * self.micro_sequences
 
 
 def step_microbatches(
@@ -83,7 +87,8 @@ def step_microbatches(
     layout. Rows of similar length share a micro-batch, and ranks get about the same number of tokens.
 
     Returns:
-        ``shape.micro_batches`` micro-batches of ``shape.micro_sequences`` rows; ``sample_ids`` are positions.
+        ``shape.micro_batches`` micro-batches of ``shape.micro_sequences`` rows; ``sample_ids`` are positions. Ranks
+        that were dealt fewer run one of padding alone, so that all take part in every collective.
     """
     if not 0 <= dp_rank < shape.dp:
         raise ValueError(f"dp_rank {dp_rank} is not below dp {shape.dp}")
@@ -93,10 +98,12 @@ def step_microbatches(
     tokens = [padded_tokens(lengths[group].max(), shape.length_multiple) for group in groups]
     if shape.common_length:
         tokens = [max(tokens)] * len(tokens)
-    return [
+    dealt = [
         _micro_batch(data, ((first + int(index), int(rows[index])) for index in group), (len(group), width))
         for group, width in zip(groups, tokens, strict=True)
     ]
+    width = tokens[-1] if shape.common_length else padded_tokens(SHORTEST_ROW, shape.length_multiple)
+    return dealt + [_without_rows(data, (shape.micro_sequences, width))] * (shape.micro_batches - len(dealt))
 
 
 def padded_tokens(length: int, multiple: int) -> int:
@@ -114,12 +121,13 @@ def deal(lengths: np.ndarray, shape: BatchShape) -> list[list[np.ndarray]]:
 
     Rows sorted by length (ties by position) are cut into micro-batches. These are dealt from the longest on, ``dp`` at
     a time, the longer ones to the ranks that have the least so far. So two ranks never differ by more padded tokens
-    than the longest and the shortest micro-batch do.
+    than the longest and the shortest micro-batch do; where dp does not divide them, than the longest one has.
 
     Args:
         lengths: tokens of each row, ``[shape.global_sequences]``.
     Returns:
-        for every dp rank its micro-batches, each an array of ``shape.micro_sequences`` indices into ``lengths``.
+        for every dp rank its micro-batches that have rows, each an array of ``shape.micro_sequences`` indices into
+        ``lengths``.
     Example:
         >>> hands = deal(np.array([5, 1, 7, 3]), BatchShape(dp=2, micro_batches=2))
         >>> [[group.tolist() for group in hand] for hand in hands]
@@ -128,9 +136,10 @@ def deal(lengths: np.ndarray, shape: BatchShape) -> list[list[np.ndarray]]:
     by_length = np.argsort(-lengths, kind="stable")
     hands: list[list[np.ndarray]] = [[] for _ in range(shape.dp)]
     loads = [0] * shape.dp
-    for dealt in by_length.reshape(shape.micro_batches, shape.dp, shape.micro_sequences):
+    groups = by_length.reshape(-1, shape.micro_sequences)
+    for start in range(0, len(groups), shape.dp):
         lightest_first = sorted(range(shape.dp), key=lambda rank: (loads[rank], rank))
-        for rank, group in zip(lightest_first, dealt, strict=True):
+        for rank, group in zip(lightest_first, groups[start : start + shape.dp], strict=False):
             hands[rank].append(group)
             loads[rank] += padded_tokens(lengths[group].max(), shape.length_multiple) * shape.micro_sequences
     return hands
@@ -149,3 +158,11 @@ def _micro_batch(data: TokenisedData, samples: Iterable[tuple[int, int]], size: 
         tokens[place, : len(row_tokens)] = row_tokens
         labels[place, : len(row_tokens) - 1] = np.where(learned[1:], row_tokens[1:], IGNORED_LABEL)
     return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(labels), tuple(positions))
+
+
+def _without_rows(data: TokenisedData, size: tuple[int, int]) -> MicroBatch:
+    """Padding of ``size`` = (sequences, tokens), of which nothing is learned."""
+    import torch
+
+    tokens = torch.full(size, data.summary.pad_token, dtype=torch.int64)
+    return MicroBatch(tokens, torch.full_like(tokens, IGNORED_LABEL), (NO_SAMPLE,) * size[0])

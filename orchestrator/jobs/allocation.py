@@ -132,7 +132,7 @@ def _train_on_what_is_good(
             say(f"{', '.join(left)} left out: starts were lost to it {asked.recovery.node_faults} times")
         if planned.job.cluster.nodes < len(nodes):
             used = f"{planned.job.cluster.nodes} of {len(nodes)} nodes are used"
-            say(f"{used}: the batch cannot be cut for more of them")
+            say(f"{used}: the batch cannot be cut for more of them, or a step is no shorter")
         write_run(run_dir, as_asked(planned.job, asked), planned.plan.to_json())
         say(planned.words)
         here = _Here(run_dir, planned.job, allocation, tuple(nodes), node_range(asked.cluster)[0], frozenset(bad))

@@ -23,17 +23,23 @@ def node_range(cluster: ClusterConfig) -> tuple[int, int]:
 def plan_on(job: JobConfig, nodes: int) -> Planned:
     """The plan on ``nodes`` nodes; where the run may have fewer, on the most of them that can be used.
 
-    The global batch, the order of samples and the schedule are the job's whatever the number of nodes.
+    The global batch, the order of samples and the schedule are the job's whatever the number of nodes. Where dp does
+    not divide the batch, some ranks run a micro-batch without rows: fewer nodes are taken if a step is shorter on them.
 
     Raises:
         ConfigError, SpecError: no number of nodes can be used; the reason against the most.
     """
     fewest = min(nodes, node_range(job.cluster)[0] or nodes)
     reason: ConfigError | SpecError | None = None
+    found: list[Planned] = []
     for count in range(nodes, fewest - 1, -1):
         try:
-            return plan_job(dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=count)))
+            found.append(plan_job(dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=count))))
         except (ConfigError, SpecError) as error:
             reason = reason or error
-    assert reason is not None
-    raise reason
+        if found and not found[-1].plan.empty_micro_batches:
+            break
+    if not found:
+        assert reason is not None
+        raise reason
+    return min(found, key=lambda planned: planned.plan.step_time.total_s)

@@ -161,9 +161,9 @@ def set_up(question: Question, proposal: Proposal) -> Setup:
 def open_topologies(question: Question) -> Iterator[TopologyConfig]:
     """Fill in the axes that the user left open, in every way that makes sense; what the user fixed stays.
 
-    An open ``dp`` becomes the largest that the ranks allow and that divides the batch (on several nodes: the one that
-    uses all ranks). An open ``tp`` stays among GPUs that a fast link joins. The first has every open axis at its
-    smallest.
+    An open ``dp`` becomes the largest that the ranks allow and that divides the batch, and a larger one where that
+    leaves every rank less to do (on several nodes: the one that uses all ranks). An open ``tp`` stays among GPUs that a
+    fast link joins. The first has every open axis at its smallest.
     """
     asked, cluster = question.job.topology, question.cluster
     open_sizes = divisors(cluster.ranks) if cluster.nodes > 1 else list(range(1, cluster.ranks + 1))
@@ -176,8 +176,9 @@ def open_topologies(question: Question) -> Iterator[TopologyConfig]:
                 room = cluster.ranks // (tp * pp * cp)
                 if room < (asked.dp or 1) and not (smallest and cp == (asked.cp or 1)):
                     continue  # the smallest is judged in any case, to have a reason
-                sizes = replace(asked, tp=tp, pp=pp, cp=cp, dp=asked.dp or _largest_dp(question, pp, max(1, room)))
-                yield from _expert_sizes(question, sizes) if cuts else [replace(sizes, ep=asked.ep or 1)]
+                for dp in [asked.dp] if asked.dp else _open_dp(question, pp, max(1, room)):
+                    sizes = replace(asked, tp=tp, pp=pp, cp=cp, dp=dp)
+                    yield from _expert_sizes(question, sizes) if cuts else [replace(sizes, ep=asked.ep or 1)]
 
 
 def _domain(cluster: ClusterSpec) -> int:
@@ -216,12 +217,19 @@ def _expert_sizes(question: Question, sizes: TopologyConfig) -> Iterator[Topolog
                 yield replace(sizes, ep=ep, etp=etp)
 
 
-def _largest_dp(question: Question, pp: int, room: int) -> int:
-    """Virtual chunks want micro-batches in rounds of pp: where a dp leaves such, it is one of those."""
+def _open_dp(question: Question, pp: int, room: int) -> list[int]:
+    """The largest that divides the batch, and the smallest larger one that leaves fewest micro-batches for a rank.
+
+    Virtual chunks want micro-batches in rounds of pp: where a dp leaves such, it is one of those.
+    """
     batch = question.job.batch
     if question.cluster.nodes > 1:
-        return room
+        return [room]
     micro_batches = batch.global_sequences // (batch.micro or 1)
     sizes = [size for size in divisors(micro_batches) if size <= room]
     in_rounds = [size for size in sizes if micro_batches // size % pp == 0]
-    return max(in_rounds if in_rounds and (question.job.topology.vpp or 1) > 1 else sizes)
+    if in_rounds and (question.job.topology.vpp or 1) > 1:
+        return [max(in_rounds)]
+    fewest = -(-micro_batches // min(room, micro_batches))
+    larger = -(-micro_batches // fewest)
+    return [max(sizes), larger] if larger > max(sizes) else [max(sizes)]

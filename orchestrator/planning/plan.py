@@ -89,6 +89,11 @@ class Plan:
     objective: str = "sft"
 
     @property
+    def empty_micro_batches(self) -> int:
+        """Micro-batches of a step that have no rows, where dp does not divide the batch."""
+        return self.topology.dp * self.micro_batches - self.global_sequences // self.micro_sequences
+
+    @property
     def expected_step_s(self) -> float:
         """The estimated step, corrected by similar runs where there are any."""
         return self.step_time.total_s * (self.history.time if self.history else 1.0)
@@ -208,7 +213,7 @@ def _plan(question: Question, found: Found) -> Plan:
 
 def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
     """Why this plan, in words."""
-    job, cluster, topology = question.job, question.cluster, best.proposal.topology
+    job, cluster, proposal, topology = question.job, question.cluster, best.proposal, best.proposal.topology
     asked = {key: value for key, value in asdict(job.topology).items() if value is not None}
     reasons = [f"cluster={cluster.name}: {cluster.found}"] if cluster.found else []
     if not is_built(job.objective.name):
@@ -226,10 +231,15 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
         )
     if "dp" not in asked and cluster.nodes > 1:
         reasons.append(f"dp={topology.dp}: uses all {cluster.ranks} ranks with tp={topology.tp} pp={topology.pp}")
-    elif "dp" not in asked:
+    elif "dp" not in asked and not proposal.empty:
         reasons.append(
             f"dp={topology.dp}: the largest that {cluster.ranks} ranks allow (tp={topology.tp} pp={topology.pp}) and "
             f"that divides {job.batch.global_sequences} sequences"
+        )
+    if proposal.empty:
+        reasons.append(
+            f"dp={topology.dp} does not divide {job.batch.global_sequences} sequences: {proposal.empty} of "
+            f"{topology.dp * proposal.micro_batches} micro-batches are without rows, and weigh nothing"
         )
     idle = cluster.ranks - topology.world_size
     if idle:
@@ -239,7 +249,7 @@ def _reasons(question: Question, best: Candidate, found: Found) -> list[str]:
         reasons.append(f"{question.model.layers} layers as {counts}: the output head counts as work of the last stage")
     if topology.cp > 1:
         reasons.append(
-            f"cp={topology.cp} by {best.proposal.cp_comm}: each rank holds 2 of a row's {2 * topology.cp} chunks, an "
+            f"cp={topology.cp} by {proposal.cp_comm}: each rank holds 2 of a row's {2 * topology.cp} chunks, an "
             "early and a late one"
         )
     if best.length_multiple > 1:

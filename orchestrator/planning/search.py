@@ -278,11 +278,15 @@ class Judge:
 
 
 def micro_sizes(proposal: Proposal) -> list[int]:
-    """The micro-batches that a layout allows, ascending: what divides a rank's rows, in rounds where chunks need them.
+    """The micro-batches that a layout allows, ascending: what divides the batch and gives no rank more rows than single
+    rows would, in rounds where chunks need them.
 
     Example:
         >>> micro_sizes(Proposal(Topology(dp=2), global_sequences=12))
         [1, 2, 3, 6]
+        >>> micro_sizes(Proposal(Topology(dp=3), global_sequences=10))
+        [1, 2]
     """
-    rows = proposal.global_sequences // proposal.topology.dp
-    return [size for size in divisors(rows) if not batch_refusals(replace(proposal, micro_sequences=size))]
+    fullest = -(-proposal.global_sequences // proposal.topology.dp)  # rows of the rank that has most
+    every = [replace(proposal, micro_sequences=size) for size in divisors(fullest)]
+    return [one.micro_sequences for one in every if not batch_refusals(one)]

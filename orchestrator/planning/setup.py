@@ -165,7 +165,7 @@ class Setup:
     @property
     def micro_batches(self) -> int:
         """Forward passes of a data-parallel rank per optimizer step."""
-        return max(1, self.sequences // (self.dp * self.micro))
+        return max(1, -(-self.sequences // (self.dp * self.micro)))
 
     @property
     def rank_tokens(self) -> float:

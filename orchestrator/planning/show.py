@@ -28,10 +28,9 @@ MOST_REASONS = 12
 def batch_arithmetic(plan: Plan) -> str:
     """How the global batch is split: ``8 sequences = 2 dp x 2 micro-batches x 2``."""
     rows = "sequences" if GOALS[plan.objective].row_sequences == 1 else "pairs"
-    return (
-        f"{plan.global_sequences} {rows} = {plan.topology.dp} dp x {plan.micro_batches} micro-batches x "
-        f"{plan.micro_sequences}"
-    )
+    split = f"{plan.topology.dp} dp x {plan.micro_batches} micro-batches x {plan.micro_sequences}"
+    empty = f", {plan.empty_micro_batches} of them empty" if plan.empty_micro_batches else ""
+    return f"{plan.global_sequences} {rows} = {split}{empty}"
 
 
 def group_rejected(plan: Plan) -> list[tuple[str, list[str]]]:

@@ -89,6 +89,14 @@ def test_a_run_equals_one_process(pool: Pool, one_process: Callable[[Run], Outco
     assert_same(pool, one_process(RUNS[what]), RUNS[what].on(**TOPOLOGIES[name]))
 
 
+@pytest.mark.parametrize("name", ["ep2", "ep2-pp2"])
+def test_experts_of_ranks_without_rows_equal_one_process(pool: Pool, name: str) -> None:
+    """What padding chooses counts for nothing: neither in the balancing loss nor in what an expert learns."""
+    run = RUNS["full"].on(global_sequences=3, micro_sequences=1, balancing_loss=0.02)
+    losses, norms, state = pool.run(1, runs.train, run)[0]
+    assert_same(pool, (losses, norms, runs.merge([state])), run.on(**TOPOLOGIES[name]))
+
+
 @pytest.mark.parametrize("name", ["ep2", "etp2", "ep2-etp2", "ep2-pp2"])
 def test_adapters_on_attention_equal_one_process(pool: Pool, one_process: Callable[[Run], Outcome], name: str) -> None:
     assert_same(pool, one_process(RUNS["attention"]), RUNS["attention"].on(**TOPOLOGIES[name]))

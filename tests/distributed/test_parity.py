@@ -52,6 +52,28 @@ def test_lora_run_equals_one_process(pool: Pool, name: str) -> None:
     assert_same(pool, Run(), Run(**TOPOLOGIES[name]))
 
 
+UNEVEN = {
+    "dp2": {"topology": Topology(dp=2)},
+    "dp3": {"topology": Topology(dp=3), "global_sequences": 4},
+    "dp4-distributed": {"topology": Topology(dp=4), "global_sequences": 5, "distributed": True},
+    "pp2-dp2": {"topology": Topology(pp=2, dp=2)},
+    "cp2-dp2": {"topology": Topology(cp=2, dp=2)},
+    "tp2-sp-dp2-recompute": {
+        "topology": Topology(tp=2, dp=2),
+        "sp": True,
+        "recompute": "full",
+        "global_sequences": 5,  # with three rows tp=2 alone rounds Adam's moments to 1.5e-4
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_micro_batches_without_rows_weigh_nothing(pool: Pool, name: str) -> None:
+    """Where dp does not divide the batch; with dropout, whose masks follow samples."""
+    run = Run(global_sequences=3, micro_sequences=1, dropout=0.2).on(**UNEVEN[name])
+    assert_same(pool, run.on(topology=Topology(), sp=False, distributed=False, recompute="none"), run)
+
+
 @pytest.mark.parametrize("name", ["tp3", "pp2-dp2", "tp2-dp2-distributed", "tp2-sp"])
 def test_full_run_equals_one_process(pool: Pool, name: str) -> None:
     assert_same(pool, Run(full=True, learning_rate=1e-3), Run(full=True, learning_rate=1e-3, **TOPOLOGIES[name]))

@@ -30,10 +30,10 @@ BEFORE_ANYTHING_STARTS: dict[str, tuple[dict[str, object], int, str, str]] = {
     "out of range": ({"steps": 0}, 64, "steps=0 should be at least 1", "steps=1"),
     "heads do not divide": ({"topology__tp": 4, "cluster": "laptop"}, 64, "6 attention heads", "topology.tp=3"),
     "batch does not divide": (
-        {"cluster": "laptop", "topology__dp": 4, "batch__global_sequences": 6},
+        {"cluster": "laptop", "batch__micro_sequences": 4, "batch__global_sequences": 6},
         64,
         "batch.global_sequences=6 is no multiple of",
-        "topology.dp=",
+        "batch.micro_sequences=",
     ),
     "too few ranks": (
         {"topology__tp": 2},

@@ -19,13 +19,14 @@ from tests.pages.parsed import parsed
 ADAPTER = Path("adapter/adapter_model.safetensors")
 ELSEWHERE = {
     "tp3": ["topology.tp=3", "topology.pp=1"],
+    "dp3": ["topology.dp=3", "topology.pp=1"],  # of 4 rows: two micro-batches each, two of the six without rows
     "cp2-dp2": ["topology.cp=2", "topology.pp=1"],
     "one-process": ["cluster=one", "topology.pp=1"],
 }
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param(place, marks=[pytest.mark.grid] * (place != "tp3")) for place in ELSEWHERE]
+    "place", [pytest.param(place, marks=[pytest.mark.grid] * (place not in ("tp3", "dp3"))) for place in ELSEWHERE]
 )
 def test_resumed_elsewhere_a_run_goes_on_as_if_nothing_had_happened(
     shell: Shell, uninterrupted: Folder, tmp_path: Path, place: str

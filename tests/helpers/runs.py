@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.engine import IGNORED_LABEL, AdamSpec, EngineSpec, MicroBatch
+from parallel.engine import IGNORED_LABEL, NO_SAMPLE, AdamSpec, EngineSpec, MicroBatch
 from parallel.families import read_model
 from parallel.galore_spec import GaloreSpec
 from parallel.lora_spec import LoraSpec
@@ -225,8 +225,12 @@ def global_batch(run: Run, step: int) -> list[tuple[torch.Tensor, torch.Tensor, 
 
 
 def microbatches(run: Run, step: int, dp_rank: int) -> list[MicroBatch]:
-    """This data-parallel rank's share of a step."""
-    mine = global_batch(run, step)[dp_rank :: run.topology.dp]
+    """This data-parallel rank's share of a step; one micro-batch of padding more where dp does not divide the batch."""
+    mine, dp, rows = global_batch(run, step)[dp_rank :: run.topology.dp], run.topology.dp, run.micro_sequences
+    if run.global_sequences % (dp * rows):
+        assert rows == 1
+        nothing = torch.zeros(run.tokens, dtype=torch.int64), torch.full((run.tokens,), IGNORED_LABEL), NO_SAMPLE
+        mine += [nothing] * (-(-run.global_sequences // dp) - len(mine))
     return [
         MicroBatch(
             torch.stack([row[0] for row in part]),

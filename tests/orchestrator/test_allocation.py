@@ -15,10 +15,12 @@ from launch.slurm.commands import SlurmError
 from launch.slurm.nodes import Node
 from launch.slurm.step import StepRequest, StepResult
 from orchestrator.config.building import read_job
+from orchestrator.config.loading import compose_job
 from orchestrator.jobs import allocation as module
 from orchestrator.jobs import suspects
 from orchestrator.jobs.allocation import run_allocation
 from orchestrator.jobs.by_hand import by_hand
+from orchestrator.jobs.nodes import plan_on
 from orchestrator.jobs.record import Ended, note_start, read_ended, write_cancelled
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import write_whole
@@ -125,6 +127,24 @@ def test_a_node_that_starts_are_lost_to_again_is_left_out(stage: Stage, words: l
     assert there is not None and there.nodes == 1
     cluster = read_job(stage.run_dir).cluster
     assert (cluster.fewest_nodes, cluster.nodes) == (1, 2)  # as it was asked
+
+
+@pytest.mark.parametrize(
+    ("rows", "nodes", "empty"),
+    [
+        (9, 3, 0),
+        (8, 3, 1),  # 3 micro-batches on each of three nodes, one of them without rows; 4 on each of two
+        (4, 2, 0),  # 2 on each of two or three nodes: the third would only have to be told
+        (2, 2, 0),  # fewer rows than nodes
+    ],
+)
+def test_where_dp_does_not_divide_the_batch_the_faster_plan_is_taken(rows: int, nodes: int, empty: int) -> None:
+    words = ["model=llama3_8b", "cluster.memory_gib=100"]
+    plain = ["cluster=slurm_cpu", "cluster.nodes=1-3", "batch.micro_sequences=1", "topology.tp=1", "topology.pp=1"]
+    planned = plan_on(compose_job([*words, *plain, f"batch.global_sequences={rows}"]), 3)
+    assert (planned.job.cluster.nodes, planned.plan.topology.dp, planned.plan.empty_micro_batches) == (
+        nodes, nodes, empty,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

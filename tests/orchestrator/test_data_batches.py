@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.data import BatchShape, DataSummary, SampleOrder, TokenisedData, step_microbatches
 from orchestrator.data.batches import deal, padded_tokens
 from orchestrator.errors import ConfigError
-from parallel.engine import IGNORED_LABEL, MicroBatch
+from parallel.engine import IGNORED_LABEL, NO_SAMPLE, MicroBatch
 
 PAD = 999_999
 
@@ -29,15 +29,21 @@ def made(lengths: list[int], seed: int = 0) -> TokenisedData:
 
 
 @st.composite
+def shapes(draw: st.DrawFn, rows: int) -> BatchShape:
+    """A cut of ``rows``, also by a dp that does not divide them."""
+    micro = draw(st.sampled_from([size for size in (1, 2, 3) if rows % size == 0]))
+    dp = draw(st.integers(1, min(4, rows // micro)))
+    count = -(-rows // micro // dp)
+    empty = dp * count - rows // micro
+    return BatchShape(dp, count, micro, draw(st.sampled_from([1, 2, 6, 8])), draw(st.booleans()), empty)
+
+
+@st.composite
 def layouts(draw: st.DrawFn) -> tuple[list[int], BatchShape, BatchShape, int]:
     """Row lengths, two shapes of the same global batch, and a step."""
     factors = st.sampled_from([1, 2, 3])
-    size = [draw(factors) for _ in range(3)]
-    other = draw(st.permutations(size))
-    multiples = st.sampled_from([1, 2, 6, 8])
-    first, second = (
-        BatchShape(dp, count, rows, draw(multiples), draw(st.booleans())) for dp, count, rows in (size, other)
-    )
+    rows = draw(factors) * draw(factors) * draw(st.integers(1, 5))
+    first, second = draw(shapes(rows)), draw(shapes(rows))
     lengths = draw(st.lists(st.integers(2, 40), min_size=1, max_size=50))
     return lengths, first, second, draw(st.integers(0, 12))
 
@@ -52,6 +58,9 @@ def labels_by_sample(ranks: list[list[MicroBatch]]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for micro in (micro for rank in ranks for micro in rank):
         for position, labels in zip(micro.sample_ids, micro.labels.tolist(), strict=True):
+            if position == NO_SAMPLE:
+                assert set(labels) == {IGNORED_LABEL}
+                continue
             assert position not in found
             found[position] = [label for label in labels if label != IGNORED_LABEL]
     return found
@@ -87,6 +96,9 @@ def test_rows_are_whole_shifted_padded_and_of_the_shape_asked_for(
             assert str(micro.tokens.dtype) == str(micro.labels.dtype) == "torch.int64"
             assert width % shape.length_multiple == 0
             assert width <= padded_tokens(data.summary.sequence_tokens, shape.length_multiple)
+            if micro.sample_ids[0] == NO_SAMPLE:
+                assert set(micro.sample_ids) == {NO_SAMPLE} and bool((micro.tokens == PAD).all())
+                continue
             longest = 0
             for index, position in enumerate(micro.sample_ids):
                 tokens, learned = data.row(int(order.rows_at(position, 1)[0]))
@@ -112,7 +124,9 @@ def test_rows_of_similar_length_share_and_ranks_are_balanced(
         sum(padded_tokens(many[group].max(), shape.length_multiple) * shape.micro_sequences for group in hand)
         for hand in hands
     ]
-    assert max(loads) - min(loads) <= max(padded) - min(padded)
+    assert max(loads) - min(loads) <= max(padded) - (0 if shape.empty else min(padded))
+    assert sum(shape.micro_batches - len(hand) for hand in hands) == shape.empty
+    assert {len(hand) for hand in hands} <= {shape.micro_batches, shape.micro_batches - 1}
 
 
 @given(rows=st.integers(1, 30), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))

@@ -21,6 +21,7 @@ from orchestrator.config.job import (
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.show import batch_arithmetic
 from parallel.specs import ClusterSpec, ModelSpec
 from parallel.topology import Topology
 
@@ -141,7 +142,9 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
     assert job.topology.sp in (None, plan.sp)
     assert job.topology.cp_comm in (None, plan.cp_comm)
     assert micro in (None, plan.micro_sequences) or hints
-    assert plan.global_sequences == rows == plan.topology.dp * plan.micro_batches * plan.micro_sequences
+    micro_batches = plan.topology.dp * plan.micro_batches - plan.empty_micro_batches
+    assert plan.global_sequences == rows == micro_batches * plan.micro_sequences
+    assert 0 <= plan.empty_micro_batches < plan.topology.dp
     assert plan.ranks_idle == 0 or cluster.nodes == 1
     assert max(stage.total for stage in plan.memory) <= cluster.memory_gib * GIB
     assert Plan.from_json(plan.to_json()) == plan
@@ -165,11 +168,11 @@ def test_a_job_has_a_plan_or_an_error_whose_hints_lead_to_one(
             "topology.dp=4",
         ),
         (
-            asking(dp=3),
+            replace(asking(dp=3), batch=BatchConfig(global_sequences=2)),
             SMOLLM2,
             LAPTOP,
-            "batch.global_sequences=8 is no multiple of topology.dp=3 x batch.micro_sequences=1 = 3",
-            "topology.dp=4",
+            "batch.global_sequences=2 in micro-batches of 1 gives topology.dp=3 ranks only 2",
+            "topology.dp=2",
         ),
         (
             asking(tp=2, pp=1, dp=4),
@@ -385,3 +388,16 @@ def test_experts_are_planned_as_asked(sizes: dict[str, int], topology: Topology 
         make_plan(job, MOE, LAPTOP)
     assert topology in str(caught.value)
     make_plan(*(typed(job, LAPTOP, caught.value.hint)[0], MOE, LAPTOP))
+
+
+def test_dp_need_not_divide_the_batch() -> None:
+    """Eight rows on three ranks: three micro-batches of one row each, of which one has none; two ranks have four."""
+    cluster = replace(LAPTOP, gpus_per_node=3)
+    plan = make_plan(asking(tp=1, pp=1), SMOLLM2, cluster)
+    assert (plan.topology.dp, plan.micro_batches, plan.micro_sequences, plan.empty_micro_batches) == (3, 3, 1, 1)
+    assert batch_arithmetic(plan) == "8 sequences = 3 dp x 3 micro-batches x 1, 1 of them empty"
+    assert any("1 of 9 micro-batches are without rows" in reason for reason in plan.reasons)
+    slower = make_plan(asking(tp=1, pp=1, dp=2), SMOLLM2, cluster)
+    assert slower.step_time.total_s > plan.step_time.total_s
+    even = make_plan(asking(tp=1, pp=1), SMOLLM2, replace(cluster, gpus_per_node=7))
+    assert (even.topology.dp, even.empty_micro_batches) == (4, 0)  # seven ranks have no less to do than four

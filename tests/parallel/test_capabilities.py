@@ -85,8 +85,8 @@ def with_hint(proposal: Proposal, hint: str) -> Proposal:
         ),
         (
             SMOLLM2,
-            Proposal(Topology(dp=3), global_sequences=8, micro_sequences=2),
-            "batch.global_sequences=8 is no multiple of topology.dp=3 x batch.micro_sequences=2 = 6",
+            Proposal(Topology(dp=5), global_sequences=8, micro_sequences=2),
+            "batch.global_sequences=8 in micro-batches of 2 gives topology.dp=5 ranks only 4",
             "topology.dp=4",
         ),
         (
