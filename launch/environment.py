@@ -62,6 +62,19 @@ def rank_environment(variables: Mapping[str, str] | None = None) -> RankEnvironm
     return RankEnvironment(rank, world_size, local_rank, local_world_size)
 
 
+def restarts_in_one_store(variables: Mapping[str, str] | None = None) -> int:
+    """How often torchrun may start ranks again that then meet in the store of the attempt before; 0: never.
+
+    Example:
+        >>> told = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+        >>> restarts_in_one_store(told), restarts_in_one_store(told | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+        (3, 0)
+    """
+    known = os.environ if variables is None else variables
+    shared = known.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return _whole(known, "TORCHELASTIC_MAX_RESTARTS") if shared and "TORCHELASTIC_MAX_RESTARTS" in known else 0
+
+
 def _task_of_slurm(known: Mapping[str, str]) -> RankEnvironment:
     """Who a task of an srun step is. Slurm counts the tasks of nodes in its short form: ``4(x2),3``."""
     counts: list[int] = []

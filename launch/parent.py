@@ -19,3 +19,10 @@ def dying_with_parent(number: signal.Signals) -> Callable[[], None] | None:
         return None
     prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Have this process get a signal when the one that started it ends, where there is such a thing."""
+    ask = dying_with_parent(number)
+    if ask is not None:
+        ask()

@@ -141,9 +141,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from launch.environment import rank_environment
 
     if rank_environment() is not None:
-        from orchestrator.worker import main_by_hand
+        from orchestrator.torchrun import train_by_hand
 
-        return main_by_hand(arguments.overrides, arguments.json)
+        return train_by_hand(arguments.overrides, arguments.json)
     from orchestrator import commands
 
     if arguments.dry_run:

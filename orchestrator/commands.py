@@ -7,17 +7,15 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.environment import ledger_file
-from launch.exits import RankExit, clear_exits
+from launch.exits import RankExit
 from launch.launcher import render
 from launch.local import launch
 from launch.request import LaunchRequest, Rendered
-from launch.states import clear_states
 from orchestrator.config.building import as_override, differences, read_job
 from orchestrator.config.job import ClusterConfig, JobConfig, ModelConfig
 from orchestrator.config.loading import compose_job, override_job
@@ -29,7 +27,7 @@ from orchestrator.planning.experts import dependence_on_cut
 from orchestrator.planning.goals import check_trainable
 from orchestrator.recovery import REWOUND, patience, progress, run_ranks
 from orchestrator.runs import Decision, decide_resume, decide_train, default_run_dir, latest_step, write_run
-from parallel.specs import ModelSpec, SpecError
+from parallel.specs import ModelSpec
 
 if TYPE_CHECKING:
     from orchestrator.explaining import Explanation
@@ -259,65 +257,6 @@ def check_device(cluster: ClusterConfig) -> None:
             f"cluster={cluster.name} has {cluster.gpus_per_node} GPUs per node, but torch sees {there} here{build}",
             "cluster=laptop  (isotrain plan works for any cluster)",
         )
-
-
-def prepare_by_hand(overrides: Sequence[str], nodes: int, ranks_per_node: int, stack: ExitStack) -> tuple[Path, str]:
-    """What the first rank of a torchrun by hand does before training: decide, plan for the ranks there are, write.
-
-    Args:
-        nodes, ranks_per_node: what torchrun has started; it counts instead of the job's ``cluster``.
-        stack: holds the lock of the run folder from now on.
-    Returns:
-        The run folder, and ``start``, ``resume`` or ``finished``.
-    Raises:
-        ConfigError: as :func:`train`.
-    """
-    job = compose_job(overrides)
-    if job.run_dir is None:
-        raise ConfigError("torchrun by hand needs run_dir", "run_dir=runs/NAME")
-    run_dir = run_folder(job)
-    decision = decide_train(run_dir, job)
-    if decision.kind != "finished":
-        check_files(job, decision.kind)
-        there = dataclasses.replace(job.cluster, nodes=nodes, gpus_per_node=ranks_per_node)
-        started = dataclasses.replace(job, cluster=there)
-        try:
-            planned = plan_job(started)
-        except (ConfigError, SpecError) as error:
-            raise _too_few_started(job, nodes * ranks_per_node) or error from error
-        make_folder(run_dir)
-        stack.enter_context(locked(run_dir))
-        write_run(run_dir, job, planned.plan.to_json())
-        print(planned.words, file=sys.stderr, flush=True)
-        clear_exits(run_dir)
-        clear_states(run_dir)
-    print(decision.message, file=sys.stderr, flush=True)
-    return run_dir, decision.kind
-
-
-def _too_few_started(job: JobConfig, world_size: int) -> ConfigError | None:
-    """Where the job would work with the ranks of its own cluster: the error that asks to start as many."""
-    try:
-        wanted = plan_job(job).plan.ranks_used
-    except (ConfigError, SpecError):
-        return None
-    if wanted <= world_size:
-        return None
-    return ConfigError(
-        f"the job needs {wanted} ranks, but torchrun has started {world_size}",
-        f"torchrun --nproc-per-node {wanted} -m orchestrator train ...",
-    )
-
-
-def asked_run_dir(overrides: Sequence[str]) -> Path | None:
-    """The ``run_dir`` among overrides that need not be right, so that their error can be left in ``exits/``.
-
-    Example:
-        >>> asked_run_dir(["stps=3", "run_dir=/scratch/run"])
-        PosixPath('/scratch/run')
-    """
-    asked = [text.partition("=")[2] for text in overrides if text.lstrip("+").startswith("run_dir=")]
-    return Path(asked[-1].strip("'\"")).expanduser().absolute() if asked and asked[-1] else None
 
 
 def check_files(job: JobConfig, kind: str = "start") -> None:

@@ -138,8 +138,7 @@ def guarded(run_dir: Path, rank: int, work: Callable[[], int]) -> int:
     redirect(run_dir, rank, launched)
     stop = StopRequest.installed()
     enter(run_dir, rank)
-    if launched is not None:
-        start_beating(run_dir, rank, BEAT_S, stop, tell)
+    start_beating(run_dir, rank, BEAT_S, stop, tell)
     try:
         explanation = orderly_end(rank, int(work()))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the outermost edge of a rank

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from launch.environment import RankEnvironment, ledger_file
-from launch.exits import first_cause, read_exits
-from orchestrator.config.building import read_job
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.ledger import append, likeness, measured, steps_of
 from orchestrator.loop import train
@@ -29,7 +22,6 @@ from orchestrator.opening import (
     open_store,
     open_world,
     read_asked,
-    share,
     this_rank,
 )
 from orchestrator.stragglers import OwnTime, Stragglers
@@ -65,64 +57,6 @@ def main(run_dir: Path, store: dist.Store | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def main_by_hand(overrides: Sequence[str], as_json: bool = False) -> int:
-    """``torchrun ... -m orchestrator train KEY=VALUE ...``: the first rank composes and plans, the others are told.
-
-    Returns:
-        The exit code. An error before training ends all ranks alike: the first one raises it, the others just return
-        its code, and each leaves it in ``exits/`` where the run folder is ours to write in.
-    """
-    from orchestrator.commands import asked_run_dir, ended, prepare_by_hand
-    from orchestrator.runs import is_ours
-    from orchestrator.supervise import explain, guarded, leave_process, leave_word
-
-    me = this_rank()
-    store = open_store(me)
-    open_world(me, "cpu", me.world_size, dist.PrefixStore("prepare", store))
-    with ExitStack() as stack:
-        (run_dir, decided), error = share(me, lambda: prepare_by_hand(overrides, *_started(me), stack), (Path(), ""))
-        if error is not None:
-            asked = asked_run_dir(overrides)
-            (ours, _) = share(me, lambda: asked is not None and is_ours(asked), False)
-            if ours and asked is not None:
-                leave_word(asked, me.rank, explain(error))
-            dist.barrier()  # or torchrun ends those that have not yet left their word
-        dist.destroy_process_group()
-        if error is not None:
-            if me.rank == 0:
-                raise error
-            return int(explain(error).code)
-        report = os.fdopen(os.dup(1), "w") if as_json and me.rank == 0 else None  # the log takes over 1 and 2
-        code = 0
-        if decided != "finished":
-            started = time.time()
-            code = guarded(run_dir, me.rank, lambda: main(run_dir, store))
-            if me.rank == 0:
-                _note_end(run_dir, started, code)
-        if report is not None:
-            cause = first_cause(read_exits(run_dir)) if code else None
-            with report:
-                print(json.dumps(ended(run_dir, read_job(run_dir).steps, code, cause).summary()), file=report)
-        leave_process(code)
-    return code
-
-
-def _note_end(run_dir: Path, started: float, code: int) -> None:
-    """What else a launcher does: write down how this launch has ended, and the run's page."""
-    from orchestrator.history import note_launch
-    from orchestrator.pages.run_page import report_end
-
-    cause = first_cause(read_exits(run_dir)) if code else None
-    note_launch(run_dir, started, code, cause)
-    report_end(run_dir)
-
-
-def _started(me: RankEnvironment) -> tuple[int, int]:
-    """Nodes and ranks per node, as torchrun has started them; nodes of different sizes count as one."""
-    nodes, rest = divmod(me.world_size, me.local_world_size)
-    return (1, me.world_size) if rest else (nodes, me.local_world_size)
 
 
 def _train_rank(me: RankEnvironment, asked: Asked) -> int:

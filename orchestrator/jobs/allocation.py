@@ -29,7 +29,7 @@ from orchestrator.config.secrets import read_secrets
 from orchestrator.detection.cluster import as_asked
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.by_hand import by_hand
-from orchestrator.jobs.nodes import node_range, plan_on
+from orchestrator.jobs.nodes import node_range, plan_on, spare_nodes
 from orchestrator.jobs.record import (
     Ended,
     Submission,
@@ -130,9 +130,8 @@ def _train_on_what_is_good(
         planned, nodes = _plan(asked, whole, hosts, bad)
         if left := [node for node in hosts if node not in nodes]:
             say(f"{', '.join(left)} left out: starts were lost to it {asked.recovery.node_faults} times")
-        if planned.job.cluster.nodes < len(nodes):
-            used = f"{planned.job.cluster.nodes} of {len(nodes)} nodes are used"
-            say(f"{used}: the batch cannot be cut for more of them, or a step is no shorter")
+        if words := spare_nodes(planned, len(nodes)):
+            say(words)
         write_run(run_dir, as_asked(planned.job, asked), planned.plan.to_json())
         say(planned.words)
         here = _Here(run_dir, planned.job, allocation, tuple(nodes), node_range(asked.cluster)[0], frozenset(bad))

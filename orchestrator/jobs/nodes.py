@@ -20,6 +20,14 @@ def node_range(cluster: ClusterConfig) -> tuple[int, int]:
     return cluster.fewest_nodes or cluster.nodes, cluster.nodes
 
 
+def spare_nodes(planned: Planned, nodes: int) -> str:
+    """That a plan uses fewer than these nodes, in words; empty where it uses all."""
+    used = planned.job.cluster.nodes
+    if used >= nodes:
+        return ""
+    return f"{used} of {nodes} nodes are used: the batch cannot be cut for more of them, or a step is no shorter"
+
+
 def plan_on(job: JobConfig, nodes: int) -> Planned:
     """The plan on ``nodes`` nodes; where the run may have fewer, on the most of them that can be used.
 

@@ -17,6 +17,7 @@ from orchestrator.cli import COMMANDS, main
 from orchestrator.config.building import read_job
 from orchestrator.errors import ConfigError
 from orchestrator.exporting import base_folder
+from orchestrator.torchrun import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -229,12 +230,12 @@ def test_by_hand_the_plan_is_for_the_ranks_there_are(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [*TINY, "cluster=laptop", f"run_dir={run_dir}"]
     with pytest.raises(ConfigError, match="torchrun by hand needs run_dir"):
-        commands.prepare_by_hand(overrides[:-1], 1, 2, ExitStack())
+        prepare(overrides[:-1], 1, 2, ExitStack())
     with pytest.raises(ConfigError, match="the job needs 4 ranks, but torchrun has started 2") as caught:
-        commands.prepare_by_hand([*overrides, "topology.dp=4"], 1, 2, ExitStack())
+        prepare([*overrides, "topology.dp=4"], 1, 2, ExitStack())
     assert caught.value.hint == "torchrun --nproc-per-node 4 -m orchestrator train ..."
     assert not run_dir.exists()
-    assert commands.prepare_by_hand(overrides, 1, 2, ExitStack()) == (run_dir, "start")
+    assert prepare(overrides, 1, 2, ExitStack()) == (run_dir, "start")
     assert json.loads((run_dir / "plan.json").read_text())["ranks_used"] == 2
     assert read_job(run_dir).cluster.gpus_per_node == 4
 

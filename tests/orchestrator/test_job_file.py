@@ -110,7 +110,7 @@ def test_words_without_a_file_stay_as_they_are() -> None:
 
 def test_ranks_by_hand_and_batch_scripts_take_files_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[list[str]] = []
-    monkeypatch.setattr("orchestrator.worker.main_by_hand", lambda words, as_json: got.append(words) or 0)
+    monkeypatch.setattr("orchestrator.torchrun.train_by_hand", lambda words, as_json: got.append(words) or 0)
     monkeypatch.setattr("orchestrator.jobs.allocation.run_allocation", lambda run, words, say: got.append(words) or 0)
     assert main(["allocation", "--run-dir", "", "--", str(file), "cluster=one"]) == 0  # as slurm/train.sbatch does
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.commands import asked_run_dir
 from orchestrator.errors import ConfigError
 from orchestrator.locking import locked
 from orchestrator.runs import decide_train, is_ours, write_run
+from orchestrator.torchrun import asked_run_dir
 from orchestrator.worker import main
 from tests.orchestrator.test_assemble import JOB
 
