@@ -96,6 +96,8 @@ def launch(
     wish(run_dir, "")
     log = run_dir / "logs" / "launcher.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    if rendered.warning:
+        say(rendered.warning)
     kills_before = _out_of_memory_kills()
     watch = Watch(run_dir, patience, progress)
     with catching_stops() as stops, log.open("w", encoding="utf-8") as stream:
