@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def test_resumed_elsewhere_a_run_goes_on_as_if_nothing_had_happened(
     done = shell.isotrain("resume", str(resumed.path), *ELSEWHERE[place])
     assert f"resuming {resumed.path} after step 3 of 6" in done.err
     assert "step 4/6" in done.err and "step 3/6" not in done.err
+    assert re.search(r"^step 6/6  loss \d.*  ETA 0s$", done.err, re.MULTILINE) and "\x1b" not in done.err  # in a pipe
     assert sorted(resumed.losses) == [1, 2, 3, 4, 5, 6]
     assert close(uninterrupted.losses, resumed.losses)
     assert distance(resumed.checkpoint(6) / ADAPTER, uninterrupted.checkpoint(6) / ADAPTER) < 1e-5
