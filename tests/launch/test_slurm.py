@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
-from itertools import product
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from launch.states import enter, leave, someone_prepares
 from launch.stop import StopRequest
 from launch.watch import Patience
 
+ROOT = Path(__file__).resolve().parents[2]
 TASK = {
     "SLURM_PROCID": "5",
     "SLURM_NTASKS": "7",
@@ -75,30 +76,14 @@ def test_what_srun_says_of_tasks_is_understood() -> None:
     assert tasks_ended("srun: Job step aborted: Waiting up to 32 seconds") == []
 
 
-def meet_and_note(folder: Path, job: str, number: int, together: Barrier) -> None:
-    """What one of a job's two ranks does in a process of its own: it meets the other, and writes down on which port."""
-    store = meet(folder / job, "127.0.0.1", RankEnvironment(number, 2, number, 2), timedelta(seconds=30))
-    store.set(str(number), job)
-    assert store.get(str(1 - number)).decode() == job
-    together.wait(30)  # all are open at once
-    (folder / f"{job}-{number}").write_text(str(store.port))
-
-
 def test_fifty_launches_of_two_jobs_on_one_node_do_not_clash(tmp_path: Path) -> None:
-    forking = multiprocessing.get_context("fork")  # so that no process has to import torch
-    for launch in range(50):
-        together, jobs = forking.Barrier(4), (f"{launch}-a", f"{launch}-b")
-        ranks = [
-            forking.Process(target=meet_and_note, args=(tmp_path, job, number, together))
-            for job, number in product(jobs, range(2))
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        assert [rank.exitcode for rank in ranks] == [0] * 4
-        ports = [{(tmp_path / f"{job}-{number}").read_text() for number in range(2)} for job in jobs]
-        assert [len(each) for each in ports] == [1, 1] and ports[0] != ports[1]
+    program = [sys.executable, "-m", "tests.launch.two_jobs", str(tmp_path), "50"]
+    done = subprocess.run(program, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    launches = json.loads(done.stdout)
+    assert len(launches) == 50
+    for first, second in launches:
+        assert first[0] == first[1] != second[0] == second[1]
 
 
 def test_a_first_rank_that_does_not_come_is_a_lost_peer(tmp_path: Path) -> None:
