@@ -10,6 +10,7 @@ from pathlib import Path
 TERMINAL_VARIABLE = "ISOTRAIN_TERMINAL"
 MEETING_VARIABLE = "ISOTRAIN_MEETING"
 MEETING_HOST_VARIABLE = "ISOTRAIN_MEETING_HOST"
+CROWDED = 1.5  # threads for each core, from which on they are said to be too many
 TELLING = (
     *("OMP_", "MKL_", "CUDA_", "CUBLAS_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "NVTE_"),
     *("HF_", "ISOTRAIN_", "WANDB_", "SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART_COUNT"),
@@ -238,6 +239,24 @@ def rank_variables(ranks_on_node: int, cores: int, variables: Mapping[str, str] 
         "PYTHONUNBUFFERED": "1",
     }
     return {name: value for name, value in wanted.items() if name not in known}
+
+
+def crowding(ranks_on_node: int, cores: int, variables: Mapping[str, str] | None = None) -> str:
+    """What to say where the user's OMP_NUM_THREADS is far too much for the ranks of a node together; else empty.
+
+    OpenMP's threads spin while they wait for each other: with twice as many as cores, a step of 1 s took 38 s.
+
+    Example:
+        >>> crowding(4, 10, {"OMP_NUM_THREADS": "8"})
+        'OMP_NUM_THREADS=8 is 32 threads of 4 ranks on 10 cores, and every step will be slow: set 2, or leave it unset'
+        >>> crowding(4, 10, {"OMP_NUM_THREADS": "3"}), crowding(4, 2, {"OMP_NUM_THREADS": "1"}), crowding(4, 2, {})
+        ('', '', '')
+    """
+    threads = wanted_threads(variables) or 1
+    if threads == 1 or ranks_on_node * threads < CROWDED * cores:
+        return ""
+    whole = f"OMP_NUM_THREADS={threads} is {ranks_on_node * threads} threads of {ranks_on_node} ranks on {cores} cores"
+    return f"{whole}, and every step will be slow: set {max(1, cores // ranks_on_node)}, or leave it unset"
 
 
 def wanted_threads(variables: Mapping[str, str] | None = None) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from launch.environment import LaunchError, rank_variables, usable_cores
+from launch.environment import LaunchError, crowding, rank_variables, usable_cores
 from launch.request import LaunchRequest, Rendered
 
 # With one rank the store has no peers, so any free port will do: torch takes 0 for that.
@@ -39,9 +39,10 @@ def render(request: LaunchRequest) -> Rendered:
             f"cluster.gpus_per_node={request.world_size}",
         )
     variables = rank_variables(request.world_size, usable_cores()) | dict(request.environment)
+    warning = crowding(request.world_size, usable_cores()) if request.device == "cpu" else ""
     if request.world_size == 1:
-        return Rendered(request.program, tuple((variables | ONE_RANK).items()))
+        return Rendered(request.program, tuple((variables | ONE_RANK).items()), warning)
     # --standalone: a free port that the agent itself holds, so that two runs on one machine never clash.
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
     counts = ("--nproc-per-node", str(request.world_size), "--max-restarts", "0")
-    return Rendered((*torchrun, *counts, "--no-python", *request.program), tuple(variables.items()))
+    return Rendered((*torchrun, *counts, "--no-python", *request.program), tuple(variables.items()), warning)

@@ -96,6 +96,8 @@ def launch(
     wish(run_dir, "")
     log = run_dir / "logs" / "launcher.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    if rendered.warning:
+        say(rendered.warning)
     kills_before = _out_of_memory_kills()
     watch = Watch(run_dir, patience, progress)
     with catching_stops() as stops, log.open("w", encoding="utf-8") as stream:
@@ -196,10 +198,15 @@ def _living(run_dir: Path) -> bool:
 
 @contextmanager
 def catching_stops() -> Iterator[Stops]:
-    """While open, signals that ask to stop are counted instead of ending this process."""
+    """While open, signals that ask to stop are counted instead of ending this process.
+
+    Under nohup a lost terminal (SIGHUP) asks nothing.
+    """
     stops = Stops()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
-    before = {number: signal.signal(number, stops.note) for number in numbers}
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    before = {
+        number: signal.signal(number, stops.note) for number in (signal.SIGINT, signal.SIGTERM, *hangup, *WARNINGS)
+    }
     try:
         yield stops
     finally:

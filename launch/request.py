@@ -22,7 +22,7 @@ class LaunchRequest:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A command that can be printed, typed, or started.
+    """A command that can be printed, typed, or started. ``warning``: what speaks against it; empty when nothing does.
 
     Example:
         >>> Rendered(("python", "my script.py"), (("OMP_NUM_THREADS", "1"),)).text
@@ -31,6 +31,7 @@ class Rendered:
 
     argv: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
+    warning: str = ""
 
     @property
     def text(self) -> str:

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # what schedulers are asked to send some time before the end
+
+
+class Stopped(BaseException):
+    """This process was asked to stop where there is nothing to finish first; says by which signal."""
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """While open, SIGTERM and a scheduler's warnings raise :class:`Stopped`, unless something else takes them.
+
+    Without it they end the process, with a code that says nothing of going on.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *WARNINGS)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:

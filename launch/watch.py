@@ -89,16 +89,16 @@ def ask(run_dir: Path, ranks: set[int]) -> dict[int, str]:
 
 
 def _stories(told: dict[int, str]) -> list[str]:
-    """The same stories together, those of most ranks last.
+    """The same stories together: first of those that wait for nobody, and those of most ranks last.
 
     Example:
-        >>> _stories({0: "waits in x", 1: "is at y", 2: "waits in x"})
-        ['rank 1 is at y', 'rank 0, 2 waits in x']
+        >>> _stories({0: "waits in x", 1: "is at y", 2: "waits in x"}), _stories({0: "waits in x", 1: "is at y"})
+        (['rank 1 is at y', 'rank 0, 2 waits in x'], ['rank 1 is at y', 'rank 0 waits in x'])
     """
     ranks: dict[str, list[str]] = {}
     for rank, story in sorted(told.items()):
         ranks.setdefault(story, []).append(str(rank))
-    told_by = sorted(ranks.items(), key=lambda one: len(one[1]))
+    told_by = sorted(ranks.items(), key=lambda one: (one[0].startswith(WAITS), len(one[1])))
     shown = [f"rank {_some(those)} {story}" for story, those in told_by[:SHOWN_STORIES]]
     return shown + ["more in logs/"] * (len(told_by) > SHOWN_STORIES)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.exits import RUN_AGAIN
 from launch.output import CLEAR_LINE
+from launch.stop import Stopped, stopping_at_once
 from orchestrator.calibrate.command import add_calibrate, run_calibrate
 from orchestrator.cli_checkpoints import add_checkpoints, add_verify, run_checkpoints, run_explain, run_verify
 from orchestrator.cli_doors import add_convert, add_copy, add_export, run_convert, run_copy, run_export
@@ -154,7 +156,7 @@ def _train(arguments: argparse.Namespace) -> int:
         command = commands.rendered_launch(planned, commands.run_folder(job)).text
         show_plan(planned, commands.plan_advice(planned), arguments.json, {"command": command})
         return 0
-    return _report(commands.train(arguments.overrides, _say), arguments.json)
+    return _report(lambda: commands.train(arguments.overrides, _say), arguments.json)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -169,17 +171,24 @@ def _resume(arguments: argparse.Namespace) -> int:
         return run_explain(arguments)
     from orchestrator.commands import resume
 
-    return _report(resume(arguments.run_dir, arguments.overrides, _say), arguments.json)
+    return _report(lambda: resume(arguments.run_dir, arguments.overrides, _say), arguments.json)
 
 
-def _report(finished: Any, as_json: bool) -> int:
-    _say(finished.message)
-    hint = finished.cause.hint if finished.cause else ""
-    if hint:
-        _say(f"hint: {hint}")
+def _report(train: Callable[[], Any], as_json: bool) -> int:
+    """Train, and say how it ended."""
+    try:
+        with stopping_at_once():
+            finished = train()
+        message, summary = finished.message, finished.summary()
+    except Stopped as stopped:
+        message = f"interrupted by {stopped} while no rank ran: there was nothing to save"
+        summary = {"code": int(ExitCode.INTERRUPTED), "error": message, "hint": RUN_AGAIN}
+    _say(message)
+    if summary["hint"]:
+        _say(f"hint: {summary['hint']}")
     if as_json:
-        print(json.dumps(finished.summary()))
-    return int(finished.code)
+        print(json.dumps(summary))
+    return int(summary["code"])
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:

@@ -31,15 +31,22 @@ def story(frame: FrameType) -> str:
     frames = list(_outwards(frame))
     place = next((one for one in frames if not _is_of_torch(one)), frame)
     where = f"at {_file(place)}:{place.f_lineno} in {place.f_code.co_name}"
-    waits = next((one for one in frames if _is_collective(one)), None)
-    if waits is None:
-        return f"is {where}"
-    return f"waits in {waits.f_code.co_name} of {_group(waits.f_locals.get('group'))} {where}"
+    if (waits := next((one for one in frames if _is_collective(one)), None)) is not None:
+        return f"waits in {waits.f_code.co_name} of {_group(waits.f_locals['group'])} {where}"
+    if (waits := next((one for one in frames if _is_of_pipeline(one)), None)) is not None:
+        return f"waits in {waits.f_code.co_name} of {_group(waits.f_locals['self'].pp_group)} {where}"
+    return f"is {where}"
 
 
 def is_waiting(frame: FrameType) -> bool:
     """Whether a stack of Python frames waits for other ranks: in a collective, or for what a pipeline sends."""
     return any(one.f_code.co_filename.endswith((COLLECTIVES, PIPELINE)) for one in _outwards(frame))
+
+
+def _is_of_pipeline(frame: FrameType) -> bool:
+    """Whether a frame is one of a pipeline's sends and receives; it waits for them in C, so none of torch's is seen."""
+    code = frame.f_code
+    return code.co_filename.endswith(PIPELINE) and code.co_name[0] != "_" and "self" in frame.f_locals
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from launch.environment import child_environment, rank_variables
+from launch.environment import child_environment, rank_variables, usable_cores
 from orchestrator.bench.case import SHAPES, Case, Measured
 from orchestrator.errors import ExitCode, ResourceError
 from orchestrator.marks import between_marks
@@ -47,19 +46,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m orchestrator.bench", description=main.__doc__)
     parser.add_argument("what", choices=tuple(WHAT))
     parser.add_argument("--rounds", type=int, default=3, help="processes per cell of the table (3)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of each side")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads of each rank, the same for all sides (the cores; share: dealt out)"
+    )
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of each process (6)")
     parser.add_argument("--layers", type=int, default=16, help="layers of the state that checkpoint saves (16)")
     parser.add_argument("--width", type=int, default=1024, help="its width (1024)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--write", type=Path, action="append", default=[], metavar="PAGE", help="fill its marks there")
     options = parser.parse_args(arguments)
+    if options.threads is None:
+        options.threads = threads_of(options.what, usable_cores())
     text, summary, code = WHAT[options.what](options)
     print(json.dumps(summary) if options.json else text)
     for path in options.write:
         page = between_marks(path.read_text(encoding="utf-8"), MARK.format(name=options.what), text)
         path.write_text(page, encoding="utf-8")
     return code
+
+
+def threads_of(what: str, cores: int) -> int:
+    """Threads of each rank: as many as leave no core to two ranks of the side that runs most of them at once.
+
+    Example:
+        >>> threads_of("train", 8), threads_of("share", 8), threads_of("share", 1)
+        (8, 4, 1)
+    """
+    from orchestrator.bench import sharing
+
+    return max(1, cores // sharing.AT_ONCE) if what == "share" else cores
 
 
 def _train(options: argparse.Namespace) -> tuple[str, dict[str, Any], int]:

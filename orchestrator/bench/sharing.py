@@ -122,7 +122,7 @@ def table(sides: Sequence[Side], rounds: int, steps: int, threads: int) -> str:
     """The sides as a markdown table."""
     first = sides[0]
     lines = [
-        f"| {POINTS} points of {steps} steps, SmolLM2-135M, {threads} threads, median of {rounds} "
+        f"| {POINTS} points of {steps} steps, SmolLM2-135M, {threads} threads a rank, median of {rounds} "
         "| wall s | ratio | CPU s | ratio | peak MB of all ranks | losses differ by |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from launch.environment import rank_variables, usable_cores, visible_devices
+from launch.environment import crowding, rank_variables, usable_cores, visible_devices
 from launch.many import Task, TaskEnd, run_tasks
 from orchestrator.commands import Planned, Say, make_folder, plan_job, rendered_launch
 from orchestrator.config.building import job_to_yaml
@@ -51,6 +51,8 @@ def run_here(sweep: PlannedSweep, metric: Metric, jobs: int, say: Say) -> tuple[
     waiting = sweep.waiting
     together = launches(waiting)
     places = shares(waiting, min(jobs, len(together)))
+    if warning := crowded(waiting, len(places)):
+        say(warning)
     make_folder(sweep.folder)
     with locked(sweep.folder):
         for one in waiting:
@@ -80,15 +82,26 @@ def shares(waiting: Sequence[PlannedPoint], jobs: int) -> list[Mapping[str, str]
     """
     if jobs < 2:
         return [{}] * jobs
-    plans = [one.planned for one in waiting if one.planned is not None]
-    if all(planned.job.cluster.device == "cpu" for planned in plans):
-        ranks = max(planned.plan.ranks_used for planned in plans)
+    if ranks := _cpu_ranks(waiting):
         threads = rank_variables(jobs * ranks, usable_cores())
         return [{name: value for name, value in threads.items() if name == "OMP_NUM_THREADS"}] * jobs
     import torch
 
-    per_run = max(planned.job.cluster.gpus_per_node for planned in plans)
+    per_run = max(one.planned.job.cluster.gpus_per_node for one in waiting if one.planned is not None)
     return gpu_shares(visible_devices(torch.cuda.device_count()), per_run, jobs)
+
+
+def crowded(waiting: Sequence[PlannedPoint], jobs: int) -> str:
+    """What to say where the user gives the ranks of ``jobs`` runs far more threads than there are cores; else empty."""
+    ranks = _cpu_ranks(waiting)
+    return crowding(jobs * ranks, usable_cores()) if ranks else ""
+
+
+def _cpu_ranks(waiting: Sequence[PlannedPoint]) -> int:
+    """The ranks of the largest run; 0 where there is none, or one needs a GPU."""
+    plans = [one.planned for one in waiting if one.planned is not None]
+    on_cpu = all(planned.job.cluster.device == "cpu" for planned in plans)
+    return max((planned.plan.ranks_used for planned in plans), default=0) if on_cpu else 0
 
 
 def gpu_shares(devices: Sequence[str], per_run: int, jobs: int) -> list[Mapping[str, str]]:

@@ -17,6 +17,7 @@ from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Folder, Shell, is_alive, is_one_screen, press_ctrl_c, wait_for
 
 MANY = 100_000
+SIXTY = {"cluster": "laptop", "topology__dp": 2, "steps": 60, "checkpoint__every_steps": 5, "recovery__silent_s": 4}
 
 
 def logged(run: Folder) -> int:
@@ -30,8 +31,8 @@ def start(shell: Shell) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts a run and waits until it has gone two steps beyond ``after``; whatever still runs at the end is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(words: list[str], run: Folder, after: int) -> subprocess.Popen[str]:
-        process = shell.start("train", *words)
+    def begin(words: list[str], run: Folder, after: int, command: str = "train") -> subprocess.Popen[str]:
+        process = shell.start(command, *words)
         started.append(process)
         wait_for(lambda: len(run.pids()) == 2 or process.poll() is not None)
         wait_for(lambda: logged(run) in range(after + 2, MANY) or process.poll() is not None)
@@ -100,18 +101,47 @@ def test_the_same_command_goes_on_after_ctrl_c_sigterm_and_a_killed_rank(
     assert "rank 1 was killed by SIGKILL" in (run.path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(shell: Shell, tiny_run_model: TinyRun) -> Folder:
+    """SIXTY steps on two ranks without a pause."""
+    folder = Folder(shell.folder / "undisturbed")
+    shell.isotrain("train", *tiny_run_model.words(**SIXTY, run_dir=folder.path))
+    return folder
+
+
+def test_a_schedulers_warnings_save_the_step_and_a_resumed_run_ends_with_the_same_bits(
+    start: Callable[..., subprocess.Popen[str]],
+    shell: Shell,
+    undisturbed: Folder,
+    tiny_run_model: TinyRun,
+    tmp_path: Path,
+) -> None:
+    run, step = Folder(tmp_path / "run"), 0
+    process = start(tiny_run_model.words(**SIXTY, run_dir=run.path), run, after=0)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 85, err
+        step, before = saved(run), step
+        assert before < step < 60 and f"interrupted; {step} of 60 steps are saved" in err and "Traceback" not in err
+        if number == signal.SIGUSR1:
+            process = start([str(run.path)], run, step, command="resume")
+    assert f"after step {step} of 60" in shell.isotrain("resume", str(run.path)).err
+    assert [one.code for one in read_run(run.path).launches] == [85, 85, 0]
+    assert run.losses == undisturbed.losses
+    shell.isotrain("verify", str(run.path), str(undisturbed.path))  # 1 where a bit differs
+
+
 def test_lost_ranks_are_started_again_and_the_adapter_is_that_of_an_undisturbed_run(
     start: Callable[..., subprocess.Popen[str]],
     shell: Shell,
+    undisturbed: Folder,
     tiny_run_model: TinyRun,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    undisturbed, run = Folder(tmp_path / "undisturbed"), Folder(tmp_path / "run")
-    keys = {"cluster": "laptop", "topology__dp": 2, "steps": 60, "checkpoint__every_steps": 5, "recovery__silent_s": 4}
-    shell.isotrain("train", *tiny_run_model.words(**keys, run_dir=undisturbed.path))
-
-    process = start(tiny_run_model.words(**keys, run_dir=run.path), run, after=8)
+    run = Folder(tmp_path / "run")
+    process = start(tiny_run_model.words(**SIXTY, run_dir=run.path), run, after=8)
     killed = run.pids()
     os.kill(killed[1], signal.SIGKILL)
     killed_at, step = time.monotonic(), logged(run)

@@ -26,7 +26,7 @@ def test_dora_from_pissas_start_goes_on_elsewhere_and_is_what_peft_makes_of_it(
     shell.isotrain("resume", str(resumed.path), "cluster=laptop", "topology.tp=3", "topology.sp=true", "topology.dp=1")
     assert close(run.losses, resumed.losses)
     file = Path("adapter/adapter_model.safetensors")
-    assert distance(resumed.checkpoint(6) / file, run.checkpoint(6) / file) < 1e-4
+    assert distance(resumed.checkpoint(6) / file, run.checkpoint(6) / file) < 1e-5
 
     shell.isotrain("export", str(resumed.path), "--to", "peft", str(tmp_path / "adapter"))
     shell.isotrain("export", str(resumed.path), "--to", "merged", str(tmp_path / "merged"))
@@ -55,7 +55,7 @@ def test_galore_goes_on_elsewhere_between_two_subspaces(shell: Shell, tiny_run_m
     shell.isotrain("resume", str(resumed.path), "cluster=laptop", "topology.tp=3", "topology.sp=true", "topology.dp=1")
     assert close(run.losses, resumed.losses)
     file = Path("model/model.safetensors")
-    assert distance(resumed.checkpoint(6) / file, run.checkpoint(6) / file) < 1e-4
+    assert distance(resumed.checkpoint(6) / file, run.checkpoint(6) / file) < 1e-5
     said = shell.isotrain("export", str(run.path), "--to", "torch_dist", str(tmp_path / "out"))
     assert "weights only: its moments are those of projected gradients (GaLore)" in said.err
     refused = shell.isotrain("resume", str(run.path), "steps=8", "optimizer=adamw", code=64)

@@ -17,7 +17,7 @@ MARK = "<!-- {name}: written by `python -m tests.faults {name}` -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the battery of faults, or a soak; 1 where a case is red, or where the runs of the soak differ."""
+    """Run the battery of faults, or a soak; 1 where a case is red, the soak's runs differ, or one recovered late."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=main.__doc__)
     parser.add_argument("what", choices=("run", "soak"))
     parser.add_argument("--case", type=int, action="append", default=[], help="run only this; may be given again")
@@ -50,7 +50,7 @@ def _soak(options: argparse.Namespace) -> tuple[str, int]:
     asked = soak.Soak(options.faults, options.minutes, options.seed)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         soaked = soak.run_soak(asked, Path(folder))
-    return soak.table(soaked), int(bool(soaked.differs))
+    return soak.table(soaked), int(soaked.is_red)
 
 
 if __name__ == "__main__":

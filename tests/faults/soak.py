@@ -7,12 +7,14 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.end_to_end.conftest import make_tiny_run
 from tests.end_to_end.shell import Folder, Shell
 from tests.faults.disturbed import FAULTS, OF_LAUNCHER, Disturbed, Recovered
+from tests.faults.running import LONGEST_S
 from tests.faults.table import machine
 
 EVERY, KEPT = 10, 4
@@ -60,6 +62,11 @@ class Soaked:
     def goodput(self) -> float:
         """The share of the time that went into steps that count."""
         return self.useful_s / self.wall_s
+
+    @property
+    def is_red(self) -> bool:
+        """Whether the runs differ, or one recovery took too long."""
+        return bool(self.differs) or any(one.recovery_s > LONGEST_S for one in self.recovered)
 
 
 def schedule(soak: Soak) -> list[Planned]:
@@ -153,8 +160,8 @@ def table(soaked: Soaked) -> str:
     for kind in FAULTS:
         of_kind = [one.recovery_s for one in soaked.recovered if one.kind == kind]
         if of_kind:
-            lines.append(f"| {kind} | {len(of_kind)} | {statistics.mean(of_kind):.1f} | {max(of_kind):.1f} |")
-    lines.append(f"| **all** | {len(times)} | **{statistics.mean(times):.1f}** | {max(times):.1f} |")
+            lines.append(f"| {kind} | {len(of_kind)} | {statistics.mean(of_kind):.1f} | {_longest(of_kind)} |")
+    lines.append(f"| **all** | {len(times)} | **{statistics.mean(times):.1f}** | {_longest(times)} |")
     same = (
         "the same as without any fault, bit for bit"
         if not soaked.differs
@@ -168,6 +175,17 @@ def table(soaked: Soaked) -> str:
         f"{same}.",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _longest(times: Sequence[float]) -> str:
+    """The longest time, marked where it is too long.
+
+    Example:
+        >>> _longest([12.0, 14.06]), _longest([12.0, 31.0])
+        ('14.1', '**31.0: too late**')
+    """
+    longest = f"{max(times):.1f}"
+    return f"**{longest}: too late**" if max(times) > LONGEST_S else longest
 
 
 def _sleep_until(moment: float) -> None:

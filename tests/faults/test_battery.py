@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.__main__ import main
 from tests.faults.battery import CASES, ROOT, Case, read_battery
+from tests.faults.disturbed import Recovered
 from tests.faults.running import Ended, read_report
+from tests.faults.soak import Soak, Soaked
 from tests.faults.table import is_red, outcome, table
 
 BATTERY = read_battery()
@@ -84,3 +87,37 @@ def test_the_table_says_how_every_case_ended() -> None:
     assert "**test_red**: assert 1 == 2 |" in text and "**test_away**: no Slurm here |" in text
     assert "| 6 | half | passes | 1 | 4.2 | not tested yet: the rest |" in text
     assert "6 cases: 2 passes, 1 fails, 1 not run, 1 not tested yet, 1 limit." in text
+
+
+def test_a_run_that_trains_again_too_late_is_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    took = {BATTERY[2].tests[0]: (30.0,), BATTERY[3].tests[0]: (12.0, 30.1)}
+    monkeypatch.setattr(
+        "tests.faults.__main__.run_tests",
+        lambda nodes: [Ended(node, "passed", 1.0, "", took.get(node, ())) for node in nodes],
+    )
+    results = ["--results", str(tmp_path / "faults.json")]
+    assert main(["run", "--case", "3", *results]) == 0
+    assert "too late" not in capsys.readouterr().out
+    assert main(["run", "--case", "3", "--case", "4", *results]) == 1
+    said = capsys.readouterr().out
+    assert f"| 4 | {BATTERY[3].title} | **too late** | {len(BATTERY[3].tests)} | 21.1 (12.0 to 30.1 of 2) |" in said
+    assert "trained again after 30.1 s, not within 30 s" in said and "1 passes, 1 too late, 1 limit." in said
+
+
+@pytest.mark.parametrize(
+    ("recovery_s", "differs", "code"), [(30.0, (), 0), (30.1, (), 1), (30.0, ("the loss of 2 steps differs",), 1)]
+)
+def test_a_soak_is_red_where_the_runs_differ_or_one_trains_again_too_late(
+    recovery_s: float,
+    differs: tuple[str, ...],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recovered = tuple(Recovered("a rank is killed (SIGKILL)", 0, 20, seconds) for seconds in (9.0, recovery_s))
+    soaked = Soaked(Soak(2, 1.0, 0), recovered, 40, 5.0, 60.0, 20.0, differs)
+    monkeypatch.setattr("tests.faults.soak.run_soak", lambda soak, folder: soaked)
+    assert main(["soak"]) == code
+    assert ("| **30.1: too late** |" in capsys.readouterr().out) == (recovery_s > 30)

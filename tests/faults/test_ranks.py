@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -41,6 +43,21 @@ if "RANK" in os.environ and "worker" in Path("/proc/self/cmdline").read_text().s
     file = Path(__file__).with_name("hold-" + os.environ["RANK"])
     threading.Thread(target=hold, args=(file,), daemon=True).start()
 """
+# Another: a rank that gets SIGALRM sleeps from then on, once it computes in a step; its other threads go on.
+SLEEPER = """
+import os, signal, time, traceback
+
+def sleep_for_ever(number, frame):
+    files = " ".join(one.filename for one in traceback.extract_stack(frame))
+    if "pipeline_parallel/schedules" not in files or "distributed_c10d" in files or "p2p_communication" in files:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        return
+    while True:
+        time.sleep(1)
+
+if "RANK" in os.environ:
+    signal.signal(signal.SIGALRM, sleep_for_ever)
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,13 @@ class PlantedShell(Shell):
     """A shell whose Pythons look into a folder first."""
 
     planted: Path
+
+    @staticmethod
+    def of(shell: Shell, planted: Path, text: str) -> PlantedShell:
+        """With ``text`` for a sitecustomize."""
+        planted.mkdir()
+        (planted / "sitecustomize.py").write_text(text)
+        return PlantedShell(shell.folder, shell.cache, planted)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -60,9 +84,10 @@ def disturb(shell: Shell, tiny_run_model: TinyRun, tmp_path: Path) -> Iterator[C
     """Starts a run that goes on until it is stopped; whatever still runs at the end is killed."""
     started: list[Disturbed] = []
 
-    def begin(within: Shell = shell) -> Disturbed:
+    def begin(within: Shell = shell, **keys: object) -> Disturbed:
         run = Folder(tmp_path / "run")
-        started.append(Disturbed(within, tiny_run_model.words(**KEYS, run_dir=run.path, steps=WITHOUT_END), run, 4))
+        words = tiny_run_model.words(**KEYS | keys, run_dir=run.path, steps=WITHOUT_END)
+        started.append(Disturbed(within, words, run, 4))
         started[0].start()
         started[0].wait_beyond(20)
         return started[0]
@@ -102,9 +127,7 @@ def test_crashes_and_a_held_interpreter_are_told_apart_and_recovered_from(
     disturb: Callable[..., Disturbed], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path, record_property: Record
 ) -> None:
     planted = tmp_path / "planted"
-    planted.mkdir()
-    (planted / "sitecustomize.py").write_text(HOLDER)
-    disturbed, at_random = disturb(PlantedShell(shell.folder, shell.cache, planted)), random.Random(0)
+    disturbed, at_random = disturb(PlantedShell.of(shell, planted, HOLDER)), random.Random(0)
     for kind, name in (("a rank crashes (SIGSEGV)", "SIGSEGV"), ("a rank aborts (SIGABRT)", "SIGABRT")):
         recovered = disturbed.hit(kind, 1, at_random)
         assert f"rank 1 was killed by {name} and left no word" in disturbed.said
@@ -115,6 +138,25 @@ def test_crashes_and_a_held_interpreter_are_told_apart_and_recovered_from(
     disturbed.wait_beyond(max(step, disturbed.step))
     assert "rank 2 gives no sign of life for " in disturbed.said
     assert [one.cause for one in read_run(disturbed.run.path).launches] == ["Crash", "Crash", "Silent"]
+    check_same(disturbed, shell, tiny_run_model, tmp_path)
+
+
+def test_a_rank_that_sleeps_in_a_step_is_named_with_what_the_others_wait_for(
+    disturb: Callable[..., Disturbed], shell: Shell, tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    """It still beats, so that only the missing steps tell. A start must take less than ``recovery.stalled_s``."""
+    disturbed = disturb(PlantedShell.of(shell, tmp_path / "planted", SLEEPER), recovery__stalled_s=60)
+    asleep = disturbed.pids()
+    os.kill(asleep[1], signal.SIGALRM)
+    disturbed.wait_until(lambda: not any(map(is_alive, asleep.values())))
+    disturbed.wait_beyond(disturbed.step)
+    (told,) = (line for line in disturbed.said.splitlines() if line.startswith("no step was done for 60 s"))
+    assert "though all ranks live; rank 1 is at sitecustomize.py:10 in sleep_for_ever; " in told
+    waits = re.findall(r"rank ([\d, ]+) waits in \w+ of (?:tp|pp) \(ranks \d, \d\) at \S+:\d+ in \w+;", told)
+    assert sorted(rank for ranks in waits for rank in ranks.split(", ")) == ["0", "2", "3"], told
+    assert re.search(r"; starting again from step \d+$", told), told
+    (launch,) = read_run(disturbed.run.path).launches
+    assert (launch.cause, launch.rank) == ("Stalled", 1)
     check_same(disturbed, shell, tiny_run_model, tmp_path)
 
 

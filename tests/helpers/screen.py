@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import re
@@ -20,6 +21,8 @@ class Screen:
         self.stream: TextIO = os.fdopen(slave, "w", buffering=1, encoding="utf-8")
         self._columns = columns
         self._lines = [""]
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # what is read may end in the middle of a character
+        self._rest = ""  # as may a control sequence
         self._row = self._column = 0
         os.set_blocking(self._master, False)
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
@@ -34,7 +37,11 @@ class Screen:
             except BlockingIOError:
                 break
             written += piece
-        for found in SEQUENCE.finditer(written.decode()):
+        seen = self._rest + self._decoder.decode(written)
+        last = seen.rfind("\x1b")
+        whole = len(seen) if last < 0 or SEQUENCE.match(seen, last) else last
+        self._rest = seen[whole:]
+        for found in SEQUENCE.finditer(seen[:whole]):
             private, number, kind, back, down, text = found.groups()
             if back:
                 self._column = 0

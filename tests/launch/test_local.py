@@ -16,7 +16,7 @@ import pytest
 
 from launch.exits import RankExit, first_cause, read_exits
 from launch.launcher import render
-from launch.local import LaunchResult, launch
+from launch.local import LaunchResult, catching_stops, launch
 from launch.request import LaunchRequest
 from launch.watch import Patience
 
@@ -164,6 +164,17 @@ def test_second_ctrl_c_kills_all_ranks_at_once(tmp_path: Path) -> None:
     out, _ = driver.communicate(timeout=20)
     assert json.loads(out) == [130, None]
     assert not any(is_alive(pid) for pid in ranks)
+
+
+@pytest.mark.parametrize(("under_nohup", "count"), [(False, 1), (True, 0)])
+def test_a_lost_terminal_is_a_wish_to_stop_but_not_under_nohup(under_nohup: bool, count: int) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
+    try:
+        with catching_stops() as stops:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stops.count == count
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_follows_a_scheduler_s_warning_does_not_end_the_save(tmp_path: Path) -> None:

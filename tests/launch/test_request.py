@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from launch import launcher
 from launch.environment import LaunchError, hugging_face_cache, isotrain_cache, rank_environment, rank_variables
 from launch.launcher import render
 from launch.output import Tee
@@ -50,6 +52,16 @@ def test_what_this_machine_cannot_start_is_refused(
 @pytest.mark.parametrize(("ranks", "cores", "threads"), [(4, 2, "1"), (1, 2, "2"), (3, 16, "5")])
 def test_cores_are_dealt_out_among_ranks(ranks: int, cores: int, threads: str) -> None:
     assert rank_variables(ranks, cores, {})["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize(("device", "ranks", "warned"), [("cpu", 4, True), ("cpu", 1, False), ("cuda", 4, False)])
+def test_more_threads_than_the_cores_bear_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, warned: bool
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(launcher, "usable_cores", lambda: 8)
+    found = render(replace(request(ranks), device=device)).warning
+    assert found.startswith("OMP_NUM_THREADS=4 is 16 threads of 4 ranks on 8 cores") if warned else found == ""
 
 
 def test_what_the_user_set_in_the_environment_stays() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from launch.states import enter, leave, someone_prepares
 from launch.stop import StopRequest
 from launch.watch import Patience
 
+ROOT = Path(__file__).resolve().parents[2]
 TASK = {
     "SLURM_PROCID": "5",
     "SLURM_NTASKS": "7",
@@ -75,25 +77,13 @@ def test_what_srun_says_of_tasks_is_understood() -> None:
 
 
 def test_fifty_launches_of_two_jobs_on_one_node_do_not_clash(tmp_path: Path) -> None:
-    def job(name: str) -> int:
-        def rank(number: int) -> int:
-            me = RankEnvironment(number, 2, number, 2)
-            store = meet(tmp_path / name, "127.0.0.1", me, timedelta(seconds=30))
-            store.set(str(number), name)
-            assert store.get(str(1 - number)).decode() == name
-            together.wait()  # all are open at once
-            return int(store.port)
-
-        with ThreadPoolExecutor(2) as ranks:
-            first, second = ranks.map(rank, range(2))
-        assert first == second
-        return first
-
-    for launch in range(50):
-        together = threading.Barrier(4)
-        with ThreadPoolExecutor(2) as jobs:
-            ports = list(jobs.map(job, (f"{launch}-a", f"{launch}-b")))
-        assert len(set(ports)) == 2
+    program = [sys.executable, "-m", "tests.launch.two_jobs", str(tmp_path), "50"]
+    done = subprocess.run(program, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    launches = json.loads(done.stdout)
+    assert len(launches) == 50
+    for first, second in launches:
+        assert first[0] == first[1] != second[0] == second[1]
 
 
 def test_a_first_rank_that_does_not_come_is_a_lost_peer(tmp_path: Path) -> None:

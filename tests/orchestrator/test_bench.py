@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_ways_to_run_a_sweep_are_compared_by_medians_and_their_losses(monkeypatc
     assert [side.wall_s for side in sides] == [9.0, 6.0, 2.0] and {side.loss_gap for side in sides} == {0.0}
     text = sharing.table(sides, 3, 5, 2)
     assert "| in turns on one base (`sweep.share_base=true`) | 2.0 | 0.22 | 4.0 | 1.00 | 2 | 0e+00 |" in text
+
+
+@pytest.mark.parametrize(("asked", "threads"), [([], 3), (["--threads", "5"], 5)])
+def test_all_ways_to_run_a_sweep_have_the_threads_that_two_at_once_can_have(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, asked: list[str], threads: int
+) -> None:
+    found: list[int] = []
+
+    def swept(words: Sequence[str], steps: int, threads: int) -> Swept:
+        found.append(threads)
+        return Swept(1.0, 4.0, 2_000_000, ((2.0,),))
+
+    monkeypatch.setattr(sharing, "swept", swept)
+    monkeypatch.setattr(bench, "usable_cores", lambda: 6)
+    assert bench.main(["share", "--rounds", "1", *asked]) == 0
+    assert found == [threads] * 3 and f"SmolLM2-135M, {threads} threads a rank" in capsys.readouterr().out
 
 
 def test_a_sweep_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

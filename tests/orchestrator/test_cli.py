@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -263,3 +265,16 @@ def test_an_adapter_names_its_base_and_a_stray_folder_does_not(tmp_path: Path) -
         base_folder(tmp_path)
     with pytest.raises(ConfigError, match="does not say which model it belongs to"):
         base_folder(tmp_path / "checkpoints" / "step-000001")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_run_that_is_stopped_before_its_ranks_are_there_may_be_run_again(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "train", lambda overrides, say: os.kill(os.getpid(), number) or time.sleep(60))
+    before = signal.getsignal(number)
+    assert main(["train", "run_dir=r", "--json"]) == 85
+    out, err = capsys.readouterr()
+    assert json.loads(out)["code"] == 85 and signal.getsignal(number) is before
+    assert f"interrupted by {number.name} while no rank ran: there was nothing to save" in err
+    assert "hint: run the same command again" in err

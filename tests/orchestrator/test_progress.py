@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 
 from launch.output import CLEAR_LINE, Tee
+from orchestrator import opening
 from orchestrator.config.job import MetricsConfig
 from orchestrator.metrics import Metrics
+from orchestrator.opening import Asked, _open_metrics
+from orchestrator.planning.plan import make_plan
 from orchestrator.progress import Panel, sparkline
 from tests.helpers.screen import Screen
+from tests.pages.jobs import H100X64, JOB, LLAMA3_8B
 
 VALUES = {
     "loss": 2.5,
@@ -38,6 +43,23 @@ def test_the_panel_is_drawn_in_place_and_the_log_has_plain_lines(tmp_path: Path)
     assert screen.lines() == shown
     lines = log.getvalue().splitlines()
     assert len(lines) == 4 and lines[0].startswith("step 1/40  loss 2.5000") and "\x1b" not in log.getvalue()
+
+
+def test_a_runs_panel_shows_mfu_where_its_devices_peak_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 H100s at 400e12 operations a second each, of 989e12; a token of Llama-3-8B takes 6 for a weight, and
+    12 for each layer, width and token that its attention sees: half of the 8192 on the mean."""
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen.stream)
+    monkeypatch.setattr(opening, "model_spec", lambda model: LLAMA3_8B)
+    operations = 6 * (8.03e9 - 128256 * 4096) + 12 * 32 * 4096 * 4096
+    values = VALUES | {"tokens": 64 * 400e12 / operations, "step_s": 1.0}
+    metrics = _open_metrics(Asked(JOB, make_plan(JOB, LLAMA3_8B, H100X64), tmp_path), 0, "")
+    metrics.log(1, values)
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == pytest.approx(400 / 989, rel=0.01)
+    assert "  MFU 40%  " in screen.lines()[2]
 
 
 def test_what_is_said_meanwhile_stands_above_the_panel() -> None:

@@ -30,7 +30,7 @@ from orchestrator.sweeps import running
 from orchestrator.sweeps.book import LONGEST_NAME, Book, Metric, Point, Row, read_book, write_book
 from orchestrator.sweeps.picture import write_picture
 from orchestrator.sweeps.planning import PlannedPoint, plan_sweep
-from orchestrator.sweeps.running import gpu_shares, shares
+from orchestrator.sweeps.running import crowded, gpu_shares, shares
 from orchestrator.sweeps.searching import asked_metric, plan_only
 from tests.orchestrator.test_cli import ROOT, TINY
 
@@ -354,6 +354,10 @@ def test_runs_at_once_share_the_cores(tmp_path: Path, monkeypatch: pytest.Monkey
     waiting = plan_sweep(words, grid(words), plan_only).waiting
     assert shares(waiting, 2) == [{"OMP_NUM_THREADS": "4"}] * 2
     assert shares(waiting, 1) == [{}]
+    assert crowded(waiting, 2) == ""
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert crowded(waiting, 1) == "" and shares(waiting, 2) == [{}] * 2
+    assert crowded(waiting, 2).startswith("OMP_NUM_THREADS=8 is 16 threads of 2 ranks on 8 cores, and every step")
 
 
 def test_too_few_gpus_for_so_many_runs_are_said() -> None:
