@@ -59,6 +59,20 @@ def rank_process(cluster: Cluster, run: Folder) -> tuple[str, int]:
     raise AssertionError("rank 1 does not run")
 
 
+def ranks(cluster: Cluster, run: Folder) -> list[int]:
+    """The processes of a run's ranks on this machine."""
+    mine = [b"-m", b"orchestrator", b"worker", str(run.path).encode()]  # of srun there is more before it
+    return [pid for pid in cluster.processes if proc(pid, "cmdline")[1:] == mine]
+
+
+def proc(pid: int, name: str) -> list[bytes]:
+    """The words that /proc has of a process; none of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes().removesuffix(b"\0").split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def kill_srun(cluster: Cluster) -> None:
     """The one that started the ranks dies, and its ranks live on."""
     for pid in cluster.pids("node1"):
@@ -210,13 +224,18 @@ def test_a_run_that_makes_no_progress_is_given_up(slurm: SlurmShell, cluster: Cl
 
 
 def test_tasks_of_an_array_go_on_with_the_same_run_and_leave_no_secret(
-    slurm: SlurmShell, tiny_run_model: TinyRun, tmp_path: Path
+    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, tmp_path: Path
 ) -> None:
     run, keys = Folder(slurm.folder / "array"), tmp_path / "keys"
     keys.write_text("WANDB_API_KEY=hunter2hunter2\n")
     keys.chmod(0o600)
     typed = tiny_run_model.words(cluster="slurm_cpu", cluster__nodes=1, run_dir=run.path, steps=2)
     job = slurm.submit(*typed, "cluster.slurm.array='0-1%1'", f"cluster.slurm.secrets={keys}")
+    wait_for(lambda: bool(ranks(cluster, run)))
+    (rank,) = ranks(cluster, run)
+    typed_anywhere = [word for pid in cluster.processes for word in proc(pid, "cmdline")]
+    assert b"WANDB_API_KEY=hunter2hunter2" in proc(rank, "environ")  # which is where wandb looks
+    assert b"slurmctld" in b" ".join(typed_anywhere) and not any(b"hunter2" in word for word in typed_anywhere)
     done = slurm.isotrain("wait", str(run.path), "--json").json
     assert [(one["job_id"], one["code"]) for one in done["jobs"]] == [(f"{job}_0", 0), (f"{job}_1", 0)]
     assert len(run.losses) == 2 and "is finished: 2 of 2 steps" in log(run)
