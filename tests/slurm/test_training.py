@@ -73,6 +73,15 @@ def proc(pid: int, name: str) -> list[bytes]:
         return []
 
 
+def first_step_of(run: Folder, job: str, slurm: SlurmShell) -> float:
+    """Seconds until a job that has just lost a node trains in its next allocation."""
+    lost = time.monotonic()
+    wait_for(lambda: slurm.field(job, "Restarts") == "1")
+    before = log(run).count("\nstep ")
+    wait_for(lambda: log(run).count("\nstep ") > before)
+    return time.monotonic() - lost
+
+
 def kill_srun(cluster: Cluster) -> None:
     """The one that started the ranks dies, and its ranks live on."""
     for pid in cluster.pids("node1"):
@@ -147,17 +156,23 @@ def test_a_killed_rank_is_started_again_in_the_allocation(
 
 
 def test_a_preempted_job_saves_makes_room_and_comes_back(
-    slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
+    slurm: SlurmShell,
+    tiny_run_model: TinyRun,
+    undisturbed: Folder,
+    record_property: Callable[[str, object], None],
 ) -> None:
     run = Folder(slurm.folder / "preempted")
     job = slurm.submit(*words(tiny_run_model, run, checkpoint__every_steps=0))
     wait_for(lambda: logged(run) > 5)
     # Its batch script gets USR1, as by --signal=B:USR1@120 before the time limit.
     urgent = ["sbatch", "--parsable", "-phigh", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
+    preempted = time.monotonic()
     high = slurm.run(urgent).out.strip()
     slurm.wait_for_state(high, "COMPLETED")
     assert slurm.field(job, "Restarts") == "1"
     (saved,) = run.steps  # the step that was running
+    wait_for(lambda: logged(run) > saved)
+    record_property("recovery_s", f"{time.monotonic() - preempted:.2f}")
     wait_for(lambda: logged(run) > saved + 3)
     slurm.cluster.ask("scontrol", "requeue", job)  # and without any warning
     slurm.isotrain("wait", str(run.path))
@@ -167,7 +182,11 @@ def test_a_preempted_job_saves_makes_room_and_comes_back(
 
 
 def test_a_lost_node_is_replaced(
-    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+    slurm: SlurmShell,
+    cluster: Cluster,
+    tiny_run_model: TinyRun,
+    undisturbed: Folder,
+    record_property: Callable[[str, object], None],
 ) -> None:
     run = Folder(slurm.folder / "lost")
     job = slurm.submit(*words(tiny_run_model, run))
@@ -176,6 +195,7 @@ def test_a_lost_node_is_replaced(
     cluster.power_cut(node)
     try:
         cluster.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=power")  # sooner than by itself
+        record_property("recovery_s", f"{first_step_of(run, job, slurm):.2f}")
         slurm.isotrain("wait", str(run.path))
     finally:
         cluster.power_on(node)
@@ -184,7 +204,11 @@ def test_a_lost_node_is_replaced(
 
 
 def test_a_range_of_nodes_goes_on_with_those_that_are_left(
-    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+    slurm: SlurmShell,
+    cluster: Cluster,
+    tiny_run_model: TinyRun,
+    undisturbed: Folder,
+    record_property: Callable[[str, object], None],
 ) -> None:
     run = Folder(slurm.folder / "elastic")
     job = slurm.submit(*words(tiny_run_model, run, cluster__nodes=4, cluster__slurm__nodes="'2-4'"))
@@ -193,6 +217,7 @@ def test_a_range_of_nodes_goes_on_with_those_that_are_left(
     cluster.power_cut("node4")
     try:
         cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=power")
+        record_property("recovery_s", f"{first_step_of(run, job, slurm):.2f}")
         slurm.isotrain("wait", str(run.path))
     finally:
         cluster.power_on("node4")
