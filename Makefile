@@ -49,9 +49,9 @@ else
 endif
 
 # Debian's own packages, where this user may install; elsewhere the tests say what is missing, and are skipped.
-SLURM := slurm-wlm munge shellcheck
+SLURM := slurm-wlm munge shellcheck slurmdbd mariadb-server-core
 test-slurm: setup  ## jobs that train, are killed and go on, on a real Slurm of 4 nodes on this machine (8 minutes)
-	@PATH=$$PATH:/usr/sbin; if ! { command -v slurmctld && command -v munged && command -v shellcheck; } >/dev/null; then \
+	@PATH=$$PATH:/usr/sbin; if ! { command -v slurmctld && command -v munged && command -v shellcheck && command -v slurmdbd; } >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
 	  $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends $(SLURM) || true; fi
 	@$(BIN)/python -m pytest tests/slurm -m slurm $(ARGS)

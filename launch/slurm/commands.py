@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -203,33 +204,53 @@ def _state(fields: Mapping[str, str]) -> JobState:
     if "ArrayTaskId" in fields:
         job_id = f"{fields.get('ArrayJobId', job_id)}_{fields['ArrayTaskId']}"
     state = fields.get("JobState", UNKNOWN)
-    code = None if state in ACTIVE else _exit_code(fields.get("ExitCode", ""))
+    code = _code_of(state, fields.get("ExitCode", ""))
     nodes = fields.get("NodeList", "")
     return JobState(job_id, state, fields.get("Reason", ""), "" if nodes == "(null)" else nodes, code)
 
 
-def _exit_code(text: str) -> int | None:
-    """``CODE:SIGNAL`` as the code a shell would see.
+def _code_of(state: str, text: str) -> int | None:
+    """``CODE:SIGNAL`` as the code a shell would see; None where that says nothing: the job goes on, Slurm itself has
+    ended it (``0:0``), or there is no such signal (125 stands for a lack of memory).
 
     Example:
-        >>> _exit_code("85:0"), _exit_code("0:15"), _exit_code("")
-        (85, 143, None)
+        >>> _code_of("FAILED", "85:0"), _code_of("CANCELLED", "0:15"), _code_of("COMPLETED", "0:0")
+        (85, 143, 0)
+        >>> _code_of("RUNNING", "0:0"), _code_of("TIMEOUT", "0:0"), _code_of("OUT_OF_MEMORY", "0:125")
+        (None, None, None)
     """
     code, _, number = text.partition(":")
-    if not (code.isdigit() and number.isdigit()):
+    if state in ACTIVE or not (code.isdigit() and number.isdigit()):
         return None
-    return int(code) or (128 + int(number) if int(number) else 0)
+    if int(code) or state == "COMPLETED":
+        return int(code)
+    return 128 + int(number) if int(number) in signal.valid_signals() else None
+
+
+ACCOUNTED = ("JobID", "State", "ExitCode", "NodeList", "Reason")
 
 
 def _accounted(job_id: str) -> list[JobState]:
     """What sacct knows of a job; nothing where there is no accounting."""
-    words = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=JobID,State,ExitCode"]
+    layout = ["--allocations", "--noheader", "--parsable2", f"--format={','.join(ACCOUNTED)}"]
     try:
-        listed = ask(words)
+        listed = ask(["sacct", *layout, f"--jobs={job_id}"])
     except SlurmError:
         return []
-    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 2]
-    return [JobState(one, state.split()[0], "", "", _exit_code(code)) for one, state, code in rows]
+    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == len(ACCOUNTED) - 1]
+    return [_accounted_state(*row) for row in rows]
+
+
+def _accounted_state(job_id: str, said: str, code: str, nodes: str, reason: str) -> JobState:
+    """A row of sacct's; who has cancelled a job stands in its state.
+
+    Example:
+        >>> _accounted_state("7", "CANCELLED by 1000", "0:0", "None assigned", "None")
+        JobState(job_id='7', state='CANCELLED', reason='by user 1000', nodes='', code=None)
+    """
+    state, _, who = said.partition(" by ")
+    why = f"by user {who}" if who else "" if reason == "None" else reason
+    return JobState(job_id, state, why, "" if nodes == "None assigned" else nodes, _code_of(state, code))
 
 
 def was_preempted(job_id: str) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ from orchestrator.errors import ConfigError, IsotrainError
 from orchestrator.probing.command import add_probe_options, probe_options, probed_nodes
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from orchestrator.jobs.submit import Prepared
     from orchestrator.probing.submitting import Options
 
@@ -82,11 +86,42 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR|all", help="run folders; all: every one you submitted")
 
 
-def _status(arguments: argparse.Namespace) -> int:
-    from orchestrator.jobs.follow import chosen_runs, statuses
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_runs(parser)
+    words = "look again every so many seconds (5), until every job is over or Ctrl-C"
+    parser.add_argument("--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help=words)
 
-    _show([status for run in chosen_runs(arguments.runs) for status in statuses(run)], arguments.json)
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from orchestrator.jobs.follow import Status, chosen_runs, statuses
+    from orchestrator.jobs.watching import display, watch
+
+    runs = chosen_runs(arguments.runs)
+
+    def look() -> list[Status]:
+        return [status for run in runs for status in statuses(run)]
+
+    if arguments.watch is None:
+        _show(look(), arguments.json)
+    elif arguments.json:
+        _show(watch(look, arguments.watch, lambda found: None), as_json=True)
+    else:
+        with display(_console()) as show:
+            watch(look, arguments.watch, show)
     return 0
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE)
 
 
 def _show(found: Sequence[Any], as_json: bool, code: int = 0) -> None:
@@ -94,15 +129,9 @@ def _show(found: Sequence[Any], as_json: bool, code: int = 0) -> None:
         jobs = [asdict(status) | {"run_dir": str(status.run_dir)} for status in found]
         print(json.dumps({"code": code, "jobs": jobs}))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from orchestrator.jobs.watching import status_table
 
-    table = Table("job", "state", "code", "step", "saved", "nodes", "run", "why", box=None, pad_edge=False)
-    for one in found:
-        cells = (one.job_id, one.state, "" if one.code is None else str(one.code), f"{one.step}/{one.steps}")
-        table.add_row(*map(Text, (*cells, str(one.saved), one.nodes, str(one.run_dir), one.reason)))
-    Console(width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE).print(table)
+    _console().print(status_table(found))
 
 
 def _wait(arguments: argparse.Namespace) -> int:
@@ -185,7 +214,7 @@ COMMANDS = {
         _add_submit,
         _submit,
     ),
-    "status": Command("Say how runs on Slurm are.", "isotrain status all", _add_runs, _status),
+    "status": Command("Say how runs on Slurm are.", "isotrain status all --watch", _add_status, _status),
     "logs": Command("Show what a run has written.", "isotrain logs -f runs/first", _add_logs, _logs),
     "wait": Command("Wait until runs on Slurm are over.", "isotrain wait runs/first", _add_runs, _wait),
     "cancel": Command(

@@ -26,6 +26,8 @@ from orchestrator.supervise import last_logged_step
 from orchestrator.sweeps.book import is_sweep
 
 ASK_EVERY_S = 2.0
+# What the end of a job means that Slurm gives no code of; after any other one the same command goes on.
+ENDS = {"CANCELLED": ExitCode.GAVE_UP, "OUT_OF_MEMORY": ExitCode.RESOURCES}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Status:
         """What the job's end means, as an exit code: 0 only when it is completed."""
         if self.state == "COMPLETED":
             return 0
-        return self.code or int(ExitCode.GAVE_UP if self.state == "CANCELLED" else ExitCode.PEER_LOST)
+        return self.code or int(ENDS.get(self.state, ExitCode.PEER_LOST))
 
 
 def _is_over(state: JobState) -> bool:

@@ -27,6 +27,7 @@ from orchestrator.locking import locked
 from orchestrator.runs import Decision, decide_train, write_run, write_whole
 
 ON_RANKS = ("apptainer", "pyxis")  # prologues that wrap the ranks; the others are for the script itself
+SLURMS_PATTERN = re.compile(r"%[%\dAabJjNnstux]")  # sbatch(1), "filename pattern"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ def script_of(cluster: ClusterConfig, run_dir: Path) -> str:
     if "\\" in str(run_dir):
         raise ConfigError(
             f"run_dir={run_dir}: Slurm loses the log of a job in a folder with a backslash", "run_dir=ANOTHER"
+        )
+    if pattern := SLURMS_PATTERN.search(str(run_dir)):
+        raise ConfigError(
+            f"run_dir={run_dir}: Slurm puts something else in the place of {pattern[0]}, and does not find the folder",
+            "run_dir=ANOTHER",
         )
     return render_script(static_script(), header(cluster, run_dir), run_dir)
 

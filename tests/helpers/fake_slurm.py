@@ -2,8 +2,8 @@
 
 ``replies`` holds what the next calls of sbatch do, a line each: ``ok``, ``refuse MESSAGE``, ``lose MESSAGE`` (takes the
 job, and fails all the same), ``late MESSAGE`` (so, but nobody sees the job before the next call) or ``drop MESSAGE``
-(fails, and takes nothing). ``silent`` makes all other commands fail. A probe that is submitted ends at once with what
-``probe_finds`` was told, if it was.
+(fails, and takes nothing). ``silent`` makes all other commands fail. ``accounts`` says what sacct knows. A probe that
+is submitted ends at once with what ``probe_finds`` was told, if it was.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+SACCT_FIELDS = {"JobID", "State", "ExitCode", "DerivedExitCode", "NodeList", "Reason"}
 TIMED_OUT = "Batch job submission failed: Socket timed out on send/recv operation"
 
 
@@ -41,6 +42,10 @@ class FakeSlurm:
     def set_state(self, state: str) -> None:
         """What scontrol says of every job; empty: it knows none."""
         (self.folder / "state").write_text(state)
+
+    def accounts(self, *rows: dict[str, str]) -> None:
+        """What sacct knows, by its own names of fields; there is no accounting before this is called."""
+        (self.folder / "accounted").write_text(json.dumps(rows))
 
     def probe_finds(self, found: dict[str, Any], state: str = "COMPLETED", code: int = 0) -> None:
         """What the next probes leave behind, by path in the run folder, and how Slurm says that they ended."""
@@ -85,8 +90,27 @@ def main(folder: Path, name: str, words: list[str]) -> int:
         said = probe.read_text() if probe.exists() else f"JobState={state} ExitCode=0:0 NodeList=(null)"
         print(f"JobId={words[-1]} JobName=x Reason=None {said}")
     if name == "sacct":
+        return _sacct(folder / "accounted", words)
+    return 0
+
+
+def _sacct(file: Path, words: list[str]) -> int:
+    """Rows as sacct 22.05 prints them: in the order of ``--format``, with the batch step of each job unless told."""
+    if not file.exists():
         print("Slurm accounting storage is disabled", file=sys.stderr)
         return 1
+    asked = dict(word.removeprefix("--").split("=") for word in words if "=" in word)
+    fields = asked["format"].split(",")
+    if unknown := set(fields) - SACCT_FIELDS:
+        print(f'sacct: fatal: Invalid field requested: "{unknown.pop()}"', file=sys.stderr)
+        return 1
+    rows = [] if "--noheader" in words else [{field: field for field in fields}]
+    for row in json.loads(file.read_text()):
+        if asked["jobs"] in (row["JobID"], row["JobID"].partition("_")[0]):
+            rows += [row] if "--allocations" in words else [row, row | {"JobID": f"{row['JobID']}.batch"}]
+    for row in rows:
+        cells = [row[field] for field in fields]
+        print("|".join(cells) if "--parsable2" in words else "".join(f"{cell[:10]:>10} " for cell in cells))
     return 0
 
 

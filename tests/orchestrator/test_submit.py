@@ -201,10 +201,15 @@ def test_a_machine_without_slurm_says_so(words: list[str], monkeypatch: pytest.M
         submit(words)
 
 
-def test_a_folder_whose_log_slurm_would_lose_is_refused(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match="in a folder with a backslash") as raised:
-        prepare([*words[:-1], r"run_dir='/runs/a\b'"])
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [(r"/runs/a\b", "in a folder with a backslash"), ("/runs/%j", "in the place of %j"), ("/a%%b", "place of %%")],
+)
+def test_a_folder_whose_log_slurm_would_lose_is_refused(words: list[str], folder: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        prepare([*words[:-1], f"run_dir='{folder}'"])
     assert raised.value.hint == "run_dir=ANOTHER"
+    prepare([*words[:-1], "run_dir='/runs/100%'"])
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PACKAGES = "slurm-wlm munge"
 INSTALL = f"apt-get install -y --no-install-recommends {PACKAGES}"
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter")
+ACCOUNTING_PACKAGES = "slurmdbd mariadb-server-core"
+ACCOUNTING_COMMANDS = ("slurmdbd", "mariadbd", "mariadb-install-db")
 SBIN = "/usr/sbin:/sbin"
 FIRST_ADDRESS = 11  # node1 is 127.0.0.11
 KINDS = ("--uts", "--mount", "--pid")  # of namespaces that a node has of its own
@@ -29,21 +31,25 @@ KINDS = ("--uts", "--mount", "--pid")  # of namespaces that a node has of its ow
 HOLD = 'hostname "$1" && mount --bind "$2" /etc/hosts && echo up && while :; do sleep 3600 & wait; done'
 
 
-def missing() -> list[str]:
+def missing(names: Sequence[str] = COMMANDS) -> list[str]:
     """The commands that are not on this machine."""
-    return [name for name in COMMANDS if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
+    return [name for name in names if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
 
 
 class Cluster:
     """``nodes`` nodes of 8 fake GPUs and 32 fake cores, two partitions: batch (default), and high, which preempts it.
 
     Times are as short as Slurm allows: a lost node is noticed in 5 to 15 s, a requeued job waits about 6 s.
+
+    ``accounting``: with slurmdbd and a database, so that sacct answers; the controller soon forgets what has ended.
     """
 
-    def __init__(self, nodes: int = 4) -> None:
+    def __init__(self, nodes: int = 4, accounting: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # sockets' names are cut at 107 bytes
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self._conf = self.folder / "slurm.conf"
+        self._accounting = accounting
+        self._port = free_ports(nodes + 3)
         self._holders: dict[str, subprocess.Popen[str]] = {}
         self._daemons: list[subprocess.Popen[bytes]] = []
 
@@ -71,6 +77,8 @@ class Cluster:
         self._conf.write_text(self._configuration())
         self._daemon("munged", "--foreground", "--force", *(f"--{name}={self.folder}/{file}" for name, file in MUNGE))
         self._until((self.folder / "munge.socket").exists, "munged")
+        if self._accounting:
+            self._start_accounting()
         self._daemon("slurmctld", "-D", "-f", str(self._conf))
         for node in self.nodes:
             self._start_node(node)
@@ -139,6 +147,12 @@ class Cluster:
         self.ask("scontrol", "reconfigure")
         self._until(lambda: "UP" in self.ask("scontrol", "ping"), "slurmctld")
 
+    @property
+    def processes(self) -> set[int]:
+        """Those of all nodes, and the daemons beside them."""
+        daemons = {daemon.pid for daemon in self._daemons}
+        return daemons.union(*(self.pids(node) for node in self._holders))
+
     def pids(self, node: str) -> set[int]:
         """The processes of a node, by their numbers on this machine."""
         wanted = Path(f"/proc/{self._first_process(self._holders[node])}/ns/pid").readlink()
@@ -165,7 +179,9 @@ class Cluster:
     def _daemon(self, name: str, *words: str) -> None:
         with (self.folder / "log" / f"{name}.out").open("wb") as log:
             argv = [str(shutil.which(name, path=self.environment["PATH"])), *words]
-            self._daemons.append(subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
+            environment = os.environ | self.environment
+            daemon = subprocess.Popen(argv, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self._daemons.append(daemon)
 
     def _start_node(self, node: str, *words: str) -> None:
         mine = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
@@ -196,15 +212,41 @@ class Cluster:
                 raise RuntimeError(f"{what} did not come up in {timeout_s:.0f} s: {logs}")
             time.sleep(0.1)
 
+    def _start_accounting(self) -> None:
+        """A database of its own, and slurmdbd before it; Slurm makes the tables."""
+        at = {"folder": self.folder, "user": getpass.getuser(), "port1": self._port + 1, "port2": self._port + 2}
+        (self.folder / "db.sql").write_text(DATABASE_USER)
+        (self.folder / "slurmdbd.conf").write_text(DATABASE_CONFIGURATION.format(**at))
+        (self.folder / "slurmdbd.conf").chmod(0o600)
+        data = [word.format(**at) for word in DATABASE_WORDS]
+        install = ["mariadb-install-db", *data[:3], "--auth-root-authentication-method=normal", "--skip-test-db"]
+        with (self.folder / "log" / "mariadb-install-db.out").open("wb") as log:
+            subprocess.run(install, stdout=log, stderr=log, check=True, timeout=60)
+        self._daemon("mariadbd", *data)
+        self._until((self.folder / "mariadb.socket").exists, "mariadbd")
+        self._daemon("slurmdbd", "-D")
+        self._until(lambda: self._answers("sacctmgr", "-n", "show", "cluster"), "slurmdbd")
+
+    def _answers(self, *argv: str) -> bool:
+        try:
+            self.ask(*argv)
+        except subprocess.CalledProcessError:
+            return False
+        return True
+
     def _configuration(self) -> str:
-        host, port = socket.gethostname().split(".")[0], free_ports(len(self.nodes) + 1)
+        host, port = socket.gethostname().split(".")[0], self._port
         nodes = [
-            f"NodeName={node} NodeHostname={host} NodeAddr={self._address(node)} Port={port + 1 + place}"
+            f"NodeName={node} NodeHostname={host} NodeAddr={self._address(node)} Port={port + 3 + place}"
             for place, node in enumerate(self.nodes)
         ]
-        return CONFIGURATION.format(
+        text = CONFIGURATION.format(
             folder=self.folder, host=host, port=port, user=getpass.getuser(), nodes="\n".join(nodes)
         )
+        for line, other in ACCOUNTED.items() if self._accounting else ():
+            assert f"\n{line}\n" in text, line
+            text = text.replace(f"\n{line}\n", f"\n{other.format(folder=self.folder, port=port + 1)}\n")
+        return text
 
 
 def free_ports(count: int) -> int:
@@ -266,6 +308,42 @@ NodeName=DEFAULT CPUs=32 RealMemory=256000 Gres=gpu:8
 PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
+# What of the configuration is different where jobs are accounted for; they leave squeue after 2 to 4 s.
+ACCOUNTED = {
+    "AccountingStorageType=accounting_storage/none": """AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port}
+AccountingStoragePass={folder}/munge.socket""",
+    "MinJobAge=86400": "MinJobAge=2",
+}
+DATABASE_CONFIGURATION = """AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={port1}
+SlurmUser={user}
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/log/slurmdbd
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={port2}
+StorageUser=slurm
+StoragePass=slurm
+"""
+DATABASE_USER = """CREATE USER IF NOT EXISTS slurm@'%' IDENTIFIED BY 'slurm';
+GRANT ALL ON *.* TO slurm@'%';
+"""
+DATABASE_WORDS = (
+    "--no-defaults",
+    "--datadir={folder}/db",
+    "--user={user}",
+    "--bind-address=127.0.0.1",
+    "--port={port2}",
+    "--skip-name-resolve",
+    "--socket={folder}/mariadb.socket",
+    "--pid-file={folder}/mariadbd.pid",
+    "--init-file={folder}/db.sql",
+)
 
 
 def main(nodes: int = 4) -> None:

@@ -15,9 +15,10 @@ from tests.slurm.rig import Cluster
 from tests.slurm.test_training import STEPS, adapter, log, logged, rank_process, words
 from tests.slurm.test_training import undisturbed as undisturbed
 
-pytestmark = [pytest.mark.slurm, pytest.mark.faults]
+pytestmark = pytest.mark.slurm
 
 
+@pytest.mark.faults
 def test_a_requeued_run_grows_when_its_nodes_are_back(
     slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
 ) -> None:
@@ -39,6 +40,7 @@ def test_a_requeued_run_grows_when_its_nodes_are_back(
     assert close(run.losses, undisturbed.losses)
 
 
+@pytest.mark.faults
 def test_a_node_that_loses_its_rank_twice_is_left_out(
     slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
 ) -> None:
@@ -71,3 +73,17 @@ def test_a_chain_of_jobs_ends_as_its_dependencies_say(slurm: SlurmShell, tiny_ru
         assert slurm.field(job, "JobState") == state
     last = slurm.isotrain("wait", str(slurm.folder / "chain-any"), "--json").json
     assert [(one["state"], one["code"]) for one in last["jobs"]] == [("COMPLETED", 0)]
+
+
+def test_of_jobs_with_the_same_name_one_at_a_time_runs(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
+    run = Folder(slurm.folder / "alone-by-name")
+    first = ["sbatch", "--parsable", f"--job-name=isotrain-{run.path.name}", "--output=/dev/null", "--wrap=sleep 1000"]
+    running = slurm.run(first).out.strip()
+    slurm.wait_for_state(running, "RUNNING")
+    typed = tiny_run_model.words(cluster="slurm_cpu", cluster__nodes=1, run_dir=run.path, steps=1)
+    job = slurm.submit(*typed, "cluster.slurm.dependency=singleton")
+    (status,) = slurm.isotrain("status", str(run.path), "--json").json["jobs"]
+    assert (status["job_id"], status["state"], status["reason"]) == (job, "PENDING", "Dependency")
+    slurm.cluster.ask("scancel", running)
+    slurm.isotrain("wait", str(run.path))
+    assert list(run.losses) == [1]

@@ -56,3 +56,19 @@ def test_a_running_array_is_cancelled_as_a_whole_after_a_save(slurm: SlurmShell,
     slurm.isotrain("cancel", str(sweep))
     ended = slurm.isotrain("wait", str(sweep), "--json", code=85).json["jobs"]
     assert [(one["code"], one["saved"] > 0, one["saved"] == one["step"]) for one in ended] == [(85, True, True)] * 2
+
+
+def test_a_batch_of_hydras_sweeper_is_one_array_that_is_waited_for(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
+    """``--multirun`` with Hydra's own sweeper, and the launcher that isotrain brings for it."""
+    sweep = slurm.folder / "multirun"
+    changes = {"cluster": "slurm_cpu", "cluster__nodes": 1, "steps": 2, "optimizer__lr": "0.02,0.01"}
+    typed = [*tiny_run_model.words(**changes, run_dir=sweep), "hydra/sweeper=basic"]
+    done = slurm.isotrain("train", "--multirun", *typed, "--json").json
+    points = [Folder(sweep / point["folder"]) for point in done["points"]]
+    jobs = slurm.isotrain("status", str(sweep), "--json").json["jobs"]
+    array = jobs[0]["job_id"].partition("_")[0]
+    assert [(one["job_id"], one["state"]) for one in jobs] == [(f"{array}_{task}", "COMPLETED") for task in range(2)]
+    assert slurm.field(f"{array}_1", "ArrayJobId") == array
+    means = [sum(point.losses.values()) / 2 for point in points]  # of the newest steps
+    assert [point["value"] for point in done["points"]] == pytest.approx(means)
+    assert done["best"]["value"] == min(point["value"] for point in done["points"])

@@ -59,6 +59,29 @@ def rank_process(cluster: Cluster, run: Folder) -> tuple[str, int]:
     raise AssertionError("rank 1 does not run")
 
 
+def ranks(cluster: Cluster, run: Folder) -> list[int]:
+    """The processes of a run's ranks on this machine."""
+    mine = [b"-m", b"orchestrator", b"worker", str(run.path).encode()]  # of srun there is more before it
+    return [pid for pid in cluster.processes if proc(pid, "cmdline")[1:] == mine]
+
+
+def proc(pid: int, name: str) -> list[bytes]:
+    """The words that /proc has of a process; none of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes().removesuffix(b"\0").split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def first_step_of(run: Folder, job: str, slurm: SlurmShell) -> float:
+    """Seconds until a job that has just lost a node trains in its next allocation."""
+    lost = time.monotonic()
+    wait_for(lambda: slurm.field(job, "Restarts") == "1")
+    before = log(run).count("\nstep ")
+    wait_for(lambda: log(run).count("\nstep ") > before)
+    return time.monotonic() - lost
+
+
 def kill_srun(cluster: Cluster) -> None:
     """The one that started the ranks dies, and its ranks live on."""
     for pid in cluster.pids("node1"):
@@ -133,17 +156,23 @@ def test_a_killed_rank_is_started_again_in_the_allocation(
 
 
 def test_a_preempted_job_saves_makes_room_and_comes_back(
-    slurm: SlurmShell, tiny_run_model: TinyRun, undisturbed: Folder
+    slurm: SlurmShell,
+    tiny_run_model: TinyRun,
+    undisturbed: Folder,
+    record_property: Callable[[str, object], None],
 ) -> None:
     run = Folder(slurm.folder / "preempted")
     job = slurm.submit(*words(tiny_run_model, run, checkpoint__every_steps=0))
     wait_for(lambda: logged(run) > 5)
     # Its batch script gets USR1, as by --signal=B:USR1@120 before the time limit.
     urgent = ["sbatch", "--parsable", "-phigh", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
+    preempted = time.monotonic()
     high = slurm.run(urgent).out.strip()
     slurm.wait_for_state(high, "COMPLETED")
     assert slurm.field(job, "Restarts") == "1"
     (saved,) = run.steps  # the step that was running
+    wait_for(lambda: logged(run) > saved)
+    record_property("recovery_s", f"{time.monotonic() - preempted:.2f}")
     wait_for(lambda: logged(run) > saved + 3)
     slurm.cluster.ask("scontrol", "requeue", job)  # and without any warning
     slurm.isotrain("wait", str(run.path))
@@ -153,7 +182,11 @@ def test_a_preempted_job_saves_makes_room_and_comes_back(
 
 
 def test_a_lost_node_is_replaced(
-    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+    slurm: SlurmShell,
+    cluster: Cluster,
+    tiny_run_model: TinyRun,
+    undisturbed: Folder,
+    record_property: Callable[[str, object], None],
 ) -> None:
     run = Folder(slurm.folder / "lost")
     job = slurm.submit(*words(tiny_run_model, run))
@@ -162,6 +195,7 @@ def test_a_lost_node_is_replaced(
     cluster.power_cut(node)
     try:
         cluster.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=power")  # sooner than by itself
+        record_property("recovery_s", f"{first_step_of(run, job, slurm):.2f}")
         slurm.isotrain("wait", str(run.path))
     finally:
         cluster.power_on(node)
@@ -170,7 +204,11 @@ def test_a_lost_node_is_replaced(
 
 
 def test_a_range_of_nodes_goes_on_with_those_that_are_left(
-    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
+    slurm: SlurmShell,
+    cluster: Cluster,
+    tiny_run_model: TinyRun,
+    undisturbed: Folder,
+    record_property: Callable[[str, object], None],
 ) -> None:
     run = Folder(slurm.folder / "elastic")
     job = slurm.submit(*words(tiny_run_model, run, cluster__nodes=4, cluster__slurm__nodes="'2-4'"))
@@ -179,6 +217,7 @@ def test_a_range_of_nodes_goes_on_with_those_that_are_left(
     cluster.power_cut("node4")
     try:
         cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=power")
+        record_property("recovery_s", f"{first_step_of(run, job, slurm):.2f}")
         slurm.isotrain("wait", str(run.path))
     finally:
         cluster.power_on("node4")
@@ -210,13 +249,18 @@ def test_a_run_that_makes_no_progress_is_given_up(slurm: SlurmShell, cluster: Cl
 
 
 def test_tasks_of_an_array_go_on_with_the_same_run_and_leave_no_secret(
-    slurm: SlurmShell, tiny_run_model: TinyRun, tmp_path: Path
+    slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, tmp_path: Path
 ) -> None:
     run, keys = Folder(slurm.folder / "array"), tmp_path / "keys"
     keys.write_text("WANDB_API_KEY=hunter2hunter2\n")
     keys.chmod(0o600)
     typed = tiny_run_model.words(cluster="slurm_cpu", cluster__nodes=1, run_dir=run.path, steps=2)
     job = slurm.submit(*typed, "cluster.slurm.array='0-1%1'", f"cluster.slurm.secrets={keys}")
+    wait_for(lambda: bool(ranks(cluster, run)))
+    (rank,) = ranks(cluster, run)
+    typed_anywhere = [word for pid in cluster.processes for word in proc(pid, "cmdline")]
+    assert b"WANDB_API_KEY=hunter2hunter2" in proc(rank, "environ")  # which is where wandb looks
+    assert b"slurmctld" in b" ".join(typed_anywhere) and not any(b"hunter2" in word for word in typed_anywhere)
     done = slurm.isotrain("wait", str(run.path), "--json").json
     assert [(one["job_id"], one["code"]) for one in done["jobs"]] == [(f"{job}_0", 0), (f"{job}_1", 0)]
     assert len(run.losses) == 2 and "is finished: 2 of 2 steps" in log(run)

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.config.building import as_override
 from orchestrator.jobs.submit import header, render_script, static_script
-from tests.end_to_end.shell import ROOT, wait_for
+from tests.end_to_end.conftest import TinyRun
+from tests.end_to_end.shell import ISOTRAIN, ROOT, wait_for
 from tests.slurm.conftest import SlurmShell
 
 pytestmark = pytest.mark.slurm
@@ -105,6 +107,54 @@ def test_any_words_and_variables_arrive(
     for value in sent(slurm, environment | variables, folder / "job", SCRIPT, words):
         assert value["argv"] == ["", *words]
         assert value["environment"] == variables
+
+
+# What `apptainer` is here: a rank that says what it was told, and what the job is that it reads.
+CONTAINER = """#!{python}
+import json, os, sys
+from pathlib import Path
+from orchestrator.config.building import read_job
+job = read_job(Path(sys.argv[-1]))
+mine = {{name: value for name, value in os.environ.items() if name.startswith("STRANGE")}}
+value = {{"argv": sys.argv[1:], "environment": mine, "project": job.metrics.project}}
+value["prologue"] = job.cluster.slurm.prologue
+Path(os.environ["DUMP_INTO"], "rank-" + os.environ["SLURM_PROCID"] + ".json").write_text(json.dumps(value))
+"""
+SHOWN = st.characters(blacklist_categories=("Cs", "Cc")) | st.sampled_from("\n\t")  # what a value of a job may hold
+FOLDER = st.text(SHOWN.filter(lambda letter: letter not in ",:"), min_size=1, max_size=12)  # that can be bound
+
+
+@settings(max_examples=2, deadline=None, phases=[Phase.generate])  # a job each: too slow to look for a shorter case
+@given(st.text(SHOWN, max_size=40), st.lists(FOLDER, min_size=20, max_size=40))
+def test_any_words_of_a_submitted_job_arrive(
+    slurm: SlurmShell, tiny_run_model: TinyRun, tmp_path_factory: pytest.TempPathFactory, text: str, folders: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("submitted")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "apptainer").write_text(CONTAINER.format(python=sys.executable))
+    (folder / "bin" / "apptainer").chmod(0o755)
+    (folder / "into").mkdir()
+    run, image = folder / 'a run; it\'s 100% $(id) "q" é\nnew', "".join(STRANGE) + text
+    folders = [word for word in STRANGE if word and not {",", ":"} & set(word)] + folders
+    prologue = as_override(["apptainer", image, *folders])
+    variables = {f"STRANGE_{number}": word for number, word in enumerate([*STRANGE, image, *folders])}
+    typed = tiny_run_model.words(
+        cluster="slurm_cpu", cluster__nodes=2, recovery__restarts=0, run_dir=as_override(str(run))
+    )
+    words = [*typed, f"metrics.project={as_override(image)}", f"cluster.slurm.prologue={prologue}"]
+    path = {"PATH": f"{folder}/bin:{slurm.environment['PATH']}", "DUMP_INTO": f"{folder}/into"}
+    done = subprocess.run(
+        [*ISOTRAIN, "submit", *words, "--json"],
+        cwd=folder, env=slurm.environment | path | variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    slurm.wait_for_state(json.loads(done.stdout)["job_id"], "COMPLETED", "FAILED")
+    for rank in range(2):
+        value = json.loads((folder / "into" / f"rank-{rank}.json").read_text())
+        bound = ",".join([str(run), *folders])
+        assert value["argv"] == ["exec", f"--bind={bound}", image, "isotrain", "worker", str(run)]
+        assert value["environment"] == variables
+        assert (value["project"], value["prologue"]) == (image, ["apptainer", image, *folders])
 
 
 @pytest.mark.parametrize("name", ["two words", 'it\'s $(id) "q" `x`', "a,b;#c&d", "é漢\nnew line"], ids=range(4))
