@@ -73,9 +73,9 @@ class ClusterConfig:
     gpus_per_node: int = 4
     device: str = "cpu"
     memory_gib: float = 4.0
-    fewest_nodes: int | None = None
     gpu: str | None = None
     profile: str | None = None
+    fewest_nodes: int | None = None
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
