@@ -26,7 +26,7 @@ def test_a_requeued_run_grows_when_its_nodes_are_back(
     cluster.power_cut("node4")
     try:
         cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=power")
-        job = slurm.submit(*words(tiny_run_model, run, cluster__nodes=4, cluster__slurm__nodes="'2-4'"))
+        job = slurm.submit(*words(tiny_run_model, run, cluster__nodes="2-4"))
         wait_for(lambda: logged(run) > 8)
         assert slurm.field(job, "NumNodes") == "3"
         _, pid = rank_process(cluster, run)
@@ -45,7 +45,7 @@ def test_a_node_that_loses_its_rank_twice_is_left_out(
     slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
 ) -> None:
     run = Folder(slurm.folder / "suspect")
-    job = slurm.submit(*words(tiny_run_model, run, cluster__nodes=3, cluster__slurm__nodes="'2-3'"))
+    job = slurm.submit(*words(tiny_run_model, run, cluster__nodes="2-3"))
     for _ in range(2):  # two of three nodes are used; rank 1 is on the second
         before = logged(run)
         wait_for(lambda before=before: logged(run) > before + 8)

@@ -211,7 +211,7 @@ def test_a_range_of_nodes_goes_on_with_those_that_are_left(
     record_property: Callable[[str, object], None],
 ) -> None:
     run = Folder(slurm.folder / "elastic")
-    job = slurm.submit(*words(tiny_run_model, run, cluster__nodes=4, cluster__slurm__nodes="'2-4'"))
+    job = slurm.submit(*words(tiny_run_model, run, cluster__nodes="2-4"))
     wait_for(lambda: logged(run) > 8)
     assert len(run.exits) == 0 and slurm.field(job, "NumNodes") == "4"
     cluster.power_cut("node4")
