@@ -23,21 +23,25 @@ from launch.environment import RankEnvironment, restarts_in_one_store
 from launch.exits import clear_exits, first_cause, read_exits
 from launch.parent import die_with_parent
 from launch.states import clear_states
+from launch.stop import StopRequest
 from launch.watch import LISTEN_EVERY_S, Watch
 from orchestrator.commands import check_files, ended, make_folder, plan_job, run_folder
 from orchestrator.config.building import read_job
 from orchestrator.config.job import JobConfig, RecoveryConfig
 from orchestrator.config.loading import compose_job
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.jobs.nodes import plan_on, spare_nodes
 from orchestrator.locking import locked
-from orchestrator.opening import open_store, open_world, share, this_rank
+from orchestrator.opening import open_store, open_world, read_asked, share, this_rank
 from orchestrator.recovery import patience, progress
 from orchestrator.runs import decide_train, is_ours, write_run
 from orchestrator.supervise import Explanation, explain, guarded, leave_process, leave_word
 from parallel.specs import SpecError
 
 OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d"
+OVER = "isotrain/over"  # in the launch's store: the code with which the run has ended, for ranks that stand by
+DISMISSED = "isotrain/dismissed"  # how many of them have read it
+DISMISSAL_S, ASK_EVERY_S = 10, 0.5
 
 
 def train_by_hand(overrides: Sequence[str], as_json: bool = False) -> int:
@@ -47,8 +51,6 @@ def train_by_hand(overrides: Sequence[str], as_json: bool = False) -> int:
         The exit code. An error before training ends all ranks alike: the first one raises it, the others just return
         its code, and each leaves it in ``exits/`` where the run folder is ours to write in.
     """
-    from orchestrator.worker import main
-
     die_with_parent(signal.SIGTERM)  # torchrun's ranks train on when it is killed
     me = this_rank()
     _refuse_restarts_in_one_store()
@@ -73,9 +75,10 @@ def train_by_hand(overrides: Sequence[str], as_json: bool = False) -> int:
             started = time.time()
             if me.local_rank == 0:
                 _watch(run_dir, me.rank, read_job(run_dir).recovery)
-            code = guarded(run_dir, me.rank, lambda: main(run_dir, store))
+            code = guarded(run_dir, me.rank, lambda: _train_or_stand_by(run_dir, me, store))
             if me.rank == 0:
                 _note_end(run_dir, started, code)
+                _dismiss(store, me.world_size - read_asked(run_dir).plan.ranks_used, code)
         if report is not None:
             cause = first_cause(read_exits(run_dir)) if code else None
             with report:
@@ -177,6 +180,36 @@ def _watch(run_dir: Path, rank: int, recovery: RecoveryConfig) -> None:
         leave_process(hung.code)
 
     threading.Thread(target=look, name="watch", daemon=True).start()
+
+
+def _train_or_stand_by(run_dir: Path, me: RankEnvironment, store: dist.Store) -> int:
+    """The work of a rank; one that the plan does not use waits for the run's end, whose code it returns.
+
+    An agent whose ranks have ended leaves torchrun's rendezvous, so that its node would not be there when another is
+    lost.
+    """
+    from orchestrator.worker import main
+
+    used = read_asked(run_dir).plan.ranks_used
+    if me.rank < used:
+        return main(run_dir, store)
+    print(f"rank {me.rank} is idle: the plan uses {used} of {me.world_size} ranks", flush=True)
+    stop = StopRequest.installed()
+    while not store.check([OVER]):
+        if stop.requested:
+            return int(ExitCode.INTERRUPTED)
+        time.sleep(ASK_EVERY_S)
+    code = int(store.get(OVER))
+    store.add(DISMISSED, 1)
+    return code
+
+
+def _dismiss(store: dist.Store, waiting: int, code: int) -> None:
+    """Tell the ranks that stand by how the run has ended, and stay until they know: the store may end with this one."""
+    store.set(OVER, str(code))
+    until = time.monotonic() + DISMISSAL_S
+    while store.add(DISMISSED, 0) < waiting and time.monotonic() < until:
+        time.sleep(ASK_EVERY_S)
 
 
 def _note_end(run_dir: Path, started: float, code: int) -> None:

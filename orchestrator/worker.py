@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from launch.environment import RankEnvironment, ledger_file
-from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.errors import ConfigError
 from orchestrator.ledger import append, likeness, measured, steps_of
 from orchestrator.loop import train
 from orchestrator.models import model_spec
@@ -32,8 +32,7 @@ from parallel.device import peak_memory_bytes
 def main(run_dir: Path, store: dist.Store | None = None) -> int:
     """Train as one rank of the run that ``job.yaml`` and ``plan.json`` of ``run_dir`` describe; returns an exit code.
 
-    The default process group has exactly the ranks that the plan uses, because megatron-core gathers over it; a rank
-    beyond them (of a launch by hand) has nothing to do and leaves.
+    The default process group has exactly the ranks that the plan uses, because megatron-core gathers over it.
 
     Args:
         store: the launch's store where it is open already.
@@ -48,9 +47,6 @@ def main(run_dir: Path, store: dist.Store | None = None) -> int:
             f"torchrun --nproc-per-node {plan.ranks_used} ...",
         )
     store = store or open_store(me)
-    if me.rank >= plan.ranks_used:
-        print(f"rank {me.rank} is idle: the plan uses {plan.ranks_used} of {me.world_size} ranks", flush=True)
-        return int(ExitCode.DONE)
     open_world(me, plan.device, plan.ranks_used, dist.PrefixStore("train", store))
     try:
         return _train_rank(me, asked)

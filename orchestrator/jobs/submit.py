@@ -71,6 +71,8 @@ def prepare(overrides: Sequence[str]) -> Prepared:
 def plan_submission(job: JobConfig) -> Planned:
     """The plan for the most nodes that a job may get; it works with the fewest, too.
 
+    Its job keeps the range, also where the plan leaves nodes idle: they stand in for those that are lost.
+
     Raises:
         ConfigError, SpecError: it does not, or its file of secrets cannot be read.
     """
@@ -78,9 +80,10 @@ def plan_submission(job: JobConfig) -> Planned:
     fewest, most = node_range(on_cluster(job, found_cluster(job.cluster)).cluster)
     plan_on(job, fewest)
     planned = plan_on(job, most)
+    ranged = dataclasses.replace(planned.job.cluster, nodes=most)
     if job.cluster.slurm.secrets:
         read_secrets(Path(job.cluster.slurm.secrets))
-    return planned
+    return dataclasses.replace(planned, job=dataclasses.replace(planned.job, cluster=ranged))
 
 
 def script_of(cluster: ClusterConfig, run_dir: Path) -> str:

@@ -61,6 +61,7 @@ def test_by_hand_torchrun_does_the_same_also_with_an_idle_rank(
     assert close(uninterrupted.losses, run.losses) and sorted(run.losses) == [1, 2, 3, 4, 5, 6]
     assert {exit["code"] for exit in run.exits.values()} == {0} and len(run.exits) == 4
     assert "rank 3 is idle: the plan uses 3 of 4 ranks" in (run.path / "logs/rank-3.log").read_text()
+    assert run.exits[3]["time"] >= run.exits[0]["time"]  # an agent whose ranks have ended does not come back
     assert done.err.count("step 6/6") == 1
     assert "Run: run" in (run.path / "report.html").read_text() and len(read_run(run.path).launches) == 1
 

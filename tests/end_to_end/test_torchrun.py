@@ -97,6 +97,34 @@ def test_nodes_come_and_go_and_the_run_is_the_same(
     assert sorted(run.losses) == list(range(1, last + 1)) and close(alone.losses, run.losses)
 
 
+@pytest.mark.faults
+def test_a_node_that_the_batch_cannot_use_stands_by_and_takes_the_place_of_one_that_is_lost(
+    torchrun: Start, tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    run = Folder(tmp_path / "run")
+    keys = {"batch__global_sequences": 2, "checkpoint__every_steps": 20, "optimizer__schedule": "constant"}
+    more = {"cluster__nodes": "1-3", "topology__tp": 1, "topology__pp": 1, "steps": MANY}
+    words = tiny_run_model.words(**keys, **more, run_dir=run.path)
+    host, guest = elastic(nodes="2:3", restarts=3)
+    nodes = [torchrun(options, words, **OWN_STORES) for options in (host, guest, guest)]
+    wait_for(lambda: step_of(run) > 25 or nodes[0].poll() is not None)
+    assert world_of(run) == 2 and len(run.pids()) == 3, said(tmp_path)
+    pids = rank_pids(run.path)
+    assert all(agent.poll() is None for agent in nodes)
+    lost = next(agent for agent in nodes if parent(pids[1]) == agent.pid)
+    if lost is nodes[0]:  # all meet there
+        lost = next(agent for agent in nodes if parent(pids[0]) == agent.pid)
+    before = step_of(run)
+    lose_power(lost, run)
+    wait_for(lambda: step_of(run) > before or nodes[0].poll() is not None)
+    assert world_of(run) == 2 and step_of(run) > before, said(tmp_path)
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
+    for node in nodes:
+        node.wait(60)
+    assert run.steps[-1] == max(run.losses)
+
+
 def test_ranks_save_and_end_when_their_agent_is_killed(
     torchrun: Start, tiny_run_model: TinyRun, tmp_path: Path
 ) -> None:

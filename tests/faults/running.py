@@ -54,7 +54,8 @@ def run_tests(nodes: Sequence[str]) -> list[Ended]:
     """
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         report = Path(folder) / "report.xml"
-        argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *nodes]
+        kept = ["-o", "junit_family=xunit1", f"--junitxml={report}"]  # only this form holds recovery times
+        argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *kept, *nodes]
         done = subprocess.run(
             argv, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=sys.stderr, check=False
         )

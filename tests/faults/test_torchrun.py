@@ -1,13 +1,15 @@
-"""Canary: what torchrun's own restarts do with a killed gloo worker, by default and with a store for each attempt.
+"""Canaries: what torchrun's own restarts do with a killed gloo worker, and its agent with a signal.
 
 isotrain starts torchrun with ``--max-restarts 0`` and starts ranks again itself, because of what the first test finds:
 workers of the next attempt find addresses of the one before. Which of two connects to the other goes by addresses, so
-that a job comes back only by luck of the ports, and the fewer workers, the more often.
+that a job comes back only by luck of the ports, and the fewer workers, the more often. Ranks end by themselves when
+their agent is gone, because of what the last test finds.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,9 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.end_to_end.shell import is_alive, wait_for
+
 pytestmark = pytest.mark.faults
 STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 LIMIT_S = 90
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
 WORKER = """
 import os, signal, sys
 from datetime import timedelta
@@ -38,6 +43,14 @@ dist.barrier()
 (folder / f"done-{attempt}-{rank}").touch()
 os._exit(0)  # threads of gloo may end an orderly exit with SIGABRT
 """
+ENDLESS = """
+import os, sys, time
+from pathlib import Path
+Path(sys.argv[1], "being").write_text(str(os.getpid()))
+Path(sys.argv[1], "being").rename(Path(sys.argv[1], "pid"))
+while True:
+    time.sleep(1)
+"""
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,7 @@ def restarted(folder: Path, **variables: str) -> Restarted:
     """Run it under torchrun; one that takes too long has not recovered."""
     worker = folder / "worker.py"
     worker.write_text(WORKER)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    argv = [sys.executable, *torchrun, "--nproc-per-node", "2", "--max-restarts", "1", str(worker), str(folder)]
+    argv = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "1", str(worker), str(folder)]
     environment = {name: value for name, value in os.environ.items() if name != STORE} | variables
     with (folder / "said").open("w+") as said:
         process = subprocess.Popen(argv, env=environment, stdout=said, stderr=said, start_new_session=True)
@@ -86,3 +98,26 @@ def test_restarts_of_torchrun_recover_a_killed_worker_when_its_store_is_not_shar
         f"torch {torch.__version__} no longer recovers a killed gloo worker with {STORE}=1, which 2.13 did: whoever "
         f"starts ranks by hand with torchrun --max-restarts should be told; change docs/reliability.md.\n{found.said}"
     )
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGKILL"])
+def test_a_signal_kills_the_agent_and_leaves_its_worker_alive(tmp_path: Path, name: str) -> None:
+    (tmp_path / "worker.py").write_text(ENDLESS)
+    with (tmp_path / "said").open("w") as said:
+        argv = [*TORCHRUN, "--nproc-per-node", "1", str(tmp_path / "worker.py"), str(tmp_path)]
+        agent = subprocess.Popen(argv, stdout=said, stderr=said)
+    file = tmp_path / "pid"
+    wait_for(lambda: file.exists() or agent.poll() is not None)
+    assert file.exists(), (tmp_path / "said").read_text()
+    worker = int(file.read_text())
+    try:
+        number = signal.Signals[name]
+        agent.send_signal(number)
+        assert (agent.wait(40), is_alive(worker)) == (-number, True), (
+            f"torch {torch.__version__}'s agent does otherwise with {name} than 2.13's, which ended at once and left "
+            f"its worker to itself: look again at orchestrator/torchrun.py, and at what docs/launch.md says of signals."
+        )
+    finally:
+        agent.kill()
+        if is_alive(worker):
+            os.kill(worker, signal.SIGKILL)

@@ -115,6 +115,12 @@ def test_what_cannot_stand_in_a_line_is_refused(words: list[str], option: str, m
     assert message in str(raised.value) and raised.value.hint
 
 
+def test_a_range_is_asked_for_whole_also_where_the_plan_leaves_a_node_idle(words: list[str]) -> None:
+    layout = [f"{key}=1" for key in ("cluster.gpus_per_node", "topology.tp", "topology.pp", "topology.cp")]
+    prepared = prepare([*words, "cluster.nodes=2-3", "batch.global_sequences=2", *layout])
+    assert prepared.planned.plan.cluster.nodes == 2 and "#SBATCH --nodes=2-3\n" in prepared.script
+
+
 def test_no_path_is_too_strange_for_the_run_folder() -> None:
     folder = Path("/a b/'q\"$(id)`x`\n%j,é")
     line = render_script(static_script(), Header(()), folder).partition("\nrun_dir=")[2].partition("\n\nprologue")[0]

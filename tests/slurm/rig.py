@@ -82,6 +82,10 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-f", str(self._conf))
         for node in self.nodes:
             self._start_node(node)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until every node is idle: one that has just ended a job takes no other for some seconds."""
         self._until(self._all_idle, "the nodes")
 
     def down(self) -> None:

@@ -23,6 +23,7 @@ def test_a_requeued_run_grows_when_its_nodes_are_back(
     slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
 ) -> None:
     run = Folder(slurm.folder / "grown")
+    cluster.settle()
     cluster.power_cut("node4")
     try:
         cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=power")
@@ -45,6 +46,7 @@ def test_a_node_that_loses_its_rank_twice_is_left_out(
     slurm: SlurmShell, cluster: Cluster, tiny_run_model: TinyRun, undisturbed: Folder
 ) -> None:
     run = Folder(slurm.folder / "suspect")
+    cluster.settle()  # Slurm gives the fewest nodes if others are not there at once
     job = slurm.submit(*words(tiny_run_model, run, cluster__nodes="2-3"))
     for _ in range(2):  # two of three nodes are used; rank 1 is on the second
         before = logged(run)

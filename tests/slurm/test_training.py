@@ -211,6 +211,7 @@ def test_a_range_of_nodes_goes_on_with_those_that_are_left(
     record_property: Callable[[str, object], None],
 ) -> None:
     run = Folder(slurm.folder / "elastic")
+    cluster.settle()
     job = slurm.submit(*words(tiny_run_model, run, cluster__nodes="2-4"))
     wait_for(lambda: logged(run) > 8)
     assert len(run.exits) == 0 and slurm.field(job, "NumNodes") == "4"
