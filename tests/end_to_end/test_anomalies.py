@@ -15,6 +15,7 @@ from tests.helpers import runs
 from tests.orchestrator.tiny_tokenizer import write_tokenizer
 
 BAD_ROW = 11
+ADAPTER = "adapter/adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -55,3 +56,16 @@ def test_a_run_is_rewound_past_a_bad_row_by_itself_and_stops_where_told(
     state = json.loads((run.checkpoint(4) / "state.json").read_text())
     assert (state["optimizer_steps"], state["samples_consumed"]) == (4, 20)
     assert json.loads((run.path / "rewinds.json").read_text()) == {str(good): past}
+
+
+def test_a_run_skips_a_step_without_learning_from_it_and_goes_on(
+    shell: Shell, poisoned: TinyRun, tmp_path: Path
+) -> None:
+    run = Folder(tmp_path / "run")
+    words = poisoned.words(run_dir=run.path, steps=5, checkpoint__every_steps=1, checkpoint__keep_last=5)
+    done = shell.isotrain("train", *words, "anomalies.not_finite=skip")
+    (bad,) = [step for step, line in run.metrics.items() if line.get("skipped")]
+    assert f"step {bad}: loss nan, grad_norm nan; skipped: nothing is learned from it" in done.err
+    before, after, later = (run.checkpoint(step) / ADAPTER for step in (bad - 1, bad, bad + 1))
+    assert before.read_bytes() == after.read_bytes() != later.read_bytes()
+    assert run.steps[-1] == 5

@@ -14,7 +14,7 @@ from itertools import product
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-import torch.distributed  # noqa: F401  before the processes part
+import torch.distributed
 
 from launch.environment import RankEnvironment
 from launch.meeting import meet
@@ -28,6 +28,9 @@ def meet_and_note(folder: Path, job: str, number: int, together: Barrier) -> Non
     store = meet(folder / job, "127.0.0.1", me, timedelta(seconds=LIMIT_S))
     store.set(str(number), job)
     assert store.get(str(1 - number)).decode() == job
+    torch.distributed.init_process_group("gloo", store=store, rank=number, world_size=RANKS)
+    torch.distributed.all_reduce(total := torch.tensor(JOBS.index(job) + 1))
+    assert total.item() == RANKS * (JOBS.index(job) + 1)
     together.wait(LIMIT_S)  # all are open at once
     (folder / f"{job}-{number}").write_text(str(store.port))
 

@@ -150,12 +150,15 @@ def test_a_job_that_was_taken_late_is_kept_and_the_second_one_cancelled(slurm: F
 
 def test_silence_is_not_a_second_job(slurm: FakeSlurm, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 100_000, 20))
+    pauses: list[float] = []
     monkeypatch.setattr(commands.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(commands.time, "sleep", pauses.append)
     slurm.replies(f"lose {TIMED_OUT}")
     slurm.silent()
     with pytest.raises(PeerLost, match="whether it has taken the job is not known"):
         submit(words)
     assert len(slurm.jobs) == 1
+    assert [pause for pause in pauses if pause >= 1][:4] == [10, 20, 30, 30]  # shorter ones wait for a process
     with pytest.raises(PeerLost, match="Slurm does not answer"):
         submit(words)
     slurm.silent(False)
