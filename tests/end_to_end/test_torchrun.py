@@ -60,6 +60,7 @@ def said(folder: Path) -> str:
     return "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-3000:]}" for log in folder.glob("agent-*.log"))
 
 
+@pytest.mark.faults
 def test_nodes_come_and_go_and_the_run_is_the_same(
     shell: Shell, torchrun: Start, tiny_run_model: TinyRun, tmp_path: Path
 ) -> None:
