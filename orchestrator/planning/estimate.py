@@ -80,6 +80,7 @@ def setup_of(work: Workload, cluster: ClusterSpec) -> Setup:
         precision=proposal.precision,
         frozen=proposal.tuner != "full",
         adapter_rank=work.adapter_rank if work.adapted else 0,
+        adapts_all=_adapts_mlps(work.adapted),
         dora=work.extras.magnitudes,
         quantised=proposal.quantise is not None,
         cp_comm=proposal.cp_comm,
@@ -111,6 +112,12 @@ def _cut(work: Workload, cluster: ClusterSpec) -> Cut:
 
 
 @lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
+def _adapts_mlps(adapted: frozenset[str]) -> bool:
+    """Whether more than attention is adapted; ``adapted``: paths of linears."""
+    return any(".mlp." in path for path in adapted)
+
+
 def _trained_shape(model: ModelSpec) -> Shape:
     more_kept = 0 if model.activation == "silu" else 1
     return replace(shape_of(model), more_residuals=2 if model.sandwich_norms else 0, more_kept=more_kept)

@@ -8,6 +8,7 @@ from orchestrator.planning.compute import END_OPERATORS, Computing, LayerWork, W
 from orchestrator.planning.constants import FITTED, Constants, constants_for
 from orchestrator.planning.links import Links
 from orchestrator.planning.setup import Setup
+from orchestrator.planning.talking import layer_talk
 
 UPDATE_BYTES = 34
 """Moved for each updated parameter: fp32 master and two moments read and written, the gradient read twice (its norm
@@ -100,7 +101,7 @@ def layer_costs(setup: Setup, constants: Constants = FITTED) -> LayerCosts:
     constants = _constants(setup, constants)
     computing, links = Computing(setup, constants), Links(setup, constants)
     layers = {kind: computing.layer(kind) for kind, count in setup.shape.kinds().items() if count}
-    talks = {kind: _layer_talk(setup, links, constants, kind, layers[kind].forward.attention) for kind in layers}
+    talks = {kind: layer_talk(setup, links, constants, kind, layers[kind].forward.attention) for kind in layers}
     ends_host_s = 2 * END_OPERATORS * constants.launch_s if setup.device.is_measured else 0.0
     return LayerCosts(layers, talks, *computing.ends(), _reference_costs(setup, constants), ends_host_s)
 
@@ -114,7 +115,7 @@ def _reference_costs(setup: Setup, constants: Constants) -> dict[str, float]:
     found = {}
     for kind in (kind for kind, count in setup.shape.kinds().items() if count):
         layer = computing.layer(kind)
-        busy = layer.forward.total + sum(_layer_talk(plain, links, constants, kind, layer.forward.attention, True))
+        busy = layer.forward.total + sum(layer_talk(plain, links, constants, kind, layer.forward.attention, True))
         found[kind] = busy + layer.host_s / 2 if setup.device.is_measured else max(busy, layer.host_s / 2)
     head, embedding = computing.ends(forward_only=True)
     return found | {"head": head.total, "embedding": embedding.total}
@@ -222,66 +223,6 @@ def _reference_stage(setup: Setup, costs: LayerCosts, stage: int) -> float:
     found = sum(costs.reference[kind] * count for kind, count in setup.kinds_by_stage[stage].items() if count)
     found += costs.reference["embedding"] if stage == 0 else 0.0
     return found + (costs.reference["head"] if stage == setup.pp - 1 else 0.0)
-
-
-def _layer_talk(
-    setup: Setup, links: Links, constants: Constants, kind: str, attention_s: float, forward_only: bool = False
-) -> tuple[float, float, float]:
-    """What ranks tell each other in one layer, forward and backward: over tp, cp and ep."""
-    attends = kind in ("dense", "moe", "attention")
-    blocks = (1 if kind != "dense" else 2) if attends or kind != "moe" else 0
-    full = setup.recompute == "full"
-    states = setup.rank_tokens * setup.shape.hidden * setup.value_bytes
-    # an all-reduce after each block forward and before it backward; with sequence parallelism a gather and a scatter
-    # as large, and the inputs gathered once more for the weights' gradient (Korthikanti et al. 2022, section 4.2.2)
-    passes = 1 if forward_only else 2 + full + (0.5 if setup.sp and not setup.frozen else 0)
-    tensor = blocks * passes * links.reduce_s(states, setup.tp)
-    if setup.software.overlaps_tensor and setup.sp:
-        tensor *= 1 - constants.hidden
-    context = _context_s(setup, links, attention_s, constants, forward_only) if attends else 0.0
-    expert = _expert_s(setup, links) * (2 if forward_only else 4 + 2 * full) if kind == "moe" else 0.0
-    return tensor, context, expert
-
-
-def _expert_s(setup: Setup, links: Links) -> float:
-    """One all-to-all of the tokens' copies over ep, and their gathering over etp."""
-    tokens = setup.rank_tokens / (setup.tp if setup.tp > 1 else 1)
-    copies = tokens * setup.shape.experts_per_token * setup.shape.hidden * setup.value_bytes
-    return links.exchange_s(copies, setup.shape.experts_per_token, setup.ep, setup.etp) + links.gather_s(
-        copies * setup.etp, setup.etp
-    )
-
-
-def _context_s(
-    setup: Setup, links: Links, attention_s: float, constants: Constants, forward_only: bool = False
-) -> float:
-    """What context-parallel ranks tell each other in one layer, for one micro-batch forward and backward.
-
-    Ring: keys and values make ``cp - 1`` hops forward and as many backward, their fp32 gradients ``cp``; hops hide
-    behind the attention of the block before. Ulysses: queries, keys, values and outputs are traded by an all-to-all
-    each, forward and backward; key/value heads too few to deal out are sent more than once.
-    """
-    cp, shape = setup.cp, setup.shape
-    if cp == 1:
-        return 0.0
-    passes = 1 if forward_only else 2 + (setup.recompute != "none")
-    groups = max(1, shape.kv_heads // setup.tp)
-    if setup.cp_comm == "ulysses":
-        import math
-
-        dealt = 2 * shape.heads // setup.tp + 2 * math.lcm(groups, cp)
-        share = setup.rank_tokens * dealt * shape.value_width // shape.heads * setup.value_bytes
-        return passes * (links.exchange_s(share, 1, cp, setup.tp) + (cp - 1) * links.latency_s)
-    values = setup.rank_tokens * max(shape.key_value_width / setup.tp, 2 * groups * shape.head_dim)
-    rate = links.ring_rate(cp, setup.tp)
-    hops = passes * (cp - 1) * (values * setup.value_bytes / rate + links.latency_s)
-    if not forward_only:
-        hops += cp * (values * 4 / rate + links.latency_s)
-    attending = attention_s * (1 if forward_only else 1 + FUSED_SHARE)
-    return max(hops - constants.hidden * attending, hops * (1 - constants.hidden))
-
-
-FUSED_SHARE = 2.5
 
 
 def _pipeline_s(setup: Setup, constants: Constants) -> float:

@@ -16,6 +16,7 @@ import torch
 from orchestrator.planning.counts import TunerExtras, Workload
 from orchestrator.planning.estimate import setup_of
 from orchestrator.planning.memory import StageMemory, stage_memory
+from orchestrator.planning.setup import Setup
 from parallel.capabilities import Proposal
 from parallel.specs import ClusterSpec
 from tests.helpers.runs import Run, engine_spec, microbatches, open_engine
@@ -106,6 +107,11 @@ def held(run: Run) -> tuple[int, dict[str, int]] | None:
 
 def predicted(run: Run) -> tuple[StageMemory, ...]:
     """What the planner says of the same run."""
+    return stage_memory(planned(run))
+
+
+def planned(run: Run) -> Setup:
+    """A run as the planner sees it."""
     spec = engine_spec(run)
     lora = spec.lora
     proposal = Proposal(
@@ -131,4 +137,4 @@ def predicted(run: Run) -> tuple[StageMemory, ...]:
         device="cpu",
         extras=TunerExtras(run.dora, run.init == "pissa", frozenset(spec.frozen) if run.full else lora.saved),
     )
-    return stage_memory(setup_of(work, ClusterSpec("here", 1, run.topology.world_size)))
+    return setup_of(work, ClusterSpec("here", 1, run.topology.world_size))
