@@ -10,6 +10,7 @@ from orchestrator.config.job import JobConfig
 from orchestrator.data import prepare
 from orchestrator.data.sources import resolve
 from orchestrator.doctor.finding import Finding, judged
+from orchestrator.locking import locked, read_holder
 from orchestrator.models import resolve_model
 from orchestrator.planning.goals import check_trainable
 from orchestrator.planning.memory import GIB
@@ -66,8 +67,16 @@ def look_at_data(job: JobConfig) -> str:
 
 
 def check_run_folder(job: JobConfig, run_dir: Path) -> Finding:
-    """Whether the run may be kept in its folder: it is new, or holds the same run."""
-    return judged("run", lambda: decide_train(run_dir, job).message)
+    """Whether the run may be kept in its folder: it is new, or holds the same run, and nobody trains in it."""
+
+    def look() -> str:
+        message = decide_train(run_dir, job).message
+        if read_holder(run_dir) is not None:
+            with locked(run_dir):  # what a killed launch has left is free
+                pass
+        return message
+
+    return judged("run", look)
 
 
 def check_plan(job: JobConfig, run_dir: Path, is_local: bool) -> tuple[Finding, Planned | None]:

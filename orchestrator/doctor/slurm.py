@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.slurm.commands import SlurmError, ask, partitions
 from orchestrator.config.job import ClusterConfig, SlurmConfig
 from orchestrator.doctor.finding import Finding
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, PeerLost
 from parallel.specs import SpecError
 
 
@@ -67,11 +67,15 @@ def check_slurm(seen: SlurmSeen, cluster: ClusterConfig) -> list[Finding]:
 
 
 def check_submission(overrides: Sequence[str]) -> Finding:
-    """Whether Slurm would take the job as it would be submitted now (``sbatch --test-only``); nothing is submitted."""
-    from orchestrator.jobs.submit import prepare, refused
+    """Whether Slurm would take the job as it would be submitted now (``sbatch --test-only``); nothing is submitted.
+
+    The run has no job that waits or runs already.
+    """
+    from orchestrator.jobs.submit import prepare, refuse_second_job, refused
 
     try:
         prepared = prepare(overrides)
+        refuse_second_job(prepared.run_dir)
         with tempfile.TemporaryDirectory() as folder:
             script = Path(folder) / "train.sbatch"
             script.write_text(prepared.script, encoding="utf-8")
@@ -79,6 +83,6 @@ def check_submission(overrides: Sequence[str]) -> Finding:
     except SlurmError as error:
         refusal = refused(str(error), prepared.planned.job.cluster)
         return Finding("submission", "fault", str(refusal), refusal.hint)
-    except (ConfigError, SpecError) as error:
+    except (ConfigError, PeerLost, SpecError) as error:
         return Finding("submission", "fault", str(error), error.hint)
     return Finding("submission", "ok", "Slurm would take this job (sbatch --test-only)")

@@ -275,6 +275,19 @@ def _earlier_job(run_dir: Path) -> str | None:
         if found is not None:
             write_submission(run_dir, dataclasses.replace(earlier, job_id=found))
         return found
+    refuse_second_job(run_dir)
+    return None
+
+
+def refuse_second_job(run_dir: Path) -> None:
+    """See that the job of a run, if its id is known, neither waits nor runs.
+
+    Raises:
+        ConfigError: it does. PeerLost: Slurm does not say whether it does.
+    """
+    earlier = read_submission(run_dir)
+    if earlier is None or earlier.job_id is None:
+        return
     states = job_states(earlier.job_id)
     for state in states:
         if state.is_active:
@@ -286,7 +299,6 @@ def _earlier_job(run_dir: Path) -> str | None:
         raise PeerLost(
             f"Slurm does not say whether job {earlier.job_id} runs: {states[0].reason}", "the same command again"
         )
-    return None
 
 
 def refused(said: str, cluster: ClusterConfig) -> ConfigError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,16 @@ from orchestrator.doctor import machine
 from tests.end_to_end.conftest import TinyRun
 from tests.end_to_end.shell import Shell
 from tests.helpers.fake_slurm import FakeSlurm
+
+# A launch that holds a folder until its input ends.
+HOLD = """
+import sys
+from pathlib import Path
+from orchestrator.locking import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -76,6 +88,23 @@ def test_a_fault_is_one_that_training_ends_with(
 
 
 @pytest.mark.usefixtures("met")
+def test_a_folder_in_which_somebody_trains_is_a_fault(
+    command: Callable[..., Any], tiny_run_model: TinyRun, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "held"
+    run_dir.mkdir()
+    typed = tiny_run_model.words(run_dir=run_dir)
+    argv = [sys.executable, "-c", HOLD, str(run_dir)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdin is not None and holder.stdout.readline() == b"held\n"
+        found = fault(command("doctor", *typed, "--json", code=1).json["findings"])
+        assert found["subject"] == "run" and f"another isotrain is training in {run_dir} (process " in found["found"]
+        assert found["found"] in command("train", *typed, code=64).err
+        holder.stdin.close()
+    command("doctor", *typed, code=0)
+
+
+@pytest.mark.usefixtures("met")
 def test_words_that_are_no_job_are_a_configuration_error(command: Callable[..., Any]) -> None:
     assert command("doctor", "stepz=3", code=64).hint == "steps=3"
 
@@ -108,3 +137,16 @@ def test_slurm_is_asked_whether_it_would_take_the_job(
     assert found["hint"].startswith("cluster.slurm.partition=high")
     fake.silent()
     assert fault(command("doctor", *words, "--json", code=1).json["findings"])["subject"] == "Slurm"
+
+
+@pytest.mark.usefixtures("met")
+def test_a_run_that_has_a_job_already_is_a_fault(
+    command: Callable[..., Any], tiny_run_model: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeSlurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
+    words = tiny_run_model.words(cluster="slurm_cpu", run_dir=tmp_path / "run")
+    command("submit", *words, code=0)
+    found = fault(command("doctor", *words, "--json", code=1).json["findings"])
+    assert found["subject"] == "submission" and "is job 1 already" in found["found"]
+    assert found["found"] in command("submit", *words, code=64).err
