@@ -141,7 +141,7 @@ def _wait(
             return LaunchResult(ABORTED, None, stopped=True)
         if (hung := watch.hang()) is not None:
             _kill_all(process, run_dir)
-            return LaunchResult(hung.code, hung, stopped=heard > 0)
+            return LaunchResult(hung.exit.code, hung.exit, stopped=heard > 0)
         if stops.count > heard:
             heard = stops.count
             say("stopping after this step and saving; press Ctrl-C again to end at once without saving")

@@ -6,7 +6,7 @@ What the others do then is asked of them, so that the report says who waits for 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,29 @@ class Patience:
 USUAL = Patience()
 
 
+@dataclass(frozen=True)
+class Hang:
+    """Why a launch is taken for lost; ``told``: what ranks do then, by their own words."""
+
+    exit: RankExit
+    told: Mapping[int, str]
+
+    def culprit(self, world_size: int) -> int | None:
+        """The rank that the others wait for, where it is known: the silent one, or the only one that waits for nobody.
+
+        What a rank of ``world_size`` does that has not said it, or has not come up, is not known.
+
+        Example:
+            >>> stalled = RankExit(0, PEER_LOST, "Stalled", "no step was done", "", None, 0.0)
+            >>> Hang(stalled, {0: "waits in x", 1: "is at y"}).culprit(2), Hang(stalled, {0: "is at x"}).culprit(2)
+            (1, None)
+        """
+        if self.exit.cause == "Silent":
+            return self.exit.rank
+        busy = _busy(self.told)
+        return busy[0] if len(busy) == 1 and len(self.told) == world_size else None
+
+
 class Watch:
     """Watches the ranks of one launch from outside of them.
 
@@ -49,7 +72,7 @@ class Watch:
         self._last = (progress(), time.monotonic())
         self._listened = 0.0
 
-    def hang(self) -> RankExit | None:
+    def hang(self) -> Hang | None:
         """The rank that is silent too long, or the whole launch that makes no progress; cheap to ask often."""
         now = time.monotonic()
         if now - self._listened < LISTEN_EVERY_S:
@@ -67,12 +90,12 @@ class Watch:
             return self._hanging("Stalled", 0, words, set(silent))
         return None
 
-    def _hanging(self, cause: str, rank: int, words: str, others: set[int]) -> RankExit:
+    def _hanging(self, cause: str, rank: int, words: str, others: set[int]) -> Hang:
         told = ask(self._run_dir, others)
-        busy = [one for one, story in sorted(told.items()) if not story.startswith(WAITS)]
-        if cause == "Stalled" and len(busy) == 1:
+        if cause == "Stalled" and len(busy := _busy(told)) == 1:
             rank = busy[0]  # the others wait for it
-        return RankExit(rank, PEER_LOST, cause, "; ".join([words, *_stories(told)]), RUN_AGAIN, None, time.time())
+        message = "; ".join([words, *_stories(told)])
+        return Hang(RankExit(rank, PEER_LOST, cause, message, RUN_AGAIN, None, time.time()), told)
 
 
 def ask(run_dir: Path, ranks: set[int]) -> dict[int, str]:
@@ -86,6 +109,11 @@ def ask(run_dir: Path, ranks: set[int]) -> dict[int, str]:
             if file.exists() and (story := file.read_text(encoding="utf-8")):
                 told[rank] = story
     return told
+
+
+def _busy(told: Mapping[int, str]) -> list[int]:
+    """The ranks that wait for no other."""
+    return [rank for rank, story in sorted(told.items()) if not story.startswith(WAITS)]
 
 
 def _stories(told: dict[int, str]) -> list[str]:

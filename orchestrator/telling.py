@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 import threading
 import traceback
@@ -35,6 +36,8 @@ def story(frame: FrameType) -> str:
         return f"waits in {waits.f_code.co_name} of {_group(waits.f_locals['group'])} {where}"
     if (waits := next((one for one in frames if _is_of_pipeline(one)), None)) is not None:
         return f"waits in {waits.f_code.co_name} of {_group(waits.f_locals['self'].pp_group)} {where}"
+    if ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno):  # of a collective that was only started
+        return f"waits in wait {where}"
     return f"is {where}"
 
 

@@ -173,8 +173,9 @@ def _watch(run_dir: Path, rank: int, recovery: RecoveryConfig) -> None:
     watch = Watch(run_dir, patience(recovery), lambda: progress(run_dir))
 
     def look() -> None:
-        while (hung := watch.hang()) is None:
+        while (found := watch.hang()) is None:
             time.sleep(LISTEN_EVERY_S)
+        hung = found.exit
         print(hung.message, file=sys.stderr, flush=True)
         leave_word(run_dir, rank, Explanation(hung.code, hung.cause, hung.message, hung.hint))
         leave_process(hung.code)

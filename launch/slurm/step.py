@@ -23,7 +23,7 @@ from launch.slurm.allocation import Allocation
 from launch.slurm.commands import SlurmError, end_steps
 from launch.states import clear_states, rank_pids
 from launch.stop import WARNINGS
-from launch.watch import USUAL, Patience, Watch
+from launch.watch import USUAL, Hang, Patience, Watch
 
 # "srun: error: node2: task 2: Killed", "srun: error: node1: tasks 0-1,3: Exited with exit code 70"
 TASK_ENDED = re.compile(r"^srun: error: (?P<node>[^\s:]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
@@ -36,7 +36,10 @@ ENDING_S = 20.0
 
 @dataclass(frozen=True)
 class StepRequest:
-    """``hosts``: the nodes to use, in Slurm's order. ``program``: one rank's argv. ``environment``: added to ours."""
+    """``hosts``: the nodes to use, in Slurm's order. ``program``: one rank's argv. ``environment``: added to ours.
+
+    ``device``: what ranks compute on, ``cpu`` or ``cuda``.
+    """
 
     allocation: Allocation
     hosts: tuple[str, ...]
@@ -45,6 +48,7 @@ class StepRequest:
     environment: Mapping[str, str]
     run_dir: Path
     patience: Patience = USUAL
+    device: str = "cpu"
 
     @property
     def world_size(self) -> int:
@@ -123,7 +127,7 @@ def run_step(
         start_new_session=True,
     )
     step, watch = _Step(request, process), Watch(request.run_dir, request.patience, progress)
-    hung: RankExit | None = None
+    hung: Hang | None = None
     while process.poll() is None and hung is None:
         if len(signals.heard) > asked:
             say(f"{signals.heard[-1].name}: stopping after this step and saving")
@@ -228,10 +232,10 @@ def tasks_ended(line: str) -> list[tuple[int, int, str]]:
     return [(task, code, found["node"]) for task in tasks]
 
 
-def _result(request: StepRequest, step: _Step, hung: RankExit | None, stopped: bool) -> StepResult:
+def _result(request: StepRequest, step: _Step, hung: Hang | None, stopped: bool) -> StepResult:
     if hung is not None:
-        node = request.host_of(hung.rank) if hung.cause == "Silent" else ""
-        return StepResult(replace(hung, message=f"{hung.message} ({node})") if node else hung, node)
+        node = _node_of(request, hung)
+        return StepResult(replace(hung.exit, message=f"{hung.exit.message} ({node})") if node else hung.exit, node)
     exits, codes = read_exits(request.run_dir), step.codes
     if not exits and not codes and not stopped and step.said:
         words = re.sub(r"^srun: (error: )?", "", step.said[0])
@@ -240,3 +244,14 @@ def _result(request: StepRequest, step: _Step, hung: RankExit | None, stopped: b
     cause = explain_end(request.run_dir, request.world_size, codes, stopped=stopped, out_of_memory=step.out_of_memory)
     node = step.nodes.get(cause.rank, "") if cause else ""
     return StepResult(replace(cause, message=f"{cause.message} ({node})") if cause and node else cause, node)
+
+
+def _node_of(request: StepRequest, hung: Hang) -> str:
+    """The node that a launch hangs for; empty where that is not known.
+
+    Ranks on GPUs run ahead of them: one that waits for its own GPU, which waits for others, seems to wait for nobody.
+    """
+    if request.device != "cpu" and hung.exit.cause != "Silent":
+        return ""
+    rank = hung.culprit(request.world_size)
+    return request.host_of(rank) if rank is not None else ""

@@ -215,6 +215,7 @@ def _request(here: _Here, attempt: int) -> StepRequest:
         environment=environment,
         run_dir=run_dir,
         patience=patience(job.recovery),
+        device=job.cluster.device,
     )
 
 

@@ -14,7 +14,7 @@ from orchestrator.jobs.record import Start, read_faults, write_faults
 from orchestrator.runs import latest_step
 
 # A rank's end that may be its node's fault; a rank that lost its peers is not the cause.
-BLAMED = frozenset({"Killed", "Crash", "Silent"})
+BLAMED = frozenset({"Killed", "Crash", "Silent", "Stalled"})
 KEPT = 100  # faults of a run, the newest
 
 

@@ -39,3 +39,15 @@ def test_a_rank_says_which_collective_of_which_group_it_waits_in(pool: Pool) -> 
     place = r"at tests/distributed/test_telling\.py:\d+ in wait_for_peer"
     assert re.fullmatch(rf"waits in all_reduce of tp \(ranks 0, 1\) {place}", waiting)
     assert re.fullmatch(rf"is {place}", late)
+
+
+def test_a_wait_for_what_was_only_started_is_one_too() -> None:
+    started: torch.futures.Future[int] = torch.futures.Future()
+    waiting = threading.Thread(target=lambda: started.wait())
+    waiting.start()
+    seen = ""
+    while waiting.is_alive() and "waits in wait" not in seen:
+        seen = story(sys._current_frames()[waiting.ident or 0])
+    started.set_result(1)
+    waiting.join()
+    assert re.fullmatch(r"waits in wait at tests/distributed/test_telling\.py:\d+ in <lambda>", seen)

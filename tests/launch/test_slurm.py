@@ -24,6 +24,8 @@ from launch.slurm.step import Signals, StepRequest, srun_command, tasks_ended
 from launch.states import enter, leave, someone_prepares
 from launch.stop import StopRequest
 from launch.watch import Patience
+from orchestrator.jobs.record import read_faults
+from orchestrator.jobs.suspects import note_end
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = {
@@ -106,18 +108,50 @@ def test_silence_is_told_from_life_and_from_leaving(tmp_path: Path) -> None:
     assert listener.silent_s() == {0: 0, 1: 7.0}
 
 
+def stand_in_srun(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """An srun that runs a script in ``folder``, watched without pauses."""
+    command = folder / "bin" / "srun"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\ncd {folder}\n{script}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(watch, "LISTEN_EVERY_S", 0.01)
+    monkeypatch.setattr(watch, "ANSWER_S", 0.5)
+    monkeypatch.setattr(step, "ENDING_S", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("stories", "device", "node"),
+    [
+        (["waits in x", "is at y"], "cpu", "n2"),
+        (["waits in x", "waits in x"], "cpu", ""),
+        (["is at x", "is at y"], "cpu", ""),
+        (["is at x", ""], "cpu", ""),  # the other beats, but does not say what it does
+        (["is at x"], "cpu", ""),  # the other has not come up: this one waits for it, in no collective
+        (["waits in x", "is at y"], "cuda", ""),  # and may wait for its GPU
+    ],
+)
+def test_where_no_step_is_done_a_node_is_blamed_only_if_all_others_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stories: list[str], device: str, node: str
+) -> None:
+    said = [f"echo {rank} > states/rank-{rank}.json" for rank in range(len(stories))]
+    said += [f"printf '{story}' > states/told-{rank}.txt" for rank, story in enumerate(stories)]
+    stand_in_srun(tmp_path, monkeypatch, "\n".join([*said, "exec sleep 30"]))
+    given = Allocation("9", 2, "n[1-2]")
+    request = StepRequest(given, ("n1", "n2"), 1, ("rank",), {}, tmp_path, Patience(stalled_s=1), device)
+    ended = step.run_step(request, Signals(()), lambda: None, lambda text: None)
+    assert ended.cause is not None and (ended.cause.cause, ended.node) == ("Stalled", node)
+    assert ended.cause.message.endswith(" (n2)") == bool(node)
+    note_end(tmp_path, "9", ended)
+    assert [fault["node"] for fault in read_faults(tmp_path)] == ([node] if node else [])
+
+
 @pytest.mark.parametrize(
     ("marker", "cause"), [("touch states/preparing-0; sleep 3", "Unsaid"), ("exec sleep 30", "Stalled")]
 )
 def test_tokenising_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str, cause: str) -> None:
     """srun is a stand-in that ends with 3 where it is left alone."""
-    command = tmp_path / "bin" / "srun"
-    command.parent.mkdir()
-    command.write_text(f"#!/bin/sh\ncd {tmp_path}\n{marker}\necho 'srun: error: n1: task 0: Exited with exit code 3'\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}:/usr/bin:/bin")
-    monkeypatch.setattr(watch, "LISTEN_EVERY_S", 0.01)
-    monkeypatch.setattr(step, "ENDING_S", 1.0)
+    stand_in_srun(tmp_path, monkeypatch, f"{marker}\necho 'srun: error: n1: task 0: Exited with exit code 3'")
     request = StepRequest(Allocation("9", 1, "n1"), ("n1",), 1, ("rank",), {}, tmp_path, Patience(stalled_s=2))
     ended = step.run_step(request, Signals(()), lambda: None, lambda text: None)
     assert ended.cause is not None and ended.cause.cause == cause
@@ -150,9 +184,10 @@ def test_where_no_step_is_done_the_one_that_waits_for_nobody_is_named(
         enter(tmp_path, rank)
         start_beating(tmp_path, rank, 0.02, StopRequest(), lambda story=story: story)  # type: ignore[misc]
     hung = watch.Watch(tmp_path, Patience(stalled_s=-1), lambda: None).hang()
-    assert hung is not None and (hung.cause, hung.rank) == ("Stalled", 1)
+    assert hung is not None and (hung.exit.cause, hung.exit.rank, hung.culprit(3)) == ("Stalled", 1, 1)
+    assert hung.culprit(4) is None  # one of four is not there
     words = "though all ranks live; rank 1 is at data.py:7 in read; rank 0, 2 waits in barrier"
-    assert hung.message.endswith(words)
+    assert hung.exit.message.endswith(words)
 
 
 @pytest.mark.parametrize("value", ["a b", "$(id)", "`id`", "a'b", 'a"b', "a\nb", "a\\b", "a$b", "a;b\n#SBATCH --x", ""])

@@ -6,10 +6,12 @@ import dataclasses
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launch.exits import RankExit
+from launch.slurm import commands
 from launch.slurm.allocation import Allocation
 from launch.slurm.commands import SlurmError
 from launch.slurm.nodes import Node
@@ -24,6 +26,7 @@ from orchestrator.jobs.nodes import plan_on
 from orchestrator.jobs.record import Ended, note_start, read_ended, write_cancelled
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import write_whole
+from tests.helpers.fake_slurm import FakeSlurm
 
 KILLED = RankExit(1, 86, "Killed", "rank 1 was killed", "", None, 0.0)
 SAVED = RankExit(0, 85, "interrupted", "stopped", "", 3, 0.0)
@@ -118,8 +121,9 @@ def hosts(stage: Stage) -> list[tuple[str, ...]]:
     return [request.hosts for request in stage.requests]
 
 
-def test_a_node_that_starts_are_lost_to_again_is_left_out(stage: Stage, words: list[str]) -> None:
-    stage.script = [(KILLED, 5, None), (KILLED, 10, None), (None, 100, None)]
+@pytest.mark.parametrize("cause", ["Killed", "Silent", "Stalled"])
+def test_a_node_that_starts_are_lost_to_again_is_left_out(stage: Stage, words: list[str], cause: str) -> None:
+    stage.script = [(KILLED, 5, None), (dataclasses.replace(KILLED, cause=cause), 10, None), (None, 100, None)]
     assert stage.run([*words, *ELASTIC])[0] == 0
     assert hosts(stage) == [("n1", "n2"), ("n1", "n2"), ("n1",)]
     assert "n2 left out: starts were lost to it 2 times" in stage.said
@@ -232,6 +236,21 @@ def test_what_was_warned_is_requeued(
     stage.script = [(SAVED, 3, heard)]
     code, ended = stage.run([*words, *more])
     assert (code, ended.requeued, stage.requeued) == (85, requeued, ["7"] if requeued else [])
+
+
+def test_where_slurm_is_silent_a_stopped_run_has_saved_and_is_not_requeued(
+    stage: Stage, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake, pauses = FakeSlurm(tmp_path / "bin"), list[float]()
+    fake.silent()
+    monkeypatch.setenv("PATH", f"{fake.folder}:/usr/bin:/bin")
+    monkeypatch.setattr(module, "was_preempted", commands.was_preempted)
+    monkeypatch.setattr(commands, "time", SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append))
+    stage.script = [(SAVED, 3, signal.SIGTERM)]
+    code, ended = stage.run(words)
+    assert (code, ended.code, ended.requeued, stage.requeued) == (85, 85, False, [])
+    assert set(map(tuple, fake.calls)) == {("scontrol", "--oneliner", "show", "job", "7")}
+    assert len(fake.calls) == len(pauses) + 1 > 1
 
 
 def test_what_was_cancelled_is_not_requeued(stage: Stage, words: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -47,15 +48,16 @@ def test_a_node_that_loses_its_rank_twice_is_left_out(
 ) -> None:
     run = Folder(slurm.folder / "suspect")
     cluster.settle()  # Slurm gives the fewest nodes if others are not there at once
-    job = slurm.submit(*words(tiny_run_model, run, cluster__nodes="2-3"))
-    for _ in range(2):  # two of three nodes are used; rank 1 is on the second
+    job = slurm.submit(*words(tiny_run_model, run, cluster__nodes="2-3"), "recovery.silent_s=6")
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # two of three nodes are used; rank 1 is on the second
         before = logged(run)
         wait_for(lambda before=before: logged(run) > before + 8)
         node, pid = rank_process(cluster, run)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
         wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists())
     slurm.isotrain("wait", str(run.path))
     assert f"{node} left out: starts were lost to it 2 times" in log(run)
+    assert re.search(r"rank 1 gives no sign of life for .*; rank 0 waits in \w+ of pp \(ranks 0, 1\) at ", log(run))
     assert slurm.field(job, "Restarts") == "0"
     assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
 

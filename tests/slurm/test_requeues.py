@@ -53,9 +53,9 @@ def test_by_hand_three_warnings_are_three_requeues_and_the_same_bits(
     typed = words(tiny_run_model, run, cluster=None, cluster__nodes=None, checkpoint__every_steps=0)
     job = slurm.run(["sbatch", "--parsable", "-N2", f"--output={slurm.folder}/warned.log", str(script), *typed]).out
     job, saved = job.strip(), 0
-    for restart in range(1, 4):
+    for restart, warning in enumerate(("USR1", "USR2", "USR1"), 1):
         wait_for(lambda saved=saved: logged(run) > saved + 3)
-        slurm.cluster.ask("scancel", "--batch", "--signal=USR1", job)
+        slurm.cluster.ask("scancel", "--batch", f"--signal={warning}", job)
         warned = time.monotonic()
         wait_for(lambda restart=restart: slurm.field(job, "Restarts") == str(restart))
         assert run.steps[-1] == logged(run) > saved  # the step that was running

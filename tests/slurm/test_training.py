@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from launch.environment import MEETING_HOST_VARIABLE
 from tests.end_to_end.conftest import TinyRun
-from tests.end_to_end.shell import Folder, close, wait_for
+from tests.end_to_end.shell import ROOT, Folder, close, distance, wait_for
 from tests.slurm.conftest import SlurmShell
 from tests.slurm.rig import Cluster
 
 pytestmark = pytest.mark.slurm
+ADAPTER = Path("adapter/adapter_model.safetensors")
 STEPS, EVERY = 200, 6  # some 8 s: what disturbs a run comes before its end also on a quick machine
 TWO_NODES = {"cluster": "slurm_cpu", "cluster__nodes": 2, "topology__pp": 2, "steps": STEPS}
 TWO_NODES |= {"checkpoint__every_steps": EVERY, "optimizer__schedule": "constant"}
@@ -47,16 +49,14 @@ def log(run: Folder) -> str:
     return "".join(file.read_text() for file in sorted((run.path / "slurm").glob("*.log")))
 
 
-def rank_process(cluster: Cluster, run: Folder) -> tuple[str, int]:
-    """A node with a rank of this run that is not the first one, and the process of that rank on this machine."""
+def rank_process(cluster: Cluster, run: Folder, rank: int = 1) -> tuple[str, int]:
+    """The node of a rank of this run, by default one that is not the first, and its process on this machine."""
     for node in cluster.nodes:
         for pid in cluster.pids(node):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"worker" in words and str(run.path).encode() in words:
-                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if b"SLURM_PROCID=1" in variables:
-                    return node, pid
-    raise AssertionError("rank 1 does not run")
+            is_rank = {b"worker", str(run.path).encode()} <= set(proc(pid, "cmdline"))
+            if is_rank and f"SLURM_PROCID={rank}".encode() in proc(pid, "environ"):
+                return node, pid
+    raise AssertionError(f"rank {rank} does not run")
 
 
 def ranks(cluster: Cluster, run: Folder) -> list[int]:
@@ -74,12 +74,21 @@ def proc(pid: int, name: str) -> list[bytes]:
 
 
 def first_step_of(run: Folder, job: str, slurm: SlurmShell) -> float:
-    """Seconds until a job that has just lost a node trains in its next allocation."""
-    lost = time.monotonic()
+    """Seconds until a job that loses a node trains in its next allocation, from when Slurm has noticed."""
     wait_for(lambda: slurm.field(job, "Restarts") == "1")
+    lost = time.monotonic()
     before = log(run).count("\nstep ")
     wait_for(lambda: log(run).count("\nstep ") > before)
     return time.monotonic() - lost
+
+
+def next_step_of(run: Folder, job: str, slurm: SlurmShell) -> float:
+    """Seconds until a job that has just lost a rank trains again, or is over."""
+    killed = time.monotonic()
+    time.sleep(0.5)
+    before = logged(run)
+    wait_for(lambda: logged(run) > before or slurm.field(job, "JobState") != "RUNNING")
+    return time.monotonic() - killed
 
 
 def kill_srun(cluster: Cluster) -> None:
@@ -139,20 +148,21 @@ def test_a_killed_rank_is_started_again_in_the_allocation(
     run = Folder(slurm.folder / "killed")
     job = slurm.submit(*words(tiny_run_model, run))
     wait_for(lambda: logged(run) > 8)
-    node, pid = rank_process(cluster, run)
-    os.kill(pid, signal.SIGKILL)
-    killed = time.monotonic()
-    time.sleep(0.5)
-    before = logged(run)
-    wait_for(lambda: logged(run) > before or slurm.field(job, "JobState") != "RUNNING")
-    recovered_s = time.monotonic() - killed
+    for rank in (1, 0):  # rank 0 holds the store where ranks meet
+        node, pid = rank_process(cluster, run, rank)
+        os.kill(pid, signal.SIGKILL)
+        record_property("recovery_s", f"{next_step_of(run, job, slurm):.2f}")
+        assert f"rank {rank} was killed by SIGKILL and left no word ({node}); starting again from step" in log(run)
+    _, pid = rank_process(cluster, run)
+    first = cluster.ask("scontrol", "-o", "show", "node", slurm.field(job, "BatchHost"))
+    address = next(word.partition("=")[2] for word in first.split() if word.startswith("NodeAddr="))
+    assert address.startswith("127.0.0.1") and f"{MEETING_HOST_VARIABLE}={address}".encode() in proc(pid, "environ")
     kill_srun(cluster)
     slurm.isotrain("wait", str(run.path))
-    assert f"rank 1 was killed by SIGKILL and left no word ({node}); starting again from step" in log(run)
     assert adapter(run, STEPS) == adapter(undisturbed, STEPS)
     assert run.losses == undisturbed.losses
     assert slurm.field(job, "Restarts") == "0"
-    record_property("recovery_s", f"{recovered_s:.2f}")
+    assert not ranks(cluster, run)
 
 
 def test_a_preempted_job_saves_makes_room_and_comes_back(
@@ -215,15 +225,17 @@ def test_a_range_of_nodes_goes_on_with_those_that_are_left(
     job = slurm.submit(*words(tiny_run_model, run, cluster__nodes="2-4"))
     wait_for(lambda: logged(run) > 8)
     assert len(run.exits) == 0 and slurm.field(job, "NumNodes") == "4"
-    cluster.power_cut("node4")
+    for node in ("node3", "node4"):
+        cluster.power_cut(node)
     try:
-        cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=power")
-        record_property("recovery_s", f"{first_step_of(run, job, slurm):.2f}")
+        record_property("recovery_s", f"{first_step_of(run, job, slurm):.2f}")  # Slurm notices by itself
         slurm.isotrain("wait", str(run.path))
     finally:
-        cluster.power_on("node4")
-    assert slurm.field(job, "NumNodes") == "3" and "2 of 3 nodes are used" in log(run)  # two stages, a batch of 4
+        for node in ("node3", "node4"):
+            cluster.power_on(node)
+    assert slurm.field(job, "NumNodes") == "2" and "dp=2" in log(run) and "dp=1" in log(run)
     assert close(run.losses, undisturbed.losses)
+    assert distance(run.checkpoint(STEPS) / ADAPTER, undisturbed.checkpoint(STEPS) / ADAPTER) < 1e-5
 
 
 def test_a_cancelled_job_saves_and_is_not_requeued(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
@@ -288,9 +300,18 @@ def test_a_refusal_of_the_real_sbatch_is_said_with_the_nearest_name(
     assert "invalid partition specified: batsch" in done.err and done.hint.startswith("cluster.slurm.partition=batch")
 
 
-def test_scancel_leaves_time_for_one_save_and_nothing_requeues(slurm: SlurmShell, tiny_run_model: TinyRun) -> None:
-    run = Folder(slurm.folder / "scancelled")
-    job = slurm.submit(*words(tiny_run_model, run, steps=100_000, checkpoint__every_steps=0))
+@pytest.mark.parametrize("by_hand", [False, True], ids=["submitted", "by-hand"])
+def test_scancel_leaves_time_for_one_save_and_nothing_requeues(
+    slurm: SlurmShell, tiny_run_model: TinyRun, by_hand: bool
+) -> None:
+    run = Folder(slurm.folder / f"scancelled-{by_hand}")
+    changes = {"steps": 100_000, "checkpoint__every_steps": 0}
+    if by_hand:
+        typed = words(tiny_run_model, run, **changes, cluster=None, cluster__nodes=None)
+        said = f"--output={slurm.folder}/scancelled.log"
+        job = slurm.run(["sbatch", "--parsable", "-N2", said, str(ROOT / "slurm" / "train.sbatch"), *typed]).out.strip()
+    else:
+        job = slurm.submit(*words(tiny_run_model, run, **changes))
     wait_for(lambda: logged(run) > 2)
     slurm.cluster.ask("scancel", job)
     done = slurm.isotrain("wait", str(run.path), "--json", code=85).json
